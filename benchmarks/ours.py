@@ -1,0 +1,167 @@
+"""This library's side: its real train step, loss and decoding."""
+
+import functools
+import time
+from importlib.metadata import version
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from benchmarks.shapes import Shape
+from magneto_jax import decoding, train
+from magneto_jax.config import OptimizerConfig
+from magneto_jax.layers.attention import Attention
+from magneto_jax.layers.feed_forward import FeedForward
+from magneto_jax.layers.norms import norm_factory
+from magneto_jax.models.language import CausalLM
+from magneto_jax.models.transformer import Block, Context, Stack
+from magneto_jax.tasks import causal_lm
+from magneto_jax.theory import recipes
+
+# What a variant changes: `recipe`, or a field of the model.
+VARIANTS = {
+  "magneto_jax": {},
+  "magneto_jax-unrolled": {"unroll": -1},
+  "magneto_jax-pre_ln": {"recipe": "pre_ln"},
+}
+
+
+class BidirectionalLM(nn.Module):
+  """An encoder with a tied output table, called as CausalLM is."""
+
+  recipe: recipes.Stack
+  vocab_size: int
+  width: int
+  num_heads: int
+  ffn_width: int
+  max_length: int
+  remat: str = "none"
+  unroll: int = 1
+
+  @nn.compact
+  def __call__(
+    self, tokens_BT, *, positions_BT=None, segment_ids_BT=None, deterministic: bool = True
+  ):
+    if positions_BT is None:
+      positions_BT = jnp.arange(tokens_BT.shape[1])[None]
+    segment_ids = None if segment_ids_BT is None else (segment_ids_BT, segment_ids_BT)
+    norm = norm_factory(self.recipe.norm, dtype=jnp.float32)
+    # As the recipe draws and scales them: unit variance into the stack, logits of variance one.
+    draw = nn.initializers.normal(self.width**-0.5)
+    embed = functools.partial(nn.Embed, features=self.width, embedding_init=draw)
+    tokens = embed(self.vocab_size, name="token_embedding")
+    positions = embed(self.max_length, name="position_embedding")
+    x_BTD = tokens(tokens_BT) * self.recipe.embedding.scale + positions(positions_BT)
+    block = functools.partial(
+      Block,
+      attention=functools.partial(Attention, num_heads=self.num_heads),
+      feed_forward=functools.partial(FeedForward, ffn_width=self.ffn_width),
+      norm=norm,
+    )
+    x_BTD, _ = Stack(block, norm, remat=self.remat, unroll=self.unroll, name="encoder")(
+      x_BTD,
+      self.recipe,
+      Context(positions_BT, segment_ids),
+      deterministic=deterministic,
+    )
+    return jnp.einsum("btd,vd->btv", x_BTD, tokens.embedding)
+
+
+def build_model(shape: Shape, *, recipe: str = "magneto", **options) -> nn.Module:
+  """The shape's model; options are fields of the model (unroll, remat)."""
+  kind = "decoder" if shape.causal else "encoder"
+  record = recipes.RECIPES[recipe](
+    recipes.Architecture(kind=kind, **{f"{kind}_layers": shape.layers}, width=shape.width)
+  )
+  if shape.causal:
+    options["positions"] = "learned"
+  return (CausalLM if shape.causal else BidirectionalLM)(
+    recipe=getattr(record, kind),
+    vocab_size=shape.vocab_size,
+    width=shape.width,
+    num_heads=shape.heads,
+    ffn_width=shape.ffn_width,
+    max_length=shape.max_length,
+    **options,
+  )
+
+
+def _batch(shape: Shape) -> dict[str, np.ndarray]:
+  """The shape's batch as a task's loss takes it; padding is a segment of its own."""
+  batch = shape.batch()
+  positions = np.broadcast_to(np.arange(shape.seq_length, dtype=np.int32), batch["inputs"].shape)
+  return {
+    "inputs": batch["inputs"],
+    "targets": batch["targets"],
+    "positions": positions,
+    "segment_ids": (positions < batch["lengths"][:, None]).astype(np.int32),
+    "weights": np.ones(positions.shape, np.float32),
+  }
+
+
+class Library:
+  """A variant of this library, ready to be timed; the methods return when the work is done."""
+
+  def __init__(self, variant: str, shape: Shape):
+    self._model = build_model(shape, **VARIANTS[variant])
+    self._batch = jax.tree.map(jnp.asarray, _batch(shape))
+    init, step = _init_and_step(self._model, self._batch)
+    self._state = jax.jit(init)(jax.random.key(0))
+    self._key = jax.random.key(1)
+    self._step = jax.jit(step, donate_argnums=0)
+    self._forward = jax.jit(functools.partial(causal_lm.loss, self._model))
+    self.parameters = sum(leaf.size for leaf in jax.tree.leaves(self._state.params))
+    self.versions = {name: version(name) for name in ("jax", "jaxlib", "flax", "optax")}
+
+  def step(self) -> float:
+    """One train step; returns the mean loss before it."""
+    self._state, metrics = self._step(self._state, self._batch, self._key)
+    return float(jax.block_until_ready(metrics)["loss"])
+
+  def forward(self) -> float:
+    """The mean loss alone."""
+    loss_sum, weight_sum = self._forward(self._state.params, self._batch)
+    return float(loss_sum) / float(weight_sum)
+
+  def decode(self, *, batch_size: int, prompt_length: int, new_tokens: int) -> int:
+    """Continues prompts greedily; returns how many tokens are new."""
+    prompts = np.asarray(self._batch["inputs"])[:batch_size, :prompt_length]
+    tokens = decoding.generate(
+      self._model,
+      {"params": self._state.params},
+      list(prompts),
+      max_new_tokens=new_tokens,
+      temperature=0,
+    )
+    return sum(map(len, tokens))
+
+
+def compile_step(variant: str, shape: Shape, **options) -> dict[str, float]:
+  """Seconds to trace and compile a train step, and the size of what it compiles to."""
+  batch = jax.tree.map(jnp.asarray, _batch(shape))
+  init, step = _init_and_step(build_model(shape, **VARIANTS[variant] | options), batch)
+  state = jax.eval_shape(init, jax.random.key(0))
+  begin = time.perf_counter()
+  lowered = jax.jit(step, donate_argnums=0).lower(state, batch, jax.random.key(1))
+  traced = time.perf_counter()
+  compiled = lowered.compile()
+  end = time.perf_counter()
+  return {
+    "trace_s": traced - begin,
+    "compile_s": end - traced,
+    "temporaries_mib": compiled.memory_analysis().temp_size_in_bytes / 2**20,
+    "hlo_lines": compiled.as_text().count("\n"),
+  }
+
+
+def _init_and_step(model, batch):
+  """The functions `key -> state` and `(state, batch, key) -> (state, metrics)` of training."""
+  optimizer, _ = train.make_optimizer(OptimizerConfig(schedule="constant"), steps=1)
+  inputs = (batch["inputs"][:1],)
+  init = functools.partial(
+    train.init_state, model=model, inputs=inputs, optimizer=optimizer, ema=0.0
+  )
+  step = functools.partial(train.train_step, model=model, task=causal_lm.TASK, optimizer=optimizer)
+  return init, step

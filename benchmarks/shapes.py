@@ -1,0 +1,76 @@
+"""What is measured: model sizes, the same for every library, and one batch of random tokens."""
+
+import dataclasses
+
+import numpy as np
+
+from magneto_jax.theory.flops import train_step_flops
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+  """A language model and its batch, float32 throughout.
+
+  Attributes:
+    layers, width, heads, ffn_width, vocab_size: L, D, N, F, V.
+    seq_length, batch_size: T, B.
+    causal: a decoder; if not, a bidirectional encoder over rows padded to T (50 to 100 % full).
+    max_length: rows of the learned position table.
+  """
+
+  layers: int
+  width: int
+  heads: int
+  ffn_width: int
+  vocab_size: int
+  seq_length: int
+  batch_size: int
+  causal: bool = True
+  max_length: int = 256
+
+  @property
+  def tokens(self) -> int:
+    return self.batch_size * self.seq_length
+
+  @property
+  def step_flops(self) -> int:
+    """Of the matrix products of a train step; the forward pass alone has a third of them."""
+    return train_step_flops(
+      layers=self.layers,
+      width=self.width,
+      ffn_width=self.ffn_width,
+      heads=self.heads,
+      kv_heads=self.heads,
+      head_dim=self.width // self.heads,
+      vocab_size=self.vocab_size,
+      seq_length=self.seq_length,
+      batch_size=self.batch_size,
+    )
+
+  def batch(self, seed: int = 0) -> dict[str, np.ndarray]:
+    """Inputs and targets [B, T], and how many tokens of each row are real [B]."""
+    rng = np.random.default_rng(seed)
+    inputs, targets = rng.integers(0, self.vocab_size, (2, self.batch_size, self.seq_length))
+    fill = np.linspace(1.0, 1.0 if self.causal else 0.5, self.batch_size)
+    lengths = np.round(fill * self.seq_length)
+    arrays = {"inputs": inputs, "targets": targets, "lengths": lengths}
+    return {name: array.astype(np.int32) for name, array in arrays.items()}
+
+
+_TINY = Shape(
+  layers=6, width=256, heads=4, ffn_width=1024, vocab_size=8192, seq_length=256, batch_size=8
+)
+_SMOKE = Shape(
+  layers=2, width=16, heads=2, ffn_width=32, vocab_size=64, seq_length=24, batch_size=2
+)
+SHAPES = {
+  "gpt-tiny": _TINY,
+  "bert-tiny": dataclasses.replace(_TINY, causal=False),
+  # Where only depth is of interest.
+  "narrow": Shape(
+    layers=12, width=64, heads=4, ffn_width=256, vocab_size=1024, seq_length=128, batch_size=4
+  ),
+  # Small enough for tests of the benchmarks themselves.
+  "smoke": _SMOKE,
+  "smoke-encoder": dataclasses.replace(_SMOKE, causal=False),
+}

@@ -1,0 +1,30 @@
+"""Foundation transformers in JAX: recipes as data, layers, models, training.
+
+Importing this package is cheap: what reads data sets or checkpoints is imported when it is used.
+"""
+
+import importlib.metadata
+
+from magneto_jax import kernels, layers, models
+from magneto_jax.models.language import CausalLM
+from magneto_jax.theory.recipes import RECIPES, Architecture, Recipe
+
+__version__ = importlib.metadata.version("magneto_jax")
+
+__all__ = [
+  "RECIPES",
+  "Architecture",
+  "CausalLM",
+  "Recipe",
+  "kernels",
+  "layers",
+  "load",
+  "models",
+]
+
+
+def load(workdir, *, step=None):
+  """The pair (model, variables) of a run; see `runs.load`."""
+  from magneto_jax import runs  # Orbax takes seconds to import.
+
+  return runs.load(workdir, step=step)

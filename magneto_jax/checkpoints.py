@@ -1,0 +1,81 @@
+"""Checkpoints with Orbax: the state, the data iterator and the run's config."""
+
+import pathlib
+from typing import Any
+
+import grain
+import jax
+import orbax.checkpoint as ocp
+
+
+class Checkpointer:
+  """Saves and restores the parts of a run under `<directory>/<step>/`.
+
+  A part is one Orbax item: `params`, `averages` (if the run keeps an average of its weights),
+  `optimizer`, `data` (the iterator's place) and `config` (JSON). Parts are separate so that a
+  reader of the weights needs to know nothing of the optimizer.
+
+  Saving is asynchronous: `save` returns when the arrays are copied; the next `save`, `wait` and
+  `close` wait for the files. A step whose files are incomplete is never listed.
+  """
+
+  def __init__(
+    self, directory: str | pathlib.Path, *, keep: int | None = None, read_only: bool = False
+  ):
+    """Opens a directory.
+
+    Args:
+      directory: need not exist, unless `read_only`.
+      keep: how many steps are kept; None for all.
+      read_only: whether nothing is ever written, not even a clean-up of what a crash left.
+    """
+    options = ocp.CheckpointManagerOptions(
+      max_to_keep=keep,
+      cleanup_tmp_directories=not read_only,
+      create=not read_only,
+      read_only=read_only,
+    )
+    self._manager = ocp.CheckpointManager(pathlib.Path(directory).absolute(), options=options)
+
+  @property
+  def steps(self) -> list[int]:
+    """The complete steps, oldest first."""
+    return sorted(self._manager.all_steps())
+
+  def parts(self, step: int) -> set[str]:
+    """The names of a step's parts."""
+    return {name for name, meta in self._manager.item_metadata(step).items() if meta is not None}
+
+  def save(self, step: int, trees: dict[str, Any], data, config: dict[str, Any]) -> None:
+    """Starts to save pytrees by part name, a Grain iterator and a JSON-able config."""
+    items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+    items["data"] = grain.checkpoint.CheckpointSave(data)
+    items["config"] = ocp.args.JsonSave(config)
+    self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+
+  def restore(self, step: int, abstract: dict[str, Any], data=None) -> dict[str, Any]:
+    """The pytrees of the named parts, placed as `abstract` says (jax.ShapeDtypeStruct leaves).
+
+    With `data`, a Grain iterator, that iterator is moved to its place at the step.
+    """
+    items = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
+    if data is not None:
+      items["data"] = grain.checkpoint.CheckpointRestore(data)
+    restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+    return {name: restored[name] for name in abstract}
+
+  def wait(self) -> None:
+    """Waits until everything saved is on disk."""
+    self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits, then releases the directory."""
+    self._manager.close()
+
+
+def abstract_like(tree):
+  """The tree's shapes, dtypes and the default device's sharding: what `restore` needs."""
+  sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  return jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
+  )

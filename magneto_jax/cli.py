@@ -1,0 +1,105 @@
+"""The commands' border: config flags, and every mistake as one line."""
+
+import difflib
+import importlib.resources
+import pathlib
+import re
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from magneto_jax.config import (
+  ConfigError,
+  TrainConfig,
+  field_names,
+  from_config_dict,
+  unknown_field,
+)
+
+USAGE_EXIT_CODE = 2
+
+
+def define_config_flag() -> flags.FlagHolder:
+  """Defines `--config=FILE.py[:variant]` and, with it, an override for each of its fields."""
+  return config_flags.DEFINE_config_file("config", None, "A config file, e.g. configs/gpt.py:tiny.")
+
+
+def typed_config(flag: flags.FlagHolder) -> TrainConfig:
+  """The typed record of the parsed config flag; ConfigError if it cannot be run."""
+  if flag.value is None:
+    raise ConfigError(f"give --config, e.g. --config=configs/gpt.py:tiny ({_shipped()})")
+  return from_config_dict(flag.value)
+
+
+def run(main: Callable[[Sequence[str]], None]) -> None:
+  """Runs a command; what the user can mend ends in one line on stderr and exit code 2."""
+
+  def guarded(argv):
+    logging.set_verbosity(logging.WARNING)  # Orbax and JAX tell every step of theirs at INFO.
+    try:
+      main(argv)
+    except (ConfigError, FileNotFoundError, FloatingPointError) as error:
+      fail(str(error))
+
+  app.run(guarded, flags_parser=_parse)
+
+
+def fail(message: str) -> None:
+  """Ends the process with one line."""
+  print(f"error: {' '.join(message.split())}", file=sys.stderr)
+  sys.exit(USAGE_EXIT_CODE)
+
+
+def _parse(argv: Sequence[str]) -> Sequence[str]:
+  try:
+    argv = [_resolved(argument) for argument in argv]
+    _check_overrides(argv)
+    return flags.FLAGS(argv)
+  except flags.UnrecognizedFlagError as error:
+    fail(_unknown_flag(error.flagname))
+  except (flags.Error, ConfigError, FileNotFoundError) as error:
+    fail(str(error))
+  except (KeyError, AttributeError) as error:
+    # A config file that sets a field which default_config() does not have.
+    missing = re.search(r'"(\w+)"', str(error))
+    if missing is None or missing.group(1) in field_names():
+      raise
+    fail(f"in the config file: {unknown_field(missing.group(1))}")
+
+
+def _resolved(argument: str) -> str:
+  """`--config=configs/x.py` also names the package's own file where there is no such path."""
+  match = re.fullmatch(r"(--?config=)([^:]+)(:.*)?", argument)
+  if match is None or pathlib.Path(match.group(2)).exists():
+    return argument
+  prefix, path, variant = match.groups()
+  own = _configs() / pathlib.Path(path).name
+  if pathlib.Path(path).parent.name not in ("", "configs") or not own.exists():
+    raise FileNotFoundError(f"config file {path} does not exist ({_shipped()})")
+  return f"{prefix}{own}{variant or ''}"
+
+
+def _configs() -> pathlib.Path:
+  return pathlib.Path(str(importlib.resources.files("magneto_jax.configs")))
+
+
+def _shipped() -> str:
+  files = sorted(path.name for path in _configs().glob("*.py") if path.name != "__init__.py")
+  return "the package has " + ", ".join(f"configs/{name}" for name in files)
+
+
+def _check_overrides(argv: Sequence[str]) -> None:
+  """Misspelt `--config.field` flags, before ml_collections reports them as a traceback."""
+  groups = {name.rsplit(".", 1)[0] for name in field_names() if "." in name}
+  for argument in argv[1:]:
+    match = re.match(r"--?(?:no)?config\.([\w.]+)", argument)
+    if match and match.group(1) not in {*field_names(), *groups}:
+      raise unknown_field(match.group(1))
+
+
+def _unknown_flag(name: str) -> str:
+  near = difflib.get_close_matches(name.split(".")[0], list(flags.FLAGS), n=1)
+  hint = f"; did you mean --{near[0]}{name[len(name.split('.')[0]) :]}?" if near else ""
+  return f"unknown flag --{name}{hint}"

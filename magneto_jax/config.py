@@ -1,0 +1,306 @@
+"""Configs at the border: from an ml_collections.ConfigDict to typed, range-checked records.
+
+A config file starts from `default_config()`, a locked ConfigDict of every field below, and sets
+what its experiment sets. `from_config_dict` turns it into the records that the rest of the package
+takes; everything wrong with it is one `ConfigError` of one line, raised before devices start.
+"""
+
+import dataclasses
+import difflib
+import math
+from typing import Any
+
+import ml_collections
+
+from magneto_jax.theory import recipes
+
+
+class ConfigError(ValueError):
+  """A config that cannot be run; its text is one line that says what to change."""
+
+
+def _field(default, doc: str, **bounds):
+  """A field with its meaning and bounds: min, max, above, below (both exclusive), choices."""
+  return dataclasses.field(default=default, metadata={"doc": doc, **bounds})
+
+
+def _positive(default: int, doc: str):
+  return _field(default, doc, min=1)
+
+
+def _rate(default: float, doc: str):
+  return _field(default, doc, min=0.0, below=1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """The sizes and choices of a model."""
+
+  layers: int = _positive(6, "L, the number of layers")
+  width: int = _positive(256, "D, the width of the residual stream")
+  ffn_width: int = _positive(1024, "F, the width of the feed-forward network's hidden layer")
+  heads: int = _positive(4, "N, the number of attention heads")
+  kv_heads: int = _field(0, "K, the number of key/value heads; 0: as many as heads", min=0)
+  head_dim: int = _field(0, "H, the width of a head; 0: width / heads", min=0)
+  norm: str = _field("", "kind of every norm; empty: the recipe's", choices=("", *recipes.NORMS))
+  activation: str = _field(
+    "gelu",
+    "of the feed-forward network",
+    choices=("gelu", "gelu_tanh", "relu", "relu_squared", "swiglu"),
+  )
+  positions: str = _field(
+    "sinusoidal",
+    "position encoding",
+    choices=("learned", "sinusoidal", "rotary", "none"),
+  )
+  tied_embeddings: bool = _field(True, "whether the output projection is the embedding table")
+  window: int = _field(0, "how many earlier tokens attention reaches; 0: all", min=0)
+  logits_soft_cap: float = _field(0.0, "cap of the attention logits; 0: none", min=0.0)
+  dropout: float = _rate(0.0, "after the embedding and every sublayer")
+  attention_dropout: float = _rate(0.0, "of the attention probabilities")
+  activation_dropout: float = _rate(0.0, "of the feed-forward network's hidden layer")
+  drop_path: float = _rate(0.0, "drop-path rate of the last layer, rising from 0 at the first")
+  dtype: str = _field(
+    "float32", "of the computation; parameters are float32", choices=("float32", "bfloat16")
+  )
+  remat: str = _field("none", "what the backward pass recomputes", choices=("none", "full", "dots"))
+  unroll: int = _field(1, "layers in the scan's body; -1: all, no loop", min=-1)
+  attention_implementation: str = _field("", "of the attention kernel; empty: chosen for the call")
+
+  def __post_init__(self):
+    kv_heads = self.kv_heads or self.heads
+    if not self.head_dim and self.width % self.heads:
+      raise ConfigError(
+        f"model.heads={self.heads} must divide model.width={self.width}, or set model.head_dim"
+      )
+    if self.heads % kv_heads:
+      raise ConfigError(f"model.kv_heads={kv_heads} must divide model.heads={self.heads}")
+    head_dim = self.head_dim or self.width // self.heads
+    if self.positions == "rotary" and head_dim % 2:
+      raise ConfigError(
+        f"rotary positions need an even head width, not {head_dim}: see model.heads"
+      )
+    if self.unroll == 0 or (self.unroll > 0 and self.layers % self.unroll):
+      raise ConfigError(
+        f"model.unroll={self.unroll} must divide model.layers={self.layers}, or be -1"
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """Where text comes from and how it becomes tokens."""
+
+  name: str = _field("embedded", "`embedded`, `text_files`, or the name of a TFDS data set")
+  train_files: str = _field("", "files or globs of name=text_files, separated by commas")
+  validation_files: str = _field("", "the same; empty: a tail of the training text")
+  document_separator: str = _field("", "splits a text file into documents; empty: one a file")
+  validation_fraction: float = _field(
+    0.1, "tail held out when there are no validation_files", above=0.0, below=1.0
+  )
+  data_dir: str = _field("", "where TFDS data sets lie prepared; empty: TFDS's own default")
+  train_split: str = _field("train", "TFDS split to train on")
+  validation_split: str = _field("validation", "TFDS split to evaluate on")
+  text_key: str = _field("text", "TFDS feature that holds the text")
+  tokenizer: str = _field("sentencepiece", "kind of tokens", choices=("sentencepiece", "byte"))
+  vocab_size: int = _field(1024, "pieces to train (sentencepiece)", min=8)
+  tokenizer_file: str = _field("", "a sentencepiece model to load instead of training one")
+  seq_length: int = _field(256, "T, tokens a sample", min=2)
+  cache_dir: str = _field("", "where token files are kept; empty: in the workdir")
+  workers: int = _field(0, "processes that prepare batches; 0: threads of this one", min=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """AdamW and its learning-rate schedule."""
+
+  learning_rate: float = _field(1e-3, "peak learning rate", above=0.0)
+  b1: float = _rate(0.9, "decay of the first moment")
+  b2: float = _rate(0.98, "decay of the second moment")
+  eps: float = _field(1e-8, "added to the root of the second moment", above=0.0)
+  weight_decay: float = _field(0.01, "decoupled, times the learning rate", min=0.0)
+  decay_mask: str = _field(
+    "matrices",
+    "what decays: kernels and embedding tables, or all parameters (as fairseq does)",
+    choices=("matrices", "all"),
+  )
+  clip_norm: float = _field(0.0, "global gradient norm to clip at; 0: no clipping", min=0.0)
+  schedule: str = _field(
+    "cosine",
+    "after the warm-up",
+    choices=("cosine", "linear", "polynomial", "constant"),
+  )
+  power: float = _field(1.0, "exponent of the polynomial schedule", above=0.0)
+  warmup_steps: int = _field(0, "steps of linear warm-up from 0", min=0)
+  decay_steps: int = _field(0, "step at which the schedule ends; 0: the run's steps", min=0)
+  end_factor: float = _field(0.0, "last learning rate over the peak", min=0.0, max=1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """One run."""
+
+  task: str = _field("causal_lm", "what is learned", choices=("causal_lm",))
+  recipe: str = _field(
+    "magneto", "how the model is normalised, scaled and initialised", choices=tuple(recipes.RECIPES)
+  )
+  seed: int = _field(0, "of the parameters, the data's order and dropout", min=0)
+  steps: int = _positive(1000, "optimizer steps")
+  batch_size: int = _positive(16, "sequences a step")
+  accumulation: int = _positive(1, "parts a batch is split into, one after the other")
+  ema: float = _rate(0.0, "decay of an average of the weights that evaluation uses; 0: none")
+  eval_every: int = _positive(250, "steps between evaluations")
+  eval_batches: int = _field(0, "batches an evaluation reads; 0: the whole validation set", min=0)
+  log_every: int = _positive(10, "steps between lines of metrics")
+  checkpoint_every: int = _positive(250, "steps between checkpoints")
+  keep_checkpoints: int = _positive(3, "how many checkpoints are kept")
+  sample_prompt: str = _field("", "start of the sample that is printed at the end")
+  sample_tokens: int = _field(128, "tokens of that sample; 0: no sample", min=0)
+  sample_temperature: float = _field(0.8, "of that sample; 0: greedy", min=0.0)
+  model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+  data: DataConfig = dataclasses.field(default_factory=DataConfig)
+  optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+
+  def __post_init__(self):
+    if self.batch_size % self.accumulation:
+      raise ConfigError(
+        f"accumulation={self.accumulation} must divide batch_size={self.batch_size}"
+      )
+
+
+# Fields that may differ when a run is resumed: how long it runs and how often it reports.
+RESUMABLE = (
+  "steps",
+  "eval_every",
+  "eval_batches",
+  "log_every",
+  "checkpoint_every",
+  "keep_checkpoints",
+  "sample_prompt",
+  "sample_tokens",
+  "sample_temperature",
+  "data.cache_dir",
+  "data.data_dir",
+  "data.workers",
+  "model.remat",
+  "model.unroll",
+  "model.attention_implementation",
+)
+
+
+def default_config() -> ml_collections.ConfigDict:
+  """A locked ConfigDict of every field at its default: what a config file starts from."""
+  return ml_collections.ConfigDict(dataclasses.asdict(TrainConfig())).lock()
+
+
+def from_config_dict(config: ml_collections.ConfigDict | dict[str, Any]) -> TrainConfig:
+  """The typed record of a config.
+
+  Raises:
+    ConfigError: an unknown field (the nearest one is named), a value of the wrong type, outside
+      its range or not finite, or fields that do not go together.
+  """
+  if isinstance(config, ml_collections.ConfigDict):
+    config = config.to_dict()
+  return _typed(TrainConfig, config, "")
+
+
+def differing_fields(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
+  """The fields, by dotted name, in which a run may not differ from the one it resumes."""
+  before, after = flatten(old), flatten(new)
+  return {
+    name: (before[name], after[name])
+    for name in before
+    if name not in RESUMABLE and before[name] != after[name]
+  }
+
+
+def flatten(record, prefix: str = "") -> dict[str, Any]:
+  """{dotted name: value} of a record and the records in it."""
+  flat = {}
+  for field in dataclasses.fields(record):
+    value = getattr(record, field.name)
+    if dataclasses.is_dataclass(value):
+      flat |= flatten(value, f"{prefix}{field.name}.")
+    else:
+      flat[prefix + field.name] = value
+  return flat
+
+
+def field_names(record_type: type = TrainConfig, prefix: str = "") -> list[str]:
+  """Dotted names of all fields."""
+  names = []
+  for field in dataclasses.fields(record_type):
+    if dataclasses.is_dataclass(field.type):
+      names += field_names(field.type, f"{prefix}{field.name}.")
+    else:
+      names.append(prefix + field.name)
+  return names
+
+
+def nearest_field(name: str) -> str | None:
+  """The existing field that a misspelt dotted name most likely means."""
+  names = field_names()
+  if found := difflib.get_close_matches(name, names, n=1, cutoff=0.6):
+    return found[0]
+  # The right leaf in the wrong group (`learning_rate`), or a misspelt leaf without its group.
+  leaves = {full.rsplit(".", 1)[-1]: full for full in names}
+  found = difflib.get_close_matches(name.rsplit(".", 1)[-1], leaves, n=1, cutoff=0.6)
+  return leaves[found[0]] if found else None
+
+
+def unknown_field(name: str) -> ConfigError:
+  """The error for a field that does not exist."""
+  nearest = nearest_field(name)
+  hint = f"did you mean config.{nearest}?" if nearest else f"groups: {', '.join(_groups())}"
+  return ConfigError(f"config.{name} does not exist; {hint}")
+
+
+def _groups() -> list[str]:
+  return [f.name for f in dataclasses.fields(TrainConfig) if dataclasses.is_dataclass(f.type)]
+
+
+def _typed(record_type: type, values: dict[str, Any], prefix: str):
+  fields = {field.name: field for field in dataclasses.fields(record_type)}
+  for name in values:
+    if name not in fields:
+      raise unknown_field(prefix + name)
+  typed = {}
+  for name, value in values.items():
+    field = fields[name]
+    if dataclasses.is_dataclass(field.type):
+      if not isinstance(value, dict):
+        raise ConfigError(f"config.{prefix}{name} is a group of fields, not {value!r}")
+      typed[name] = _typed(field.type, value, f"{prefix}{name}.")
+    else:
+      typed[name] = _checked(field, value, prefix + name)
+  return record_type(**typed)
+
+
+def _checked(field: dataclasses.Field, value, name: str):
+  """The value as the field's type, if it lies within the field's bounds."""
+  kind = field.type
+  if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    value = float(value)
+  if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+    raise ConfigError(f"config.{name}={value!r} must be a {kind.__name__}")
+  bounds = field.metadata
+  if kind is float and not math.isfinite(value):
+    raise ConfigError(f"config.{name}={value} must be finite")
+  if "choices" in bounds and value not in bounds["choices"]:
+    near = difflib.get_close_matches(value, bounds["choices"], n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    choices = ", ".join(choice or "''" for choice in bounds["choices"])
+    raise ConfigError(f"config.{name}={value!r} must be one of {choices}{hint}")
+  wrong = [
+    f"{word} {bounds[key]}"
+    for key, word, fails in (
+      ("min", "at least", lambda bound: value < bound),
+      ("max", "at most", lambda bound: value > bound),
+      ("above", "above", lambda bound: value <= bound),
+      ("below", "below", lambda bound: value >= bound),
+    )
+    if key in bounds and fails(bounds[key])
+  ]
+  if wrong:
+    raise ConfigError(f"config.{name}={value} must be {' and '.join(wrong)}")
+  return value

@@ -1,0 +1,29 @@
+"""Text in, batches out: sources, tokenizers, packing and Grain pipelines.
+
+Importing this package loads neither TensorFlow Datasets nor TensorFlow.
+"""
+
+from magneto_jax.data.documents import Documents
+from magneto_jax.data.packing import PackedDataset, TokenStream, tokenize
+from magneto_jax.data.pipelines import eval_batches, train_iterator
+from magneto_jax.data.sources import SOURCES, SourceOptions, load_documents
+from magneto_jax.data.text import TOKENIZERS, TextData, load_text
+from magneto_jax.data.tokenizers import ByteTokenizer, SentencePieceTokenizer, Tokenizer
+
+__all__ = (
+  "SOURCES",
+  "TOKENIZERS",
+  "ByteTokenizer",
+  "Documents",
+  "PackedDataset",
+  "SentencePieceTokenizer",
+  "SourceOptions",
+  "TextData",
+  "TokenStream",
+  "Tokenizer",
+  "eval_batches",
+  "load_documents",
+  "load_text",
+  "tokenize",
+  "train_iterator",
+)

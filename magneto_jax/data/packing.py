@@ -1,0 +1,222 @@
+"""Documents as one stream of tokens on disk, and windows of that stream as samples.
+
+A document lies in the stream as `[bos] tokens [eos]`. Sample i is a pure function of the stream
+and i: tokens `[i T, (i + 1) T]`, the first T of them inputs and the last T targets.
+"""
+
+import json
+import os
+import pathlib
+import shutil
+import uuid
+from typing import Any, NamedTuple
+
+import numpy as np
+from absl import logging
+
+from magneto_jax.data import documents as documents_lib
+from magneto_jax.data import files, tokenizers
+
+_FORMAT = 1  # of the cache; raise it when the files or the rule that makes the stream change
+_HEADER, _TOKENS, _OFFSETS = "header.json", "tokens.bin", "offsets.bin"
+
+
+class TokenStream(NamedTuple):
+  """Tokenised documents, end to end.
+
+  Attributes:
+    tokens: [tokens], uint16 or uint32, memory-mapped.
+    offsets: [documents + 1], int64: where each document starts, and the end.
+    text_bytes: UTF-8 bytes of the raw text, the denominator of bits per byte.
+  """
+
+  tokens: np.ndarray
+  offsets: np.ndarray
+  text_bytes: int
+
+
+class PackedDataset:
+  """Windows of a token stream: a random-access data source for Grain.
+
+  Every token but a document's bos is the target of exactly one window, so with `keep_tail` the
+  sum of weighted losses over all samples is the loss of the whole text. A window's first target
+  is predicted from one token: the score is that of a model whose memory is cut every
+  `seq_length` tokens, an upper bound of the loss with full context.
+
+  Attributes:
+    tokens: [tokens], the stream.
+    offsets: [documents + 1], int64 document starts and the end.
+    seq_length: T.
+    keep_tail: whether a last, shorter window is kept and padded (evaluation) or dropped
+      (training).
+  """
+
+  def __init__(
+    self, tokens: np.ndarray, offsets: np.ndarray, seq_length: int, keep_tail: bool = False
+  ):
+    if seq_length < 1:
+      raise ValueError(f"{seq_length=} must be at least 1")
+    self.tokens = tokens
+    self.offsets = offsets
+    self.seq_length = seq_length
+    self.keep_tail = keep_tail
+
+  def __len__(self) -> int:
+    targets = len(self.tokens) - 1
+    return -(-targets // self.seq_length) if self.keep_tail else targets // self.seq_length
+
+  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    """Returns sample `index`, arrays of shape [T].
+
+    Args:
+      index: in [0, len(self)).
+
+    Returns:
+      inputs: int32 tokens.
+      targets: int32, the token after each input.
+      segment_ids: int32, 1, 2, ... a document of the window; 0 for padding. Attention must stay
+        within a segment.
+      positions: int32, counted from the document's start or, if it started earlier, from the
+        window's.
+      weights: float32, 1 where the target is of the same document as the input, else 0 (a next
+        document's bos, padding).
+    """
+    if not 0 <= index < len(self):
+      raise IndexError(f"sample {index} of {len(self)}")
+    length = self.seq_length
+    start = int(index) * length
+    window = np.array(self.tokens[start : start + length + 1], np.int32)
+    begins = np.zeros(len(window), bool)
+    first, last = np.searchsorted(self.offsets[:-1], [start + 1, start + len(window)])
+    begins[np.asarray(self.offsets[first:last]) - start] = True
+    segments = 1 + np.cumsum(begins, dtype=np.int32)
+    steps = np.arange(len(window), dtype=np.int32)
+    positions = steps - np.maximum.accumulate(np.where(begins, steps, 0))
+    sample = {
+      "inputs": window[:-1],
+      "targets": window[1:],
+      "segment_ids": segments[:-1],
+      "positions": positions[:-1],
+      "weights": (segments[1:] == segments[:-1]).astype(np.float32),
+    }
+    if missing := length + 1 - len(window):
+      # Zero is the pad id, the segment of padding and its weight.
+      sample = {name: np.pad(values, (0, missing)) for name, values in sample.items()}
+    return sample
+
+  def __getstate__(self) -> dict[str, Any]:
+    """A memory map travels to worker processes as its file name, not as gigabytes."""
+    return {name: _detached(value) for name, value in vars(self).items()}
+
+  def __setstate__(self, state: dict[str, Any]) -> None:
+    vars(self).update({name: _attached(value) for name, value in state.items()})
+
+
+class _MappedFile(NamedTuple):
+  path: str
+  dtype: str
+
+
+def _detached(value: Any) -> Any:
+  # A slice of a map also has the file's name, so compare sizes.
+  if isinstance(value, np.memmap) and value.nbytes == os.path.getsize(value.filename):
+    return _MappedFile(str(value.filename), value.dtype.str)
+  return value
+
+
+def _attached(value: Any) -> Any:
+  return np.memmap(*value, mode="r") if isinstance(value, _MappedFile) else value
+
+
+def tokenize(
+  documents: documents_lib.Documents,
+  tokenizer: tokenizers.Tokenizer,
+  cache_dir: str | os.PathLike[str],
+) -> TokenStream:
+  """Returns the token stream of documents, from the cache if it is there.
+
+  The cache's directory is named after a digest of both identities, so another text or tokenizer
+  never meets an old cache. It is written under another name, made durable and then renamed: a
+  crash leaves no half cache, at most a hidden directory that may be deleted. A cache whose files
+  do not fit its header is made anew.
+
+  Args:
+    documents: the texts, read once, one at a time.
+    tokenizer: see `Tokenizer`.
+    cache_dir: directory of all caches; made if missing.
+
+  Returns:
+    The stream, memory-mapped.
+  """
+  identity = {
+    "format": _FORMAT,
+    "documents": dict(documents.identity),
+    "tokenizer": dict(tokenizer.identity),
+  }
+  final = pathlib.Path(cache_dir) / files.digest(identity)[:32]
+  if final.exists():
+    try:
+      return _open(final, identity)
+    except ValueError as error:
+      logging.warning("token cache %s is damaged (%s); making it anew", final, error)
+      shutil.rmtree(final)
+  temporary = final.with_name(f".{final.name}.{uuid.uuid4().hex}")
+  temporary.mkdir(parents=True)
+  try:
+    _write(temporary, documents, tokenizer, identity)
+    try:
+      temporary.rename(final)
+    except OSError:
+      if not final.exists():  # else another process has made the same cache meanwhile
+        raise
+    files.sync_directory(final.parent)
+  finally:
+    shutil.rmtree(temporary, ignore_errors=True)
+  return _open(final, identity)
+
+
+def _write(
+  directory: pathlib.Path,
+  documents: documents_lib.Documents,
+  tokenizer: tokenizers.Tokenizer,
+  identity: dict[str, Any],
+) -> None:
+  """Writes the three files of a cache; the header, which vouches for the others, comes last."""
+  dtype = np.dtype("<u2" if tokenizer.vocab_size < 2**16 else "<u4")
+  offsets, text_bytes = [0], 0
+  with open(directory / _TOKENS, "wb") as f:
+    for text in documents:
+      ids = [[tokenizer.bos_id], tokenizer.encode(text), [tokenizer.eos_id]]
+      tokens = np.concatenate(ids).astype(dtype)
+      f.write(tokens.tobytes())
+      offsets.append(offsets[-1] + len(tokens))
+      text_bytes += len(text.encode())
+    f.flush()
+    os.fsync(f.fileno())
+  files.write_durably(directory / _OFFSETS, np.asarray(offsets, "<i8").tobytes())
+  header = {
+    "identity": identity,
+    "dtype": dtype.str,
+    "tokens": offsets[-1],
+    "documents": len(offsets) - 1,
+    "text_bytes": text_bytes,
+  }
+  header["sha256"] = files.digest(header)
+  files.write_durably(directory / _HEADER, json.dumps(header, indent=2).encode())
+
+
+def _open(directory: pathlib.Path, identity: dict[str, Any]) -> TokenStream:
+  """Maps a cache after checks that cost no pass over the tokens; ValueError says what is off."""
+  try:
+    header = json.loads((directory / _HEADER).read_bytes())
+    sha256 = header.pop("sha256")
+    tokens = np.memmap(directory / _TOKENS, np.dtype(header["dtype"]), mode="r")
+    offsets = np.memmap(directory / _OFFSETS, np.dtype("<i8"), mode="r")
+  except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    raise ValueError(f"unreadable: {error!r}") from None
+  if sha256 != files.digest(header) or header["identity"] != identity:
+    raise ValueError(f"{_HEADER} has been changed")
+  expected = (header["tokens"], header["documents"] + 1, 0, header["tokens"])
+  if (found := (len(tokens), len(offsets), int(offsets[0]), int(offsets[-1]))) != expected:
+    raise ValueError(f"tokens, offsets, first and last offset are {found}, not {expected}")
+  return TokenStream(tokens, offsets, header["text_bytes"])

@@ -1,0 +1,126 @@
+"""Text for language modelling in one call: documents, tokenizer, packed training and held-out."""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from magneto_jax.data import documents, files, packing, sources, tokenizers
+
+
+@dataclasses.dataclass(frozen=True)
+class TextData:
+  """Tokenised text, ready for the pipelines.
+
+  Attributes:
+    train: whole windows of the training text.
+    validation: windows that hold every token of the validation text once, the last one padded.
+    tokenizer: trained on the training text only, or loaded.
+    train_bytes: UTF-8 bytes of the raw training text.
+    validation_bytes: UTF-8 bytes of the raw validation text: summed nats / (bytes * ln 2) is bits
+      per byte, which compares tokenizers.
+    identity: JSON-able values that name all of this exactly; keep them in the checkpoint and
+      refuse to resume when they differ.
+  """
+
+  train: packing.PackedDataset
+  validation: packing.PackedDataset
+  tokenizer: tokenizers.Tokenizer
+  train_bytes: int
+  validation_bytes: int
+  identity: Mapping[str, Any]
+
+
+def load_text(
+  *,
+  workdir: str | os.PathLike[str],
+  name: str = "embedded",
+  tokenizer: str = "sentencepiece",
+  vocab_size: int = 1024,
+  tokenizer_file: str = "",
+  seq_length: int = 256,
+  cache_dir: str = "",
+  **source_options: Any,
+) -> TextData:
+  """Loads, tokenises and packs a source of text.
+
+  Args:
+    workdir: where a trained tokenizer is kept as `tokenizer.model`; a later call with the same
+      directory loads it instead of training again.
+    name: a name in `SOURCES` or a TFDS data set, see `load_documents`.
+    tokenizer: a name in `TOKENIZERS`: "sentencepiece" or "byte".
+    vocab_size: ids of a trained tokenizer; bytes and loaded models have their own number.
+    tokenizer_file: a sentencepiece model to load instead of training one.
+    seq_length: T, tokens of a sample.
+    cache_dir: where token streams are cached; empty means `workdir/cache`. Runs that share it
+      tokenise a text once.
+    **source_options: the fields of `SourceOptions`, such as `train_files` or `data_dir`.
+
+  Returns:
+    The packed data.
+
+  Raises:
+    FileNotFoundError: text or tokenizer are not on disk.
+    ValueError: a value is out of range, or `workdir` holds the tokenizer of other text.
+
+  Example:
+    >>> data = load_text(workdir="/tmp/run", tokenizer="byte")
+    >>> data.validation_bytes
+    98295
+  """
+  if tokenizer not in TOKENIZERS:
+    raise ValueError(f"{tokenizer=} must be one of {sorted(TOKENIZERS)}")
+  train, validation = sources.load_documents(name, **source_options)
+  made = TOKENIZERS[tokenizer](train, pathlib.Path(workdir), vocab_size, tokenizer_file)
+  cache = cache_dir or pathlib.Path(workdir) / "cache"
+  train_stream = packing.tokenize(train, made, cache)
+  validation_stream = packing.tokenize(validation, made, cache)
+  return TextData(
+    train=packing.PackedDataset(train_stream.tokens, train_stream.offsets, seq_length),
+    validation=packing.PackedDataset(
+      validation_stream.tokens, validation_stream.offsets, seq_length, keep_tail=True
+    ),
+    tokenizer=made,
+    train_bytes=train_stream.text_bytes,
+    validation_bytes=validation_stream.text_bytes,
+    identity={
+      "train": dict(train.identity),
+      "validation": dict(validation.identity),
+      "tokenizer": dict(made.identity),
+      "seq_length": seq_length,
+    },
+  )
+
+
+def _byte(
+  train: documents.Documents, workdir: pathlib.Path, vocab_size: int, tokenizer_file: str
+) -> tokenizers.Tokenizer:
+  del train, workdir, vocab_size  # nothing to train
+  if tokenizer_file:
+    raise ValueError(f"{tokenizer_file=} is a sentencepiece model: set tokenizer='sentencepiece'")
+  return tokenizers.ByteTokenizer()
+
+
+def _sentencepiece(
+  train: documents.Documents, workdir: pathlib.Path, vocab_size: int, tokenizer_file: str
+) -> tokenizers.Tokenizer:
+  """Loads the user's model, or this run's, or trains this run's."""
+  if tokenizer_file:
+    return tokenizers.SentencePieceTokenizer.load(tokenizer_file)
+  model, note = workdir / "tokenizer.model", workdir / "tokenizer.json"
+  trained_on = {"documents": dict(train.identity), "vocab_size": vocab_size}
+  if not model.exists():
+    # The note goes first: a model without one would be of unknown origin.
+    files.write_durably(note, json.dumps(trained_on, indent=2).encode())
+    return tokenizers.SentencePieceTokenizer.train(train, vocab_size, model)
+  if not note.exists() or json.loads(note.read_bytes()) != trained_on:
+    raise ValueError(
+      f"{model} was trained on other text or with another vocab_size than {trained_on}: choose "
+      f"another workdir, or set tokenizer_file={str(model)!r} to use it as it is"
+    )
+  return tokenizers.SentencePieceTokenizer.load(model)
+
+
+TOKENIZERS = {"byte": _byte, "sentencepiece": _sentencepiece}

@@ -1,0 +1,114 @@
+"""Documents from TFDS, read through ArrayRecord files: no TensorFlow, no network.
+
+Whether a data set is there is decided by looking on disk, because asking TFDS to build one that
+is not makes it search the network, for minutes where there is none.
+"""
+
+import difflib
+import os
+from typing import Any
+
+from magneto_jax.data import documents
+
+
+def tfds_text(
+  name: str, *, split: str, text_key: str = "text", data_dir: str = ""
+) -> documents.Documents:
+  """Documents of one split of a prepared TFDS data set.
+
+  Args:
+    name: as in `tfds.load`: `lm1b`, `c4/en`, `wikipedia/20230601.en`, `lm1b:1.1.0`.
+    split: a TFDS split, slices included: `train`, `train[:1%]`.
+    text_key: the feature that holds the text.
+    data_dir: where TFDS keeps its data; empty means TFDS's own default.
+
+  Returns:
+    The documents, one an example.
+
+  Raises:
+    FileNotFoundError: the data set exists in TFDS but is not prepared under `data_dir`.
+    ValueError: no such data set, split or feature, or it is not stored as ArrayRecord.
+  """
+  builder = _prepared_builder(name, data_dir)
+  info = builder.info
+  try:
+    info.splits[split]
+  except (KeyError, ValueError):
+    raise ValueError(
+      f"{info.full_name} has no split {split!r}; it has {sorted(info.splits)}"
+    ) from None
+  if text_key not in (keys := _text_keys(info.features)):
+    raise ValueError(f"{info.full_name} has no text feature {text_key!r}; text_key can be {keys}")
+  examples = builder.as_data_source(split, file_format="array_record")
+
+  def read(index: int) -> str:
+    text = examples[index][text_key]
+    return text.decode() if isinstance(text, bytes) else str(text)
+
+  return documents.Documents(
+    size=len(examples),
+    read=read,
+    identity={
+      "source": "tfds",
+      "name": info.full_name,
+      "split": split,
+      "text_key": text_key,
+      "documents": len(examples),
+      # One name and version can be prepared again from changed downloads. Of all splits, because
+      # TFDS does not know the bytes of a slice.
+      "split_bytes": {key: int(value.num_bytes) for key, value in info.splits.items()},
+    },
+  )
+
+
+def _text_keys(features: Any) -> list[str]:
+  """Names of the features that hold one text an example."""
+  import tensorflow_datasets as tfds
+
+  return sorted(k for k, feature in features.items() if isinstance(feature, tfds.features.Text))
+
+
+def _prepared_builder(name: str, data_dir: str) -> Any:
+  """Builder of a data set that is on disk as ArrayRecord."""
+  import tensorflow_datasets as tfds
+
+  # Without these two imports c4, wikipedia, wmt14_translate, ... are not registered.
+  import tensorflow_datasets.text
+  import tensorflow_datasets.translate
+  from tensorflow_datasets.core import read_only_builder
+
+  where = {"data_dir": os.path.expanduser(data_dir)} if data_dir else {}
+  try:
+    # Not `tfds.builder`: it falls back on the data set's code, whose constructor asks a bucket.
+    builder = read_only_builder.builder_from_files(name, **where)
+  except tfds.core.DatasetNotFoundError:
+    raise _not_prepared(name, data_dir or tfds.core.constants.DATA_DIR) from None
+  # Asked of all formats, since convert_format leaves its result beside the original.
+  if tfds.core.FileFormat.ARRAY_RECORD in builder.info.available_file_formats():
+    return builder
+  raise ValueError(
+    f"{builder.info.full_name} is stored as {builder.info.file_format.value}, which only "
+    "TensorFlow reads. Convert it, once, where TensorFlow is installed: "
+    "python -m tensorflow_datasets.scripts.convert_format "
+    f"--dataset_version_dir={builder.data_dir} --out_file_format=array_record"
+  )
+
+
+def _not_prepared(name: str, directory: str) -> Exception:
+  """The error for a data set that is not on disk: unknown, or known and how to prepare it."""
+  import tensorflow_datasets as tfds
+
+  known = tfds.list_builders(with_community_datasets=False)
+  dataset = name.split("/")[0].split(":")[0]
+  if dataset not in known:
+    nearest = difflib.get_close_matches(dataset, ["embedded", "text_files", *known], n=3)
+    return ValueError(
+      f"no data set is called {name!r}; nearest names: {nearest}. "
+      "data.name=embedded needs no download"
+    )
+  return FileNotFoundError(
+    f"{name} is not prepared under {directory}. Prepare it once, with a network: python -c "
+    '"import tensorflow_datasets as tfds, tensorflow_datasets.text, tensorflow_datasets.translate; '
+    f"tfds.builder('{name}', data_dir='{directory}', file_format='array_record')"
+    '.download_and_prepare()". Or use data.name=embedded, which needs no download'
+  )

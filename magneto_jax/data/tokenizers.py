@@ -1,0 +1,219 @@
+"""Text to ids and back without loss: bytes, or sentencepiece trained on the text at hand."""
+
+import hashlib
+import io
+import os
+import pathlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import sentencepiece
+
+from magneto_jax.data import files
+
+PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
+_SPECIALS = 4  # ids below are specials
+_SPACE = "\u2581"  # what sentencepiece writes for a space
+
+# Training sentences: parts of lines, cut after at most 1,000 characters (at a space if there is
+# one), because sentencepiece drops sentences over 4,192 bytes. Its reserved characters (null, its
+# space and its unknown mark) are left out; they are encoded as bytes.
+_BREAK = r"\n\0\u2581\u2585"
+_SENTENCE = re.compile(rf"[^{_BREAK}]{{1,1000}}(?=[ {_BREAK}]|$)|[^{_BREAK}]{{1,1000}}")
+
+
+class Tokenizer(Protocol):
+  """What the packing and the decoding need of a tokenizer.
+
+  Attributes:
+    vocab_size: number of ids, specials included.
+    pad_id, bos_id, eos_id, unk_id: always 0, 1, 2, 3.
+    identity: JSON-able values that name the mapping from text to ids exactly.
+  """
+
+  vocab_size: int
+  pad_id: int
+  bos_id: int
+  eos_id: int
+  unk_id: int
+  identity: Mapping[str, Any]
+
+  def encode(self, text: str) -> np.ndarray:
+    """Returns the ids of a text, int32 of shape [tokens], without specials."""
+    ...
+
+  def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+    """Returns the text of ids: specials are skipped, invalid UTF-8 becomes U+FFFD."""
+    ...
+
+
+class ByteTokenizer:
+  """One id a UTF-8 byte, `4 + byte`: lossless on every text, nothing to train; 260 ids."""
+
+  pad_id, bos_id, eos_id, unk_id = PAD_ID, BOS_ID, EOS_ID, UNK_ID
+  vocab_size = _SPECIALS + 256
+  identity = {"kind": "byte", "vocab_size": vocab_size}
+
+  def encode(self, text: str) -> np.ndarray:
+    """See `Tokenizer.encode`."""
+    return np.frombuffer(text.encode(), np.uint8).astype(np.int32) + _SPECIALS
+
+  def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+    """See `Tokenizer.decode`."""
+    kept = _without_specials(ids, self.vocab_size)
+    return bytes(i - _SPECIALS for i in kept).decode(errors="replace")
+
+
+class SentencePieceTokenizer:
+  """A sentencepiece BPE model that gives every text back exactly.
+
+  Lossless because nothing is normalised, spaces stay as they are, a newline is a piece of its
+  own, and what has no piece is spelt in bytes. One character needs help: sentencepiece writes a
+  space as U+2581 and would decode a literal U+2581 as a space, so `encode` spells it in bytes.
+
+  BPE rather than unigram: on the held-out embedded play it needs 3 % fewer tokens (45,132 against
+  46,621 at 1,024 pieces; 39,323 against 40,304 at 2,048) and trains 15 times as fast.
+  """
+
+  pad_id, bos_id, eos_id, unk_id = PAD_ID, BOS_ID, EOS_ID, UNK_ID
+
+  def __init__(self, model: bytes, name: str = "model"):
+    """Wraps the bytes of a sentencepiece model.
+
+    Args:
+      model: the serialised model.
+      name: what errors call it.
+
+    Raises:
+      ValueError: not a sentencepiece model, or not one with our special ids and byte pieces.
+    """
+    try:
+      self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    except RuntimeError:
+      raise ValueError(f"{name} is not a sentencepiece model ({len(model)} bytes)") from None
+    p = self._processor
+    ids = {"pad": p.pad_id(), "bos": p.bos_id(), "eos": p.eos_id(), "unk": p.unk_id()}
+    wanted = {"pad": PAD_ID, "bos": BOS_ID, "eos": EOS_ID, "unk": UNK_ID}
+    if ids != wanted or not p.is_byte(p.piece_to_id("<0xE2>")):
+      raise ValueError(
+        f"{name} has the ids {ids}; a tokenizer for this library has {wanted} and is trained "
+        "with byte_fallback=true"
+      )
+    self._space_ids = [p.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
+    self.vocab_size = p.get_piece_size()
+    self.identity = {
+      "kind": "sentencepiece",
+      "vocab_size": self.vocab_size,
+      "sha256": hashlib.sha256(model).hexdigest(),
+    }
+
+  @classmethod
+  def load(cls, path: str | os.PathLike[str]) -> "SentencePieceTokenizer":
+    """Reads a model file; see `__init__` for what it must hold."""
+    try:
+      model = pathlib.Path(path).read_bytes()
+    except FileNotFoundError:
+      raise FileNotFoundError(f"tokenizer_file: {path} does not exist") from None
+    return cls(model, str(path))
+
+  @classmethod
+  def train(
+    cls,
+    texts: Sequence[str],
+    vocab_size: int,
+    path: str | os.PathLike[str],
+    max_sentences: int = 1_000_000,
+  ) -> "SentencePieceTokenizer":
+    """Trains on texts, writes the model to `path` and returns it.
+
+    Deterministic: the same texts and arguments give the same bytes, whatever the machine's load
+    or number of cores.
+
+    Args:
+      texts: the documents, read one at a time.
+      vocab_size: number of ids; 4 specials, 256 bytes and the newline are among them.
+      path: the file to write.
+      max_sentences: a bound on the lines trained on, and so on memory and time. A larger
+        corpus is sampled evenly: documents at equal distances, lines at equal distances
+        within each.
+
+    Returns:
+      The trained tokenizer.
+
+    Raises:
+      ValueError: the texts have more characters or fewer distinct pieces than `vocab_size`.
+    """
+    if vocab_size < 1:
+      raise ValueError(f"{vocab_size=} must be positive")
+    model = io.BytesIO()
+    try:
+      sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=_sentences(texts, max_sentences),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        pad_id=PAD_ID,
+        bos_id=BOS_ID,
+        eos_id=EOS_ID,
+        unk_id=UNK_ID,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        user_defined_symbols=["\n"],
+        character_coverage=0.9999,  # rarer characters are spelt in bytes
+        num_threads=1,  # with more, the order of the counts is up to the scheduler
+        minloglevel=2,
+      )
+    except RuntimeError as error:
+      if message := _size_error(str(error), vocab_size):
+        raise ValueError(message) from None
+      raise  # not about sizes: for example a text that cannot be read
+    files.write_durably(path, model.getvalue())
+    return cls(model.getvalue(), str(path))
+
+  def encode(self, text: str) -> np.ndarray:
+    """See `Tokenizer.encode`."""
+    first, *rest = text.split(_SPACE)
+    ids = self._processor.encode(first)
+    for part in rest:
+      ids += self._space_ids
+      ids += self._processor.encode(part)
+    return np.asarray(ids, np.int32)
+
+  def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+    """See `Tokenizer.decode`."""
+    return self._processor.decode(_without_specials(ids, self.vocab_size))
+
+
+def _without_specials(ids: Sequence[int] | np.ndarray, vocab_size: int) -> list[int]:
+  """Plain ints without specials, checked to be in the vocabulary."""
+  array = np.asarray(ids).reshape(-1)
+  if array.size and not 0 <= array.min() <= array.max() < vocab_size:
+    raise ValueError(f"ids must lie in [0, {vocab_size}), got {array.min()} to {array.max()}")
+  return [int(i) for i in array if i >= _SPECIALS]
+
+
+def _sentences(texts: Sequence[str], limit: int) -> Iterator[str]:
+  """At most `limit` training sentences, evenly spread over the documents."""
+  visited = min(len(texts), limit)
+  for k in range(visited):
+    sentences = _SENTENCE.findall(texts[k * len(texts) // visited])
+    quota = min(-(-limit // (visited - k)), len(sentences))
+    for i in range(quota):
+      yield sentences[i * len(sentences) // quota]
+    limit -= quota  # what a short document leaves goes to the later ones
+
+
+def _size_error(message: str, vocab_size: int) -> str:
+  """Our line for what sentencepiece says of sizes; empty for anything else."""
+  if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+    return f"{vocab_size=} is too small for the characters of this text: use >= {found[1]}"
+  if found := re.search(r"set it to a value <= (\d+)", message):
+    return f"{vocab_size=} is more than this text has pieces for: use <= {found[1]}"
+  if "sentences_.empty()" in message:
+    return "the training text is empty: a tokenizer cannot be trained on it"
+  return ""

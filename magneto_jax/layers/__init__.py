@@ -1,0 +1,23 @@
+"""Leaf layers and the residual rule, as plain Linen modules for any project."""
+
+from magneto_jax.layers.attention import Attention, KVCache
+from magneto_jax.layers.feed_forward import FeedForward
+from magneto_jax.layers.initializers import DenseInit, bias_init, dense_init, kernel_init
+from magneto_jax.layers.norms import norm_factory
+from magneto_jax.layers.positions import rotary, sinusoidal
+from magneto_jax.layers.residual import Residual, drop_path
+
+__all__ = [
+  "Attention",
+  "DenseInit",
+  "FeedForward",
+  "KVCache",
+  "Residual",
+  "bias_init",
+  "dense_init",
+  "drop_path",
+  "kernel_init",
+  "norm_factory",
+  "rotary",
+  "sinusoidal",
+]

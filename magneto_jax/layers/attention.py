@@ -1,0 +1,183 @@
+"""Multi-head attention with a key/value cache."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from magneto_jax import kernels
+from magneto_jax.layers.initializers import DenseInit
+from magneto_jax.layers.norms import NormFactory
+from magneto_jax.layers.positions import rotary
+from magneto_jax.theory import recipes
+
+
+class KVCache(NamedTuple):
+  """Keys and values of a scanned segment's layers, and where the next ones go.
+
+  One array holds all layers, so that a decode step writes its one row in place instead of
+  copying the layer; `layer` says which slice this call reads and writes.
+  """
+
+  k_LBSKH: jax.Array
+  v_LBSKH: jax.Array
+  layer: jax.Array
+  length: jax.Array
+
+  def extend(self, k_BTKH: jax.Array, v_BTKH: jax.Array) -> "KVCache":
+    """Writes T new rows after the first `length`; `length` itself is moved by the caller."""
+    # Of one dtype: with 64-bit mode on, a literal 0 and the scan's index are int64.
+    start = [jnp.asarray(i, jnp.int32) for i in (self.layer, 0, self.length, 0, 0)]
+
+    def write(cache, rows):
+      return jax.lax.dynamic_update_slice(cache, rows[None].astype(cache.dtype), start)
+
+    return self._replace(k_LBSKH=write(self.k_LBSKH, k_BTKH), v_LBSKH=write(self.v_LBSKH, v_BTKH))
+
+  def read(self) -> tuple[jax.Array, jax.Array]:
+    """This layer's keys and values [B, S, K, H]."""
+    at = lambda cache: jax.lax.dynamic_index_in_dim(cache, self.layer, 0, False)
+    return at(self.k_LBSKH), at(self.v_LBSKH)
+
+
+class Attention(nn.Module):
+  """y = W_o mid_norm(concat_i softmax(q_i k_i^T / sqrt(H) + masks) v_i) + b_o.
+
+  Attributes:
+    num_heads: N; head_dim: H, D / N by default.
+    num_kv_heads: K, a divisor of N (grouped queries); N by default.
+    qk_init: init functions of the query and key projections.
+    v_init: init functions of the value projection.
+    out_init: init functions of the output projection.
+    mid_norm: factory `(name=...) -> norm` of the norm over the heads before W_o, or None.
+    head_scale: a learned factor for each head: None, `pre_out_proj` (on the head's output), or one
+      of fairseq's two forms after W_o, on contiguous or interleaved channels (see `recipes`).
+    dense: factory of the projections, called as nn.DenseGeneral is.
+    is_causal: whether position t attends to positions <= t only.
+    window: (left, right) reach of the attention, None for no bound on a side.
+    logits_soft_cap: c in logits <- c tanh(logits / c), or None.
+    rotary: whether queries and keys are rotated by their positions.
+    dropout_rate: of the attention probabilities.
+    dtype: of the computation; parameters are float32.
+    implementation: of `kernels.dot_product_attention`; None chooses.
+
+  Reference: Foundation Transformers, arXiv 2210.06423, equations 1-2 (with the norm).
+  """
+
+  num_heads: int
+  num_kv_heads: int | None = None
+  head_dim: int | None = None
+  qk_init: DenseInit = DenseInit()
+  v_init: DenseInit = DenseInit()
+  out_init: DenseInit = DenseInit()
+  mid_norm: NormFactory | None = None
+  head_scale: str | None = None
+  dense: Callable[..., nn.Module] = nn.DenseGeneral
+  use_bias: bool = True
+  is_causal: bool = False
+  window: tuple[int | None, int | None] | None = None
+  logits_soft_cap: float | None = None
+  rotary: bool = False
+  dropout_rate: float = 0.0
+  dtype: jnp.dtype | None = None
+  implementation: str | None = None
+
+  @nn.compact
+  def __call__(
+    self,
+    x_BTD: jax.Array,
+    *,
+    positions_BT: jax.Array | None = None,
+    segment_ids: tuple[jax.Array, jax.Array] | None = None,
+    cache: KVCache | None = None,
+    deterministic: bool = True,
+  ) -> tuple[jax.Array, KVCache | None]:
+    """Self-attention.
+
+    Args:
+      x_BTD: the input.
+      positions_BT: positions for the rotation; 0 .. T-1 by default.
+      segment_ids: integers [B, T] of the queries and [B, S] of the keys: a query attends to keys
+        of its own segment only (packed documents; padding is a segment of its own).
+      cache: earlier keys and values; the new ones are written behind them.
+      deterministic: False drops probabilities and needs an rng named `dropout`.
+
+    Returns:
+      [B, T, D] and the extended cache (None without one).
+    """
+    width = x_BTD.shape[-1]
+    heads, kv_heads = self.num_heads, self.num_kv_heads or self.num_heads
+    if self.head_dim is None and width % heads:
+      raise ValueError(f"num_heads={heads} must divide {width=}; or give head_dim")
+    head_dim = self.head_dim or width // heads
+    if self.head_scale not in (None, *recipes.HEAD_SCALES):
+      choices = ", ".join(map(str, (None, *recipes.HEAD_SCALES)))
+      raise ValueError(f"head_scale={self.head_scale!r} must be one of {choices}")
+    if self.head_scale not in (None, "pre_out_proj") and width % heads:
+      raise ValueError(f"num_heads={heads} must divide {width=} for {self.head_scale!r}")
+
+    def dense(x, features, init, name):
+      axes = tuple(range(2, x.ndim))
+      project = self.dense(
+        features,
+        axis=axes,
+        use_bias=self.use_bias,
+        kernel_init=init.kernel,
+        bias_init=init.bias(math.prod(x.shape[2:])),
+        dtype=self.dtype,
+        name=name,
+      )
+      return project(x)
+
+    q_BTNH = dense(x_BTD, (heads, head_dim), self.qk_init, "query")
+    k_BTKH = dense(x_BTD, (kv_heads, head_dim), self.qk_init, "key")
+    v_BTKH = dense(x_BTD, (kv_heads, head_dim), self.v_init, "value")
+    if self.rotary:
+      if positions_BT is None:
+        positions_BT = jnp.arange(x_BTD.shape[1])[None]
+      q_BTNH, k_BTKH = rotary(q_BTNH, positions_BT), rotary(k_BTKH, positions_BT)
+    q_offset = 0
+    if cache is not None:
+      q_offset = cache.length
+      cache = cache.extend(k_BTKH, v_BTKH)
+      k_BTKH, v_BTKH = cache.read()
+
+    dropout_rate = 0.0 if deterministic else self.dropout_rate
+    o_BTNH = kernels.dot_product_attention(
+      q_BTNH,
+      k_BTKH.astype(q_BTNH.dtype),
+      v_BTKH.astype(q_BTNH.dtype),
+      q_segment_ids=None if segment_ids is None else segment_ids[0],
+      kv_segment_ids=None if segment_ids is None else segment_ids[1],
+      is_causal=self.is_causal,
+      q_offset=q_offset,
+      window=self.window,
+      logits_soft_cap=self.logits_soft_cap,
+      dropout_rate=dropout_rate,
+      dropout_key=self.make_rng("dropout") if dropout_rate else None,
+      implementation=self.implementation,
+    )
+    if self.head_scale is not None:
+      gamma_N = self.param("head_scale", nn.initializers.ones, (heads,)).astype(o_BTNH.dtype)
+    if self.head_scale == "pre_out_proj":
+      o_BTNH = o_BTNH * gamma_N.reshape(1, 1, heads, 1)
+    if self.mid_norm is not None:
+      # One norm over all heads of a token, as in the paper, not one a head.
+      o_BTNH = self.mid_norm(name="mid_norm")(o_BTNH.reshape(*o_BTNH.shape[:2], -1))
+      o_BTNH = o_BTNH.reshape(*o_BTNH.shape[:2], heads, head_dim)
+    y_BTD = dense(o_BTNH, width, self.out_init, "out")
+    if self.head_scale not in (None, "pre_out_proj"):
+      y_BTD = _scale_blocks(y_BTD, gamma_N, self.head_scale)
+    return y_BTD, cache
+
+
+def _scale_blocks(y_BTD: jax.Array, gamma_N: jax.Array, placement: str) -> jax.Array:
+  """fairseq's head scale after W_o; until November 2021 it also transposed (head, channel)."""
+  y_BTNH = y_BTD.reshape(*y_BTD.shape[:2], gamma_N.shape[0], -1)
+  y_BTNH = y_BTNH * gamma_N.reshape(1, 1, -1, 1)
+  if placement == "post_out_proj_interleaved":
+    y_BTNH = y_BTNH.swapaxes(-1, -2)
+  return y_BTNH.reshape(y_BTD.shape)

@@ -1,0 +1,68 @@
+"""Parameter init functions from the records of a recipe."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.nn.initializers import Initializer
+
+from magneto_jax.theory import recipes
+
+
+def zero_bias(fan_in: int) -> Initializer:
+  """Biases start at zero, whatever the fan-in."""
+  del fan_in
+  return jax.nn.initializers.zeros
+
+
+class DenseInit(NamedTuple):
+  """How one projection is drawn.
+
+  Attributes:
+    kernel: an init function `(key, shape [fan_in, fan_out], dtype) -> array`.
+    bias: from the kernel's fan-in to the init function of the bias.
+  """
+
+  kernel: Initializer = jax.nn.initializers.xavier_normal()
+  bias: Callable[[int], Initializer] = zero_bias
+
+
+def kernel_init(init: recipes.Init) -> Initializer:
+  """The init function of a kernel [fan_in, fan_out]; see `recipes.Init` for the distributions.
+
+  The gain may be a traced scalar, so that one compiled init serves every value of it.
+  """
+
+  def draw(key, shape, dtype=jnp.float32, out_sharding=None):
+    del out_sharding
+    std = init.std(*shape)
+    if init.family in ("xavier_uniform", "torch_uniform"):
+      unit = jax.random.uniform(key, shape, dtype, -math.sqrt(3), math.sqrt(3))
+    else:
+      unit = jax.random.normal(key, shape, dtype)
+    return unit * jnp.asarray(std, dtype)
+
+  return draw
+
+
+def bias_init(init: recipes.Init) -> Callable[[int], Initializer]:
+  """From the fan-in of the kernel beside it to the bias's init function."""
+  if init.bias == "zeros":
+    return zero_bias
+
+  def from_fan_in(fan_in: int) -> Initializer:
+    def draw(key, shape, dtype=jnp.float32, out_sharding=None):
+      del out_sharding
+      bound = jnp.asarray(init.bias_gain / math.sqrt(fan_in), dtype)
+      return jax.random.uniform(key, shape, dtype, -1.0, 1.0) * bound
+
+    return draw
+
+  return from_fan_in
+
+
+def dense_init(init: recipes.Init) -> DenseInit:
+  """The init functions of a projection from a recipe's record."""
+  return DenseInit(kernel_init(init), bias_init(init))

@@ -1,0 +1,223 @@
+"""What a person sees of a run: tables, progress, metrics files and the learning curve."""
+
+import contextlib
+import json
+import math
+import pathlib
+import sys
+import time
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+import rich.console
+import rich.progress
+import rich.table
+
+# Dense bfloat16 peaks of one JAX device in FLOP/s, from the makers' data sheets, by the start of
+# `device_kind`. A device of TPU v2, v3 and 7x is one of a chip's two cores.
+PEAK_FLOPS = {
+  "TPU v2": 22.5e12,
+  "TPU v3": 61.5e12,
+  "TPU v4": 275e12,
+  "TPU v5 lite": 197e12,
+  "TPU v5": 459e12,
+  "TPU v6 lite": 918e12,
+  "TPU7x": 1153.5e12,
+  "NVIDIA A100": 312e12,
+  "NVIDIA H100": 989e12,
+  "NVIDIA H200": 989e12,
+  "NVIDIA L4": 121e12,
+  "Tesla T4": 65e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+  """The device's peak, or None where it is not known."""
+  kinds = sorted((kind for kind in PEAK_FLOPS if device_kind.startswith(kind)), key=len)
+  return PEAK_FLOPS[kinds[-1]] if kinds else None
+
+
+def in_units(value: float, unit: str, *, base: int = 1000) -> str:
+  """`3.21 GFLOP`, `45.0 MiB`: three digits and a prefix."""
+  prefixes = ["", "k", "M", "G", "T", "P", "E"] if base == 1000 else ["", "Ki", "Mi", "Gi", "Ti"]
+  power = 0
+  while abs(value) >= base and power < len(prefixes) - 1:
+    value, power = value / base, power + 1
+  return (
+    f"{value:.3g} {prefixes[power]}{unit}"
+    if value < 100
+    else (f"{value:.0f} {prefixes[power]}{unit}")
+  )
+
+
+def duration(seconds: float) -> str:
+  """`45 s`, `3 min 20 s`, `2 h 05 min`."""
+  if seconds < 60:
+    return f"{seconds:.0f} s"
+  minutes = seconds / 60
+  if minutes < 60:
+    return f"{int(minutes)} min {int(seconds % 60):02d} s"
+  return f"{int(minutes / 60)} h {int(minutes % 60):02d} min"
+
+
+def make_console() -> rich.console.Console:
+  """The terminal, or a page wide enough for the tables where there is none."""
+  console = rich.console.Console()
+  return console if console.is_terminal else rich.console.Console(width=100)
+
+
+def parameter_table(params) -> rich.table.Table:
+  """Path, shape, count and standard deviation of every parameter (no deviation if abstract)."""
+  table = rich.table.Table(title="Parameters", title_justify="left", box=None, pad_edge=False)
+  table.add_column("path", overflow="fold")
+  for column in ("shape", "count", "std"):
+    table.add_column(column, justify="right")
+  total = 0
+  for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+    name = "/".join(str(key.key) for key in path)
+    std = "" if isinstance(leaf, jax.ShapeDtypeStruct) else f"{float(np.std(leaf)):.3g}"
+    shape = " x ".join(map(str, leaf.shape))
+    table.add_row(name, shape, f"{math.prod(leaf.shape):,}", std)
+    total += math.prod(leaf.shape)
+  table.add_section()
+  table.add_row("total", "", f"{total:,}", "")
+  return table
+
+
+def count(params) -> int:
+  """How many numbers the parameters hold."""
+  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+class Stopwatch:
+  """Seconds of running time, without the pauses."""
+
+  def __init__(self):
+    self._before, self._since = 0.0, time.perf_counter()
+
+  @property
+  def seconds(self) -> float:
+    return self._before + time.perf_counter() - self._since
+
+  @contextlib.contextmanager
+  def paused(self) -> Iterator[None]:
+    self._before = self.seconds
+    try:
+      yield
+    finally:
+      self._since = time.perf_counter()
+
+
+class Progress:
+  """A live bar on a terminal, plain lines elsewhere."""
+
+  def __init__(self, console: rich.console.Console, *, start: int, total: int):
+    self._console, self._total, self._task = console, total, None
+    self._live = console.is_terminal
+    if self._live:
+      columns = rich.progress
+      self._bar = columns.Progress(
+        columns.TextColumn("step {task.completed:,.0f}/{task.total:,.0f}"),
+        columns.BarColumn(),
+        columns.TextColumn("{task.fields[status]}"),
+        columns.TextColumn("time left"),
+        columns.TimeRemainingColumn(),
+        console=console,
+      )
+      self._task = self._bar.add_task("", total=total, completed=start, status="compiling")
+
+  def __enter__(self) -> "Progress":
+    if self._live:
+      self._bar.start()
+    return self
+
+  def __exit__(self, *exc_info) -> None:
+    if self._live:
+      self._bar.stop()
+
+  def step(self, step: int, *, loss: float, tokens_per_second: float) -> None:
+    """One step has been taken."""
+    if self._live:
+      status = f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s"
+      self._bar.update(self._task, completed=step, status=status)
+
+  def line(self, text: str, *, terminal: bool = True) -> None:
+    """A line above the bar; `terminal=False` for what the bar shows anyway."""
+    if terminal or not self._live:
+      self._console.print(text, highlight=False, soft_wrap=True, markup=False)
+      if not self._live:
+        sys.stdout.flush()
+
+
+class MetricWriter:
+  """Metrics by step in `metrics.jsonl` (a JSON object a line) and for TensorBoard."""
+
+  def __init__(self, workdir: pathlib.Path, *, after_step: int):
+    """Opens the files; lines after `after_step`, left by a run cut short, are dropped."""
+    import tensorboardX  # Slow to import, and needed by nobody who only reads this module.
+
+    self._path = workdir / "metrics.jsonl"
+    kept = [row for row in read_metrics(workdir) if row["step"] <= after_step]
+    self._path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    self._file = self._path.open("a", buffering=1)
+    purge = {"purge_step": after_step + 1} if after_step else {}
+    self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), **purge)
+
+  def write(self, step: int, metrics: dict[str, float]) -> None:
+    """Adds one line."""
+    self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+    for name, value in metrics.items():
+      self._board.add_scalar(name, value, step)
+
+  def close(self) -> None:
+    self._file.close()
+    self._board.close()
+
+
+def read_metrics(workdir: pathlib.Path) -> list[dict[str, float]]:
+  """The rows of a run's metrics.jsonl; a last line cut short by a crash is left out."""
+  path, rows = pathlib.Path(workdir) / "metrics.jsonl", []
+  for line in path.read_text().splitlines() if path.exists() else []:
+    with contextlib.suppress(json.JSONDecodeError):
+      rows.append(json.loads(line))
+  return rows
+
+
+def draw_learning_curve(workdir: pathlib.Path, *, title: str, unit: str) -> pathlib.Path:
+  """Draws loss by step, training and validation, into `learning_curve.png`.
+
+  Args:
+    workdir: where metrics.jsonl lies.
+    title: of the picture.
+    unit: of the loss.
+  """
+  from matplotlib.figure import Figure
+
+  rows = read_metrics(workdir)
+  figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+  axes = figure.subplots()
+  for name, label, style in (
+    ("train/loss", "training (with dropout)", dict(color="#9ab7d3", linewidth=1.2)),
+    ("validation/loss_nats_per_token", "validation", dict(color="#1f4e79", marker="o", ms=4)),
+  ):
+    points = [(row["step"], row[name]) for row in rows if name in row]
+    if points:
+      axes.plot(*zip(*points, strict=True), label=label, **style)
+  validation = [
+    (row["step"], row["validation/loss_nats_per_token"])
+    for row in rows
+    if "validation/loss_nats_per_token" in row
+  ]
+  if validation:
+    step, value = validation[-1]
+    axes.annotate(
+      f"{value:.3f}", (step, value), textcoords="offset points", xytext=(0, 8), ha="center"
+    )
+  axes.set(xlabel="optimizer step", ylabel=f"loss ({unit})", title=title)
+  axes.grid(alpha=0.25)
+  axes.spines[["top", "right"]].set_visible(False)
+  axes.legend(frameon=False)
+  path = pathlib.Path(workdir) / "learning_curve.png"
+  figure.savefig(path)
+  return path

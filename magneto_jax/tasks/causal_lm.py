@@ -1,0 +1,127 @@
+"""Causal language modelling: predict each token from those before it."""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+import optax
+
+from magneto_jax.config import DataConfig, ModelConfig, TrainConfig
+from magneto_jax.data import text
+from magneto_jax.layers.feed_forward import GATED
+from magneto_jax.models.language import CausalLM
+from magneto_jax.tasks.task import Task
+from magneto_jax.theory import flops as theory_flops
+from magneto_jax.theory import recipes
+
+
+def architecture(model: ModelConfig) -> recipes.Architecture:
+  """What a recipe needs to know of the decoder."""
+  return recipes.Architecture(
+    kind="decoder",
+    decoder_layers=model.layers,
+    width=model.width,
+    ffn_width=model.ffn_width,
+    heads=model.heads,
+    dropout=model.dropout,
+  )
+
+
+def decoder_recipe(config: TrainConfig) -> recipes.Stack:
+  """The decoder stack's record of the config's recipe."""
+  stack = recipes.RECIPES[config.recipe](architecture(config.model)).decoder
+  return dataclasses.replace(stack, norm=config.model.norm) if config.model.norm else stack
+
+
+def facts(data: text.TextData) -> dict[str, int]:
+  """What the model must know of its data."""
+  return {"vocab_size": data.tokenizer.vocab_size}
+
+
+def build_model(config: TrainConfig, facts: dict[str, int]) -> CausalLM:
+  """The config's decoder over the data's vocabulary."""
+  model = config.model
+  return CausalLM(
+    recipe=decoder_recipe(config),
+    vocab_size=facts["vocab_size"],
+    width=model.width,
+    num_heads=model.heads,
+    ffn_width=model.ffn_width,
+    num_kv_heads=model.kv_heads or None,
+    head_dim=model.head_dim or None,
+    activation=model.activation,
+    positions=model.positions,
+    max_length=config.data.seq_length,
+    tied=model.tied_embeddings,
+    window=(model.window, 0) if model.window else None,
+    logits_soft_cap=model.logits_soft_cap or None,
+    dropout_rate=model.dropout,
+    attention_dropout_rate=model.attention_dropout,
+    activation_dropout_rate=model.activation_dropout,
+    drop_path_rate=model.drop_path,
+    remat=model.remat,
+    unroll=model.unroll,
+    dtype=jnp.dtype(model.dtype),
+    attention_implementation=model.attention_implementation or None,
+  )
+
+
+def loss(model: CausalLM, params, batch, dropout_key=None):
+  """Sum over tokens of -log p(target) (nats) and the number of tokens, both weighted."""
+  logits_BTV = model.apply(
+    {"params": params},
+    batch["inputs"],
+    positions_BT=batch["positions"],
+    segment_ids_BT=batch["segment_ids"],
+    deterministic=dropout_key is None,
+    rngs=None if dropout_key is None else {"dropout": dropout_key},
+  )
+  nats_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, batch["targets"])
+  return jnp.sum(nats_BT * batch["weights"]), jnp.sum(batch["weights"])
+
+
+def metrics(
+  loss_sum: float, weight_sum: float, data: text.TextData, *, whole: bool
+) -> dict[str, float]:
+  """Nats a token; over the whole validation text also bits a byte, whatever the tokenizer."""
+  values = {"loss_nats_per_token": loss_sum / weight_sum}
+  if whole:
+    values["bits_per_byte"] = loss_sum / math.log(2) / data.validation_bytes
+  return values
+
+
+def flops(config: TrainConfig, data: text.TextData) -> int:
+  """FLOPs of one step; see `theory.flops`."""
+  model = config.model
+  return theory_flops.train_step_flops(
+    layers=model.layers,
+    width=model.width,
+    ffn_width=model.ffn_width,
+    heads=model.heads,
+    kv_heads=model.kv_heads or model.heads,
+    head_dim=model.head_dim or model.width // model.heads,
+    vocab_size=data.tokenizer.vocab_size,
+    seq_length=config.data.seq_length,
+    batch_size=config.batch_size,
+    gated=model.activation in GATED,
+  )
+
+
+def load_data(config: DataConfig, directory: str) -> text.TextData:
+  """Documents, tokenizer and token windows; what is derived is kept in `directory`."""
+  values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+  del values["workers"]  # The pipeline's, not the text's.
+  for name in ("train_files", "validation_files"):
+    values[name] = tuple(part.strip() for part in values[name].split(",") if part.strip())
+  return text.load_text(workdir=directory, **values)
+
+
+TASK = Task(
+  load_data=load_data,
+  facts=facts,
+  build_model=build_model,
+  dummy_inputs=lambda config: (jnp.zeros((1, config.data.seq_length), jnp.int32),),
+  loss=loss,
+  metrics=metrics,
+  flops=flops,
+)

@@ -1,0 +1,35 @@
+"""The record of a task."""
+
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from flax import linen as nn
+
+from magneto_jax.config import DataConfig, TrainConfig
+
+Batch = dict[str, jax.Array]
+
+
+class Task(NamedTuple):
+  """What a batch is, its loss and its metrics.
+
+  Attributes:
+    load_data: `(config.data, directory for what is derived from it) -> data`.
+    facts: `data -> {name: number}`: what a model must know of its data, kept beside its weights.
+    build_model: `(config, facts) -> module`.
+    dummy_inputs: `config -> positional arguments` that initialise the module.
+    loss: `(module, params, batch, dropout key or None) -> (sum of losses, sum of weights)`.
+    metrics: `(sum of losses, sum of weights, data, whole=) -> {name: value}` of a validation set,
+      or of a part of it.
+    flops: `(config, data) -> FLOPs` of one optimizer step.
+  """
+
+  load_data: Callable[[DataConfig, pathlib.Path], Any]
+  facts: Callable[[Any], dict[str, int]]
+  build_model: Callable[[TrainConfig, dict[str, int]], nn.Module]
+  dummy_inputs: Callable[[TrainConfig], tuple]
+  loss: Callable[[nn.Module, Any, Batch, jax.Array | None], tuple[jax.Array, jax.Array]]
+  metrics: Callable[..., dict[str, float]]
+  flops: Callable[[TrainConfig, Any], int]

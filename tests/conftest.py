@@ -1,0 +1,18 @@
+"""The environment of every test, set before jax is imported, and inherited by subprocesses."""
+
+import os
+
+# Tests pass without an accelerator; JAX_PLATFORMS=cuda (or tpu) runs the same ones on it.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# A missing axis must not be filled in by silent broadcasting.
+os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
+# XLA's pool (NPROC) and the BLAS of numpy take a thread a core by default: with pytest-xdist that
+# would be cores x workers of them, and other sums on other machines.
+os.environ.setdefault("NPROC", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# pyplot must not look for a screen.
+os.environ.setdefault("MPLBACKEND", "agg")
+# No persistent compilation cache: a test of compilation counts or of donation must not pass because
+# an earlier run left something behind.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"

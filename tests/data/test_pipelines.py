@@ -1,0 +1,191 @@
+"""Pipelines: one stream for any number of hosts and workers, exact resumption, exact evaluation."""
+
+import json
+
+import grain
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from magneto_jax.data import documents, packing, pipelines, tokenizers
+
+
+def _dataset(size=37, length=4, keep_tail=False):
+  """Samples told apart by their first input; `size` of them, or one more with the tail."""
+  tokens = np.arange(4, 4 + size * length + 2, dtype=np.uint16)
+  return packing.PackedDataset(tokens, np.array([0, len(tokens)]), length, keep_tail)
+
+
+def _take(iterator, count):
+  return [next(iterator) for _ in range(count)]
+
+
+def _ids(batches):
+  return np.concatenate([(batch["inputs"][:, 0] - 4) // 4 for batch in batches])
+
+
+def _assert_equal(ours, theirs):
+  assert len(ours) == len(theirs)
+  for a, b in zip(ours, theirs, strict=True):
+    assert a.keys() == b.keys()
+    for key in a:
+      np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+
+
+def test_every_epoch_holds_each_sample_once_in_a_new_order():
+  dataset = _dataset(36)
+  ids = _ids(_take(pipelines.train_iterator(dataset, batch_size=9, seed=0), 12)).reshape(3, 36)
+  for epoch in ids:
+    assert sorted(epoch) == list(range(36))
+  assert not any((a == b).all() for a, b in [(ids[0], ids[1]), (ids[1], ids[2]), (ids[0], ids[2])])
+  assert (ids[0] != range(36)).any()
+
+
+def test_no_sample_is_dropped_at_the_end_of_an_epoch():
+  """37 samples in batches of 8: the fifth batch straddles two epochs."""
+  ids = _ids(_take(pipelines.train_iterator(_dataset(37), batch_size=8, seed=0), 37))
+  for epoch in ids.reshape(8, 37):
+    assert sorted(epoch) == list(range(37))
+
+
+def test_the_stream_is_a_pure_function_of_the_seed():
+  def stream(seed):
+    return _take(pipelines.train_iterator(_dataset(), batch_size=8, seed=seed), 10)
+
+  _assert_equal(stream(3), stream(3))
+  assert (_ids(stream(3)) != _ids(stream(4))).any()
+
+
+def test_batches_are_rows_of_samples():
+  dataset = _dataset()
+  (batch,) = _take(pipelines.train_iterator(dataset, batch_size=8, seed=0), 1)
+  for row, i in enumerate(_ids([batch])):
+    for key, values in dataset[int(i)].items():
+      np.testing.assert_array_equal(batch[key][row], values)
+      assert batch[key].dtype == values.dtype
+
+
+@pytest.mark.parametrize("host_count", [2, 4, 8])
+def test_hosts_together_see_the_stream_of_one(host_count):
+  """Row for row: the hosts' batches, one after the other, are the one-host batch."""
+  options = dict(batch_size=8, seed=5)
+  alone = _take(pipelines.train_iterator(_dataset(), **options), 12)
+  hosts = [
+    _take(pipelines.train_iterator(_dataset(), host_index=i, host_count=host_count, **options), 12)
+    for i in range(host_count)
+  ]
+  joined = [
+    {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
+    for batches in zip(*hosts, strict=True)
+  ]
+  _assert_equal(alone, joined)
+
+
+@pytest.mark.parametrize("step", [0, 1, 4, 5, 23])
+def test_resuming_gives_the_same_batches(step):
+  """Also across the end of an epoch, and through JSON, as a checkpoint stores it."""
+  iterator = pipelines.train_iterator(_dataset(), batch_size=8, seed=0)
+  _take(iterator, step)
+  state = json.loads(json.dumps(iterator.get_state()))
+  expected = _take(iterator, 10)
+  resumed = pipelines.train_iterator(_dataset(), batch_size=8, seed=0)
+  resumed.set_state(state)
+  _assert_equal(_take(resumed, 10), expected)
+  iterator.set_state(state)
+  _assert_equal(_take(iterator, 10), expected)
+
+
+def test_orbax_saves_and_restores_the_iterator(tmp_path):
+  iterator = pipelines.train_iterator(_dataset(), batch_size=8, seed=0)
+  _take(iterator, 7)
+  with ocp.CheckpointManager(tmp_path / "checkpoints") as manager:
+    manager.save(7, args=ocp.args.Composite(data=grain.checkpoint.CheckpointSave(iterator)))
+    manager.wait_until_finished()
+    expected = _take(iterator, 5)
+    resumed = pipelines.train_iterator(_dataset(), batch_size=8, seed=0)
+    manager.restore(7, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(resumed)))
+  _assert_equal(_take(resumed, 5), expected)
+
+
+@pytest.mark.slow
+def test_workers_give_the_same_stream_and_resume_exactly(tmp_path):
+  """Two spawned processes over memory-mapped tokens; takes seconds to start them."""
+  texts = documents.Documents(3, lambda i: f"text {i} " * 50, {"name": "test"})
+  stream = packing.tokenize(texts, tokenizers.ByteTokenizer(), tmp_path)
+  dataset = packing.PackedDataset(stream.tokens, stream.offsets, 16)
+  options = dict(batch_size=4, seed=0)
+  alone = _take(pipelines.train_iterator(dataset, **options), 40)
+  iterator = pipelines.train_iterator(dataset, num_workers=2, **options)
+  _assert_equal(_take(iterator, 15), alone[:15])
+  state = json.loads(json.dumps(iterator.get_state()))
+  iterator.close()
+  resumed = pipelines.train_iterator(dataset, num_workers=2, **options)
+  resumed.set_state(state)
+  _assert_equal(_take(resumed, 25), alone[15:])
+  resumed.close()
+
+
+def test_batches_of_one_row():
+  ids = _ids(_take(pipelines.train_iterator(_dataset(5), batch_size=1, seed=0), 10))
+  assert sorted(ids[:5]) == sorted(ids[5:]) == list(range(5))
+
+
+def test_fewer_samples_than_a_batch_is_refused_with_the_figures():
+  with pytest.raises(ValueError, match="has 37 samples, fewer than batch_size=38"):
+    pipelines.train_iterator(_dataset(), batch_size=38, seed=0)
+
+
+def test_negative_seed_is_refused():
+  with pytest.raises(ValueError, match="seed=-1 must not be negative"):
+    pipelines.train_iterator(_dataset(), batch_size=8, seed=-1)
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    (dict(batch_size=9, host_count=2), "host_count=2 must divide batch_size=9"),
+    (dict(batch_size=0), "must divide batch_size=0"),
+    (dict(batch_size=8, host_index=2, host_count=2), r"host_index=2 must lie in \[0, host_count=2"),
+    (dict(batch_size=8, host_index=-1), "host_index=-1 must lie in"),
+  ],
+)
+def test_sizes_that_do_not_fit_are_refused(options, message):
+  with pytest.raises(ValueError, match=message):
+    pipelines.train_iterator(_dataset(), seed=0, **options)
+  with pytest.raises(ValueError, match=message):
+    pipelines.eval_batches(_dataset(), **options)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 19, 38, 64])
+def test_evaluation_sees_every_sample_once_in_order_in_one_shape(batch_size):
+  dataset = _dataset(keep_tail=True)
+  batches = list(pipelines.eval_batches(dataset, batch_size))
+  assert len(batches) == -(-38 // batch_size)
+  assert {batch["inputs"].shape for batch in batches} == {(batch_size, 4)}
+  joined = {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
+  for i in range(38):
+    for key, values in dataset[i].items():
+      np.testing.assert_array_equal(joined[key][i], values)
+  for values in joined.values():
+    assert not values[38:].any()
+
+
+@pytest.mark.parametrize("host_count", [2, 4])
+def test_evaluating_hosts_share_the_batches_of_one(host_count):
+  """Every host has as many batches, the last of which may be padding only."""
+  dataset = _dataset(33)
+  alone = list(pipelines.eval_batches(dataset, 8))
+  hosts = [
+    list(pipelines.eval_batches(dataset, 8, host_index=i, host_count=host_count))
+    for i in range(host_count)
+  ]
+  joined = [
+    {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
+    for batches in zip(*hosts, strict=True)
+  ]
+  _assert_equal(alone, joined)
+
+
+def test_evaluating_nothing_is_refused():
+  with pytest.raises(ValueError, match="no samples"):
+    pipelines.eval_batches(_dataset(0), 8)

@@ -1,0 +1,103 @@
+"""`load_text`: from a name to packed windows, and the same again on resumption."""
+
+import json
+
+import numpy as np
+import pytest
+
+from magneto_jax.data import pipelines, sources, text
+
+
+def _load(workdir, **options):
+  return text.load_text(**{"workdir": workdir, "vocab_size": 512, "seq_length": 64} | options)
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+  return _load(tmp_path_factory.mktemp("run"))
+
+
+def test_bytes_are_those_of_the_raw_text(loaded):
+  train, validation = sources.load_documents("embedded")
+  assert loaded.validation_bytes == 98_295 == sum(len(t.encode()) for t in validation)
+  assert loaded.train_bytes == sum(len(t.encode()) for t in train)
+
+
+def test_evaluation_scores_every_token_of_the_validation_text(loaded):
+  (play,) = sources.load_documents("embedded")[1]
+  batches = list(pipelines.eval_batches(loaded.validation, 32))
+  weights = np.concatenate([batch["weights"].ravel() for batch in batches])
+  targets = np.concatenate([batch["targets"].ravel() for batch in batches])[weights > 0]
+  assert targets[-1] == loaded.tokenizer.eos_id
+  assert loaded.tokenizer.decode(targets) == play
+
+
+def test_the_tokenizer_is_trained_on_the_training_text_only(tmp_path):
+  """The validation file's letters are in no piece longer than a byte."""
+  (tmp_path / "train.txt").write_text("the cat sat on the mat and ran\n" * 20)
+  (tmp_path / "validation.txt").write_text("ЖЖЖЖ" * 500)
+  files = {f"{s}_files": (str(tmp_path / f"{s}.txt"),) for s in ("train", "validation")}
+  data = _load(tmp_path, name="text_files", vocab_size=300, **files)
+  assert len(data.tokenizer.encode("ЖЖ")) == 4
+  assert len(data.tokenizer.encode("the cat")) < 7
+  assert data.validation_bytes == 4000
+
+
+def test_loading_again_is_identical_and_reads_what_is_there(tmp_path):
+  first = _load(tmp_path)
+  stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+  second = _load(tmp_path)
+  assert first.identity == second.identity
+  np.testing.assert_array_equal(first.train.tokens, second.train.tokens)
+  assert stamps == {path: path.stat().st_mtime_ns for path in stamps}
+
+
+def test_identity_is_json_and_changes_with_each_part(tmp_path, loaded):
+  assert json.loads(json.dumps(loaded.identity)) == loaded.identity
+  others = [
+    _load(tmp_path / "a", vocab_size=600),
+    _load(tmp_path / "b", tokenizer="byte"),
+    _load(tmp_path / "c", seq_length=32),
+    _load(tmp_path / "d", validation_split="test"),
+  ]
+  assert all(other.identity != loaded.identity for other in others)
+
+
+def test_a_shared_cache_is_used_by_other_runs(tmp_path):
+  cache = tmp_path / "cache"
+  _load(tmp_path / "a", cache_dir=str(cache))
+  before = sorted(cache.iterdir())
+  _load(tmp_path / "b", cache_dir=str(cache))
+  assert sorted(cache.iterdir()) == before and not (tmp_path / "b" / "cache").exists()
+
+
+def test_a_workdir_with_the_tokenizer_of_other_text_is_refused(tmp_path):
+  _load(tmp_path)
+  with pytest.raises(ValueError, match=r"tokenizer\.model was trained on other text or with"):
+    _load(tmp_path, vocab_size=513)
+  with pytest.raises(ValueError, match="choose another workdir, or set tokenizer_file="):
+    _load(tmp_path, train_split="test")
+
+
+def test_a_tokenizer_file_is_used_as_it_is(tmp_path, loaded):
+  _load(tmp_path / "a")
+  file = tmp_path / "a" / "tokenizer.model"
+  data = _load(tmp_path / "b", tokenizer_file=str(file), vocab_size=7, train_split="test")
+  assert data.tokenizer.identity == loaded.tokenizer.identity
+  assert not (tmp_path / "b" / "tokenizer.model").exists()
+
+
+def test_byte_tokens_need_no_training(tmp_path):
+  data = _load(tmp_path, tokenizer="byte")
+  assert data.tokenizer.vocab_size == 260
+  assert len(data.train.tokens) == data.train_bytes + 2 * 8
+  assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
+
+def test_bad_choices_are_refused(tmp_path):
+  with pytest.raises(ValueError, match=r"tokenizer='bpe' must be one of \['byte', 'sentencep"):
+    _load(tmp_path, tokenizer="bpe")
+  with pytest.raises(ValueError, match="set tokenizer='sentencepiece'"):
+    _load(tmp_path, tokenizer="byte", tokenizer_file="a.model")
+  with pytest.raises(TypeError, match="train_file"):
+    _load(tmp_path, train_file=("a",))

@@ -1,0 +1,56 @@
+"""The benchmarks run, on our side alone and at toy sizes, and write what their readers expect.
+
+Nothing is said about speed here: that needs a machine of its own.
+"""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+pytestmark = pytest.mark.ci
+
+
+def results(name: str, tmp_path: pathlib.Path, *arguments: str) -> dict:
+  """Runs `python -m benchmarks.NAME` as a person does; returns the JSON it wrote."""
+  path = tmp_path / "results.json"
+  command = [sys.executable, "-m", f"benchmarks.{name}", "--shape=smoke", f"--output={path}"]
+  command += ["--rounds=2", *arguments]
+  subprocess.run(command, check=True, cwd=ROOT, capture_output=True, timeout=240)
+
+  def refuse(constant):
+    raise ValueError(f"{constant} is no JSON")
+
+  return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+
+
+@pytest.mark.parametrize("shape", ["smoke", "smoke-encoder"])
+def test_train_step(tmp_path, shape):
+  arguments = ("--variants=magneto_jax", "--steps=2", f"--shape={shape}")
+  written = results("train_step", tmp_path, *arguments)
+  assert {"date", "machine", "environment", "git_commit", "command", "shape"} <= set(written)
+  (ours,) = written["variants"].values()
+  assert len(ours["rounds"]) == 2
+  assert all(len(turns["step"]["wall_ms"]) == 2 for turns in ours["rounds"])
+  # The same batch each time: the loss falls, so the step does train.
+  losses = [loss for turns in ours["rounds"] for loss in turns["step"]["value"]]
+  assert losses[-1] < ours["first"]["step"]["value"][0]
+  assert written["summary"]["magneto_jax"]["tokens_per_second"] > 0
+
+
+def test_decode(tmp_path):
+  arguments = ("--variants=magneto_jax", "--batch_sizes=1,2", "--prompt_length=4")
+  written = results("decode", tmp_path, *arguments, "--new_tokens=3")
+  (ours,) = written["variants"].values()
+  assert [ours["first"][call]["value"] for call in ("batch 1", "batch 2")] == [[3], [6]]
+
+
+def test_compile_time(tmp_path):
+  written = results("compile_time", tmp_path, "--depths=2,4")
+  assert set(written["time"]) == {"2", "4"}
+  assert set(written["remat"]["4"]) == {"none", "dots", "full"}
+  assert written["summary"]["deepest_over_shallowest"]["median"] > 0

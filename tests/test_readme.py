@@ -1,0 +1,78 @@
+"""The README's first two commands are what a reader pastes first: (1) train, (2) test."""
+
+import pathlib
+import re
+import shlex
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def bash_fences(text: str) -> list[str]:
+  return [body.strip() for body in re.findall(r"^```bash\n(.*?)^```$", text, re.M | re.S)]
+
+
+def problems(command: str) -> list[str]:
+  """Why `command` would not run as pasted into an empty terminal, at the top of a clone."""
+  found = []
+  if "\n" in command:
+    found.append("is more than one line")
+  if "git clone" in command:
+    found.append("clones, but the reader has a clone")
+  if not re.match(r"python3 -m venv (\S+) && \1/bin/pip install ", command):
+    found.append("does not begin by making a virtual environment and installing into it")
+  venv = command.split()[3] if len(command.split()) > 3 else ""
+  for word in shlex.split(command.replace("&&", " ")):
+    path = word.partition("=")[2] if word.startswith("-") else word
+    if path.startswith(("/", "~")) or ".." in path:
+      found.append(f"leaves the clone: {word}")
+    if word.endswith(("/pip", "/python")) and not word.startswith(f"{venv}/bin/"):
+      found.append(f"uses another environment: {word}")
+  return found
+
+
+@pytest.fixture
+def fences() -> list[str]:
+  return bash_fences((ROOT / "README.md").read_text(encoding="utf-8"))
+
+
+def test_first_two_commands_run_as_pasted(fences):
+  assert len(fences) >= 2
+  assert {command: problems(command) for command in fences[:2]} == dict.fromkeys(fences[:2], [])
+
+
+def test_first_command_trains(fences):
+  words = shlex.split(fences[0])
+  assert "magneto_jax.train" in words
+  flags = dict(word.split("=", 1) for word in words if word.startswith("--"))
+  assert flags == {"--config": "configs/gpt.py:tiny", "--workdir": "runs/tiny"}
+  assert (ROOT / "configs" / "gpt.py").is_file()
+
+
+def test_second_command_runs_the_tests(fences):
+  words = shlex.split(fences[1])
+  assert ".[test]" in words and "-e" in words
+  assert words[words.index("pytest") - 1] == "-m"
+  assert words[words.index("pytest") + 1 :] == ["-n", "2", "-m", "not slow and not ci"]
+
+
+def test_fences_are_found():
+  text = "```bash\na && b\n```\ntext\n```python\nc\n```\n```bash\nd\ne\n```\n"
+  assert bash_fences(text) == ["a && b", "d\ne"]
+
+
+@pytest.mark.parametrize(
+  "command, reason",
+  [
+    ("pip install .", "does not begin"),
+    ("python3 -m venv .v && .w/bin/pip install .", "does not begin"),
+    ("git clone x && python3 -m venv .v && .v/bin/pip install .", "clones"),
+    ("python3 -m venv .v && .v/bin/pip install .\nls", "more than one line"),
+    ("python3 -m venv .v && .v/bin/pip install . && p --workdir=/x", "leaves the clone"),
+    ("python3 -m venv .v && .v/bin/pip install . && w/bin/python x", "another environment"),
+  ],
+)
+def test_problems_are_found(command, reason):
+  assert problems("python3 -m venv .v && .v/bin/pip install . && A=b .v/bin/python -m x") == []
+  assert any(reason in problem for problem in problems(command))

@@ -1,0 +1,402 @@
+"""Recipes as data: the papers' numbers, the records' rules, and how they are read."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+from magneto_jax.theory import recipes
+from magneto_jax.theory.recipes import (
+  RECIPES,
+  Architecture,
+  Attention,
+  FeedForward,
+  Init,
+  Layer,
+  Scale,
+  Segment,
+  Stack,
+  Sublayer,
+)
+
+PRE, POST, SUB_LN = frozenset({"in"}), frozenset({"post"}), frozenset({"in", "mid"})
+
+ENCODER = Architecture("encoder", encoder_layers=6)
+DECODER = Architecture("decoder", decoder_layers=6)
+BOTH = Architecture("encoder_decoder", encoder_layers=6, decoder_layers=4)
+
+
+def only_layer(stack: Stack) -> Layer:
+  (segment,) = stack.segments
+  (layer,) = segment.pattern
+  return layer
+
+
+# ---------------------------------------------------------------------------------------------
+# What the papers say
+# ---------------------------------------------------------------------------------------------
+
+SITES = {
+  "pre_ln": (PRE, PRE, PRE, True),
+  "post_ln": (POST, POST, POST, False),
+  "magneto": (SUB_LN, PRE, SUB_LN, True),
+  "deepnet": (POST, POST, POST, False),
+  "normformer": (PRE | {"out"}, PRE, SUB_LN, True),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_norm_sites_are_the_papers(name):
+  for stack in (RECIPES[name](BOTH).encoder, RECIPES[name](BOTH).decoder):
+    self_attention, cross_attention, ffn, final_norm = SITES[name]
+    layer = only_layer(stack)
+    assert layer.self_attention.norms == self_attention
+    assert layer.ffn.norms == ffn
+    assert stack.final_norm == final_norm
+    assert stack.norm == "layer_norm"
+  assert only_layer(RECIPES[name](BOTH).decoder).cross_attention.norms == cross_attention
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_fills_the_stacks_of_its_architecture(name):
+  recipe = RECIPES[name]
+  assert recipe(ENCODER).name == name
+  assert (recipe(ENCODER).decoder, recipe(DECODER).encoder) == (None, None)
+  for stack, depth in (
+    (recipe(ENCODER).encoder, 6),
+    (recipe(DECODER).decoder, 6),
+    (recipe(BOTH).encoder, 6),
+    (recipe(BOTH).decoder, 4),
+  ):
+    assert stack.num_layers == depth
+    has_cross = stack == recipe(BOTH).decoder
+    assert (only_layer(stack).cross_attention is not None) == has_cross
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_hashable_and_reproducible(name):
+  assert hash(RECIPES[name](BOTH)) == hash(RECIPES[name](BOTH))
+  assert RECIPES[name](BOTH) == RECIPES[name](BOTH)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_stream_starts_with_unit_variance(name):
+  embedding = RECIPES[name](Architecture("decoder", decoder_layers=2, width=256)).decoder.embedding
+  assert embedding.tokens == Init("normal", gain=1 / 16)
+  assert embedding.positions == Init("normal", gain=1 / 16)
+  assert embedding.scale == 16.0
+
+
+def scaled_gains(layer: Layer):
+  attention, ffn = layer.self_attention, layer.ffn
+  return attention.v, attention.out, ffn.wi, ffn.wo
+
+
+def assert_magneto(layer: Layer, gamma: float):
+  assert all(init == Init("xavier_normal", pytest.approx(gamma)) for init in scaled_gains(layer))
+  assert layer.self_attention.qk == Init("xavier_normal", 1.0)
+
+
+@pytest.mark.parametrize("depth", (1, 6, 24, 1000))
+@pytest.mark.parametrize("kind", ("encoder", "decoder"))
+def test_magneto_gain_of_one_stack(kind, depth):
+  recipe = RECIPES["magneto"](Architecture(kind, **{f"{kind}_layers": depth}))
+  assert_magneto(only_layer(getattr(recipe, kind)), math.sqrt(math.log(2 * depth)))
+
+
+def test_magneto_gains_of_an_encoder_decoder():
+  recipe = RECIPES["magneto"](BOTH)
+  assert_magneto(only_layer(recipe.encoder), math.sqrt(math.log(12) * math.log(12) / 3))
+  assert_magneto(only_layer(recipe.decoder), math.sqrt(math.log(12)))
+  wide = RECIPES["magneto"](Architecture("encoder_decoder", encoder_layers=18, decoder_layers=2))
+  assert_magneto(only_layer(wide.encoder), math.sqrt(math.log(36) * math.log(6) / 3))
+  assert_magneto(only_layer(wide.decoder), math.sqrt(math.log(6)))
+
+
+def test_magneto_leaves_cross_attention_unscaled():
+  assert only_layer(RECIPES["magneto"](BOTH).decoder).cross_attention == Attention(PRE)
+
+
+def assert_deepnet(layer: Layer, alpha: float, beta: float, rel: float):
+  for sublayer in (layer.self_attention, layer.ffn, layer.cross_attention):
+    if sublayer is not None:
+      assert sublayer.skip == Scale(pytest.approx(alpha, rel=rel))
+      assert sublayer.branch == sublayer.in_scale == Scale(1.0)
+  gains = scaled_gains(layer)
+  if layer.cross_attention is not None:
+    gains += (layer.cross_attention.v, layer.cross_attention.out)
+    assert layer.cross_attention.qk == Init("xavier_normal", 1.0)
+  assert all(init == Init("xavier_normal", pytest.approx(beta, rel=rel)) for init in gains)
+  assert layer.self_attention.qk == Init("xavier_normal", 1.0)
+
+
+@pytest.mark.parametrize(
+  ("depth", "alpha", "beta"),
+  (
+    (6, 1.8612, 0.3799),
+    (12, 2.2134, 0.3195),
+    (18, 2.4495, 0.2887),
+    (24, 2.6321, 0.2686),
+    (100, 3.7606, 0.1880),
+    (1000, 6.6874, 0.1057),
+  ),
+)
+@pytest.mark.parametrize("kind", ("encoder", "decoder"))
+def test_deepnet_numbers_of_one_stack(kind, depth, alpha, beta):
+  """The numbers are (2N)^1/4 and (8N)^-1/4 to four decimals: a beta of 0.1057 to 5e-4."""
+  recipe = RECIPES["deepnet"](Architecture(kind, **{f"{kind}_layers": depth}))
+  assert_deepnet(only_layer(getattr(recipe, kind)), alpha, beta, rel=5e-4)
+  assert_deepnet(
+    only_layer(getattr(recipe, kind)), (2 * depth) ** 0.25, (8 * depth) ** -0.25, 1e-12
+  )
+
+
+@pytest.mark.parametrize(
+  ("depth", "alpha_encoder", "beta_encoder", "alpha_decoder", "beta_decoder"),
+  (
+    (6, 1.418, 0.497, 2.060, 0.343),
+    (18, 1.999, 0.353, 2.711, 0.261),
+    (100, 3.416, 0.206, 4.162, 0.170),
+    (500, 5.648, 0.125, 6.223, 0.114),
+  ),
+)
+def test_deepnet_numbers_of_an_encoder_decoder(
+  depth, alpha_encoder, beta_encoder, alpha_decoder, beta_decoder
+):
+  recipe = RECIPES["deepnet"](Architecture("encoder_decoder", depth, depth))
+  assert_deepnet(only_layer(recipe.encoder), alpha_encoder, beta_encoder, rel=5e-3)
+  assert_deepnet(only_layer(recipe.decoder), alpha_decoder, beta_decoder, rel=5e-3)
+
+
+def test_deepnet_tells_the_encoders_depth_from_the_decoders():
+  recipe = RECIPES["deepnet"](Architecture("encoder_decoder", encoder_layers=6, decoder_layers=24))
+  depth = (6**4 * 24) ** (1 / 16)
+  assert_deepnet(only_layer(recipe.encoder), 0.81 * depth, 0.87 / depth, rel=1e-12)
+  assert_deepnet(only_layer(recipe.decoder), 72**0.25, 288**-0.25, rel=1e-12)
+
+
+def test_normformer_learns_head_scales_outside_cross_attention():
+  layer = only_layer(RECIPES["normformer"](BOTH).decoder)
+  assert layer.self_attention.head_scale == "pre_out_proj"
+  assert layer.cross_attention.head_scale is None
+  assert layer.ffn.skip == Scale(1.0)
+
+
+def test_normformer_residual_scale_is_a_vector_on_the_ffn_alone():
+  layer = only_layer(recipes.normformer(DECODER, residual_scale=True).decoder)
+  assert layer.ffn.skip == Scale(1.0, "vector")
+  assert layer.self_attention.skip == Scale(1.0)
+
+
+@pytest.mark.parametrize(
+  ("init", "std"),
+  (
+    (Init("xavier_normal"), math.sqrt(2 / 400)),
+    (Init("xavier_uniform", 0.5), 0.5 * math.sqrt(2 / 400)),
+    (Init("torch_uniform", 2.0), 2 / math.sqrt(300)),
+    (Init("normal", 0.02), 0.02),
+  ),
+)
+def test_std_of_a_family(init, std):
+  assert init.std(100, 300) == pytest.approx(std)
+
+
+def test_std_of_a_gain_a_layer_is_one_a_layer():
+  np.testing.assert_allclose(Init("normal", (0.5, 2.0)).std(8, 8), [0.5, 2.0])
+
+
+# ---------------------------------------------------------------------------------------------
+# In words
+# ---------------------------------------------------------------------------------------------
+
+XAVIER_ATTENTION = "  init: qk xavier_normal x 1, v xavier_normal x {0}, out xavier_normal x {0}"
+XAVIER_FFN = "  init: wi xavier_normal x {0}, wo xavier_normal x {0}"
+IN_WORDS = {
+  "pre_ln": (
+    "x <- x + self_attention(LN(x))",
+    XAVIER_ATTENTION.format("1"),
+    "x <- x + ffn(LN(x))",
+    XAVIER_FFN.format("1"),
+    "final norm: LN",
+  ),
+  "post_ln": (
+    "x <- LN(x + self_attention(x))",
+    XAVIER_ATTENTION.format("1"),
+    "x <- LN(x + ffn(x))",
+    XAVIER_FFN.format("1"),
+    "final norm: none",
+  ),
+  "magneto": (
+    "x <- x + self_attention(LN(x)); inner LN before its output projection",
+    XAVIER_ATTENTION.format("1.576"),
+    "x <- x + ffn(LN(x)); inner LN before its output projection",
+    XAVIER_FFN.format("1.576"),
+    "final norm: LN",
+  ),
+  "deepnet": (
+    "x <- LN(1.861 x + self_attention(x))",
+    XAVIER_ATTENTION.format("0.3799"),
+    "x <- LN(1.861 x + ffn(x))",
+    XAVIER_FFN.format("0.3799"),
+    "final norm: none",
+  ),
+  "normformer": (
+    "x <- x + LN(self_attention(LN(x))); learned head scale (pre_out_proj)",
+    "  init: qk xavier_uniform x 0.7071, v xavier_uniform x 0.7071, out xavier_uniform x 1",
+    "x <- x + ffn(LN(x)); inner LN before its output projection",
+    "  init: wi torch_uniform x 1, wo torch_uniform x 1",
+    "final norm: LN",
+  ),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_description_reads_as_the_paper(name):
+  assert recipes.describe(RECIPES[name](DECODER).decoder) == list(IN_WORDS[name])
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_description_does_not_depend_on_how_numbers_are_held(name):
+  stack = RECIPES[name](DECODER).decoder
+  assert recipes.describe(recipes.as_arrays(stack)) == list(IN_WORDS[name])
+
+
+def test_description_of_scales_ranges_and_cross_attention():
+  layer = Layer(
+    Attention(PRE, in_scale=Scale((1.0, 0.5)), branch=Scale(0.1, "vector"), skip=Scale(0.0)),
+    FeedForward(frozenset(), branch=Scale((0.25, 0.25))),
+    cross_attention=Attention(frozenset({"out", "post"})),
+  )
+  embedding = RECIPES["pre_ln"](DECODER).decoder.embedding
+  stack = Stack((Segment((layer,), 2),), embedding, final_norm=True, norm="rms_norm")
+  assert recipes.describe(stack)[::2] == [
+    "x <- 0 x + learned[0.1] self_attention(0.5..1 RMSNorm(x))",
+    "x <- RMSNorm(x + RMSNorm(cross_attention(x)))",
+    "x <- x + 0.25 ffn(x)",
+    "final norm: RMSNorm",
+  ]
+
+
+def test_description_says_each_different_sublayer_once():
+  pre, post = (only_layer(RECIPES[name](DECODER).decoder) for name in ("pre_ln", "post_ln"))
+  embedding = RECIPES["pre_ln"](DECODER).decoder.embedding
+  stack = Stack((Segment((post, pre), 2), Segment((pre,), 3)), embedding, final_norm=True)
+  assert stack.num_layers == 7
+  names = [(name, sublayer.norms) for name, sublayer in recipes.sublayers(stack)]
+  assert names == [
+    ("self_attention", POST),
+    ("ffn", POST),
+    ("self_attention", PRE),
+    ("ffn", PRE),
+  ]
+
+
+# ---------------------------------------------------------------------------------------------
+# Numbers
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_mapping_numbers_keeps_the_structure(name):
+  stack = RECIPES[name](BOTH).decoder
+  assert recipes.map_numbers(lambda value: value, stack) == stack
+  doubled = recipes.map_numbers(lambda value: 2 * value, stack)
+  assert recipes.map_numbers(lambda value: value / 2, doubled) == stack
+  assert doubled != stack
+  assert (doubled.segments[0].repeats, doubled.norm) == (stack.segments[0].repeats, stack.norm)
+
+
+def test_mapping_reaches_every_number():
+  """3 scales a sublayer, a gain and a bias gain an init (3 an attention, 2 a ffn), 5 outside."""
+  visited = []
+  recipes.map_numbers(visited.append, RECIPES["deepnet"](BOTH).decoder)
+  assert len(visited) == 2 * (3 + 3 * 2) + (3 + 2 * 2) + 5
+  assert all(isinstance(value, float) for value in visited)
+
+
+def test_one_value_a_layer_stays_where_it_was():
+  layer = Layer(Attention(skip=Scale((1.0, 2.0, 3.0))), FeedForward(wi=Init(gain=0.5)))
+  (read,) = recipes.per_layer(Segment((layer,), 3))
+  np.testing.assert_array_equal(read.self_attention.skip.value, [1.0, 2.0, 3.0])
+  np.testing.assert_array_equal(read.ffn.wi.gain, [0.5, 0.5, 0.5])
+  arrays = []
+  recipes.map_numbers(arrays.append, (read,))
+  assert all(array.shape == (3,) for array in arrays)
+
+
+@pytest.mark.parametrize("value", (2.0, 2, (2.0, 2.0), np.float32(2), np.full(2, 2.0)))
+def test_a_number_may_be_held_in_any_way(value):
+  layer = Layer(Attention(branch=Scale(value)), FeedForward())
+  (read,) = recipes.per_layer(Segment((layer,), 2))
+  np.testing.assert_array_equal(read.self_attention.branch.value, [2.0, 2.0])
+
+
+def test_numbers_keep_double_precision():
+  """A float64 check of a whole model would otherwise end at 6e-8, the rounding of alpha."""
+  layer = Layer(Attention(skip=Scale(1 / 3)), FeedForward(skip=Scale((1 / 3, 1 / 7))))
+  (read,) = recipes.per_layer(Segment((layer,), 2))
+  np.testing.assert_array_equal(read.self_attention.skip.value, [1 / 3, 1 / 3])
+  np.testing.assert_array_equal(read.ffn.skip.value, [1 / 3, 1 / 7])
+
+
+def test_reading_numbers_twice_changes_nothing():
+  stack = RECIPES["deepnet"](DECODER).decoder
+  once = recipes.as_arrays(stack)
+  twice = recipes.as_arrays(once)
+  first, second = [], []
+  recipes.map_numbers(first.append, once)
+  recipes.map_numbers(second.append, twice)
+  assert len(first) == len(second) > 0
+  for a, b in zip(first, second, strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+# ---------------------------------------------------------------------------------------------
+# Errors
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  (
+    ({"kind": "decoders", "decoder_layers": 2}, "kind='decoders' must be one of encoder, decoder"),
+    ({"kind": "encoder"}, "kind='encoder' does not go with encoder_layers=0"),
+    ({"kind": "encoder", "encoder_layers": 2, "decoder_layers": 2}, "decoder_layers=2"),
+    ({"kind": "encoder_decoder", "encoder_layers": 2}, "decoder_layers=0"),
+    ({"kind": "decoder", "decoder_layers": -2}, "decoder_layers=-2"),
+    ({"kind": "decoder", "encoder_layers": -1, "decoder_layers": 2}, "encoder_layers=-1"),
+  ),
+)
+def test_contradictory_architectures_raise(arguments, message):
+  with pytest.raises(ValueError, match=message):
+    Architecture(**arguments)
+
+
+@pytest.mark.parametrize(
+  ("make", "message"),
+  (
+    (lambda: Sublayer(frozenset({"pre"})), "norm site='pre' must be one of in, mid, out, post"),
+    (lambda: FeedForward(frozenset({"before"})), "norm site='before'"),
+    (lambda: Attention(head_scale="after"), "head_scale='after' must be one of None, pre_out"),
+    (lambda: Attention(frozenset({"pre"})), "norm site='pre'"),
+    (lambda: Init("xavier"), "family='xavier' must be one of xavier_normal"),
+    (lambda: Init(bias="ones"), "bias='ones' must be one of zeros, torch_uniform"),
+    (lambda: Scale(learned="matrix"), "learned='matrix' must be one of None, scalar, vector"),
+    (
+      lambda: dataclasses.replace(RECIPES["pre_ln"](DECODER).decoder, norm="batch_norm"),
+      "norm='batch_norm' must be one of layer_norm, rms_norm",
+    ),
+    (
+      lambda: recipes.per_layer(
+        Segment((Layer(Attention(skip=Scale((1.0, 2.0))), FeedForward()),), 3)
+      ),
+      "2 values for a segment of 3 repeats",
+    ),
+    (lambda: Segment((), 3), "pattern"),
+    (lambda: Segment((Layer(Attention(), FeedForward()),), 0), "repeats=0"),
+  ),
+)
+def test_unknown_names_and_lengths_raise(make, message):
+  with pytest.raises(ValueError, match=message):
+    make()
