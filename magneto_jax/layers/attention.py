@@ -19,28 +19,30 @@ class KVCache(NamedTuple):
   """Keys and values of a scanned segment's layers, and where the next ones go.
 
   One array holds all layers, so that a decode step writes its one row in place instead of
-  copying the layer; `layer` says which slice this call reads and writes.
+  copying the layer; `layer` says which slice this call reads and writes. Heads come before rows,
+  the order in which attention reads them.
   """
 
-  k_LBSKH: jax.Array
-  v_LBSKH: jax.Array
+  k_LBKSH: jax.Array
+  v_LBKSH: jax.Array
   layer: jax.Array
   length: jax.Array
 
   def extend(self, k_BTKH: jax.Array, v_BTKH: jax.Array) -> "KVCache":
     """Writes T new rows after the first `length`; `length` itself is moved by the caller."""
     # Of one dtype: with 64-bit mode on, a literal 0 and the scan's index are int64.
-    start = [jnp.asarray(i, jnp.int32) for i in (self.layer, 0, self.length, 0, 0)]
+    start = [jnp.asarray(i, jnp.int32) for i in (self.layer, 0, 0, self.length, 0)]
 
     def write(cache, rows):
-      return jax.lax.dynamic_update_slice(cache, rows[None].astype(cache.dtype), start)
+      rows_BKTH = rows.swapaxes(1, 2).astype(cache.dtype)
+      return jax.lax.dynamic_update_slice(cache, rows_BKTH[None], start)
 
-    return self._replace(k_LBSKH=write(self.k_LBSKH, k_BTKH), v_LBSKH=write(self.v_LBSKH, v_BTKH))
+    return self._replace(k_LBKSH=write(self.k_LBKSH, k_BTKH), v_LBKSH=write(self.v_LBKSH, v_BTKH))
 
   def read(self) -> tuple[jax.Array, jax.Array]:
     """This layer's keys and values [B, S, K, H]."""
-    at = lambda cache: jax.lax.dynamic_index_in_dim(cache, self.layer, 0, False)
-    return at(self.k_LBSKH), at(self.v_LBSKH)
+    at = lambda cache: jax.lax.dynamic_index_in_dim(cache, self.layer, 0, False).swapaxes(1, 2)
+    return at(self.k_LBKSH), at(self.v_LBKSH)
 
 
 class Attention(nn.Module):

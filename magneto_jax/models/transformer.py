@@ -199,7 +199,7 @@ def init_caches(
   """Empty caches for `length` tokens, one a block of each segment's pattern."""
 
   def empty(repeats):
-    zeros = jnp.zeros((repeats, batch, length, kv_heads, head_dim), dtype)
+    zeros = jnp.zeros((repeats, batch, kv_heads, length, head_dim), dtype)
     return KVCache(zeros, zeros, layer=jnp.int32(0), length=jnp.int32(0))
 
   return tuple(

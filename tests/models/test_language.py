@@ -340,7 +340,7 @@ def test_bfloat16_model_keeps_float32_parameters_and_logits(kind):
   assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables))
   assert jax.eval_shape(model.apply, variables, TOKENS).dtype == jnp.float32
   state = model.init_state(2, LENGTH)
-  assert state.caches[0][0].k_LBSKH.dtype == jnp.bfloat16
+  assert state.caches[0][0].k_LBKSH.dtype == jnp.bfloat16
   step = functools.partial(model.apply, state=state)
   logits, after = jax.eval_shape(step, variables, TOKENS)
   assert logits.dtype == jnp.float32

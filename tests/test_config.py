@@ -1,0 +1,95 @@
+"""Everything wrong with a config is one line that says what to change."""
+
+import dataclasses
+import math
+import subprocess
+import sys
+
+import pytest
+
+from magneto_jax import config as config_lib
+from magneto_jax.config import ConfigError, TrainConfig, default_config, from_config_dict
+
+
+def changed(name, value):
+  config = default_config().to_dict()
+  *groups, leaf = name.split(".")
+  inner = config
+  for group in groups:
+    inner = inner[group]
+  inner[leaf] = value
+  return config
+
+
+def test_default_config_is_the_default_record():
+  assert from_config_dict(default_config()) == TrainConfig()
+
+
+def test_record_survives_json_like_values():
+  record = dataclasses.replace(TrainConfig(), steps=7)
+  assert from_config_dict(dataclasses.asdict(record)) == record
+
+
+@pytest.mark.parametrize("name", config_lib.field_names())
+def test_a_misspelt_field_names_the_right_one(name):
+  """A letter doubled, dropped, or two swapped, in the last part of every field's name."""
+  *groups, leaf = name.split(".")
+  for wrong in (leaf[:2] + leaf[1:], leaf[:-1] if len(leaf) > 3 else leaf + "s"):
+    if wrong in {full.rsplit(".", 1)[-1] for full in config_lib.field_names()}:
+      continue
+    dotted = ".".join([*groups, wrong])
+    assert config_lib.nearest_field(dotted) == name
+
+
+@pytest.mark.parametrize(
+  "name, value, message",
+  [
+    ("optimizer.learning_rate", math.nan, r"config.optimizer.learning_rate=nan must be finite"),
+    ("optimizer.learning_rate", -1.0, r"learning_rate=-1.0 must be above 0.0"),
+    ("model.layers", -3, r"config.model.layers=-3 must be at least 1"),
+    ("model.layers", 2.5, r"config.model.layers=2.5 must be a int"),
+    ("model.dropout", 1.0, r"config.model.dropout=1.0 must be below 1.0"),
+    ("model.heads", 3, r"model.heads=3 must divide model.width=256"),
+    ("model.kv_heads", 3, r"model.kv_heads=3 must divide model.heads=4"),
+    ("model.unroll", 4, r"model.unroll=4 must divide model.layers=6"),
+    ("recipe", "magnet", r"config.recipe='magnet' must be one of .*did you mean magneto\?"),
+    ("accumulation", 3, r"accumulation=3 must divide batch_size=16"),
+    ("lerning_rate", 1.0, r"did you mean config.optimizer.learning_rate\?"),
+    ("model.layer", 2, r"config.model.layer does not exist; did you mean config.model.layers\?"),
+    ("steps", True, r"config.steps=True must be a int"),
+    ("model", 3, r"config.model is a group of fields"),
+  ],
+)
+def test_an_impossible_value_is_refused(name, value, message):
+  with pytest.raises(ConfigError, match=message) as error:
+    from_config_dict(changed(name, value))
+  assert "\n" not in str(error.value)
+
+
+def test_differing_fields_leave_out_how_long_and_how_often():
+  old = TrainConfig()
+  model = dataclasses.replace(old.model, layers=7)
+  new = dataclasses.replace(old, steps=9, log_every=1, seed=3, model=model)
+  assert config_lib.differing_fields(old, new) == {"seed": (0, 3), "model.layers": (6, 7)}
+
+
+@pytest.mark.parametrize(
+  "flags, message",
+  [
+    (["--config.lerning_rate=1"], "did you mean config.optimizer.learning_rate?"),
+    (["--config.model.heads=5"], "model.heads=5 must divide model.width=192"),
+    (["--config.steps=many"], "steps"),
+    (["--confg.steps=3"], "did you mean --config.steps?"),
+    (["--config=configs/gpt.py:huge"], "has no 'huge', only tiny, magneto_24"),
+    (["--config=configs/gtp.py"], "config file configs/gtp.py does not exist"),
+  ],
+)
+def test_the_command_ends_in_one_line(flags, message, tmp_path):
+  """Exit code 2, one line, no traceback."""
+  command = [sys.executable, "-m", "magneto_jax.train", f"--workdir={tmp_path / 'run'}"]
+  if not any(flag.startswith("--config=") for flag in flags):
+    command.append("--config=configs/gpt.py:tiny")
+  result = subprocess.run([*command, *flags], capture_output=True, text=True, cwd=tmp_path)
+  assert result.returncode == 2, result.stderr
+  assert message in result.stderr and result.stderr.count("\n") == 1, result.stderr
+  assert not (tmp_path / "run").exists()

@@ -1,0 +1,91 @@
+"""Generation against the full forward pass, and the filters against their definitions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from magneto_jax import RECIPES, Architecture, CausalLM
+from magneto_jax.decoding import filter_logits, generate
+
+
+@pytest.fixture(scope="module")
+def model_and_variables():
+  recipe = RECIPES["magneto"](Architecture("decoder", decoder_layers=2, width=32)).decoder
+  model = CausalLM(recipe, vocab_size=50, width=32, num_heads=4, ffn_width=64, positions="rotary")
+  variables = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
+  # Sharper than at the start, so that float32 noise cannot turn the best token.
+  return model, jax.tree.map(lambda leaf: 2.0 * leaf, variables)
+
+
+def greedy_by_full_forward(model, variables, prompt, steps):
+  tokens = list(prompt)
+  for _ in range(steps):
+    logits = model.apply(variables, jnp.array([tokens]))
+    tokens.append(int(jnp.argmax(logits[0, -1])))
+  return tokens[len(prompt) :]
+
+
+def test_greedy_decoding_equals_the_full_forward(model_and_variables):
+  """Also for prompts of different lengths in one batch, which are padded on the left."""
+  model, variables = model_and_variables
+  prompts = [[1, 7, 3, 9, 22], [1, 30], [1]]
+  got = generate(model, variables, prompts, max_new_tokens=8, temperature=0)
+  for prompt, tokens in zip(prompts, got, strict=True):
+    assert tokens.tolist() == greedy_by_full_forward(model, variables, prompt, 8)
+
+
+def test_generation_stops_at_the_end_token(model_and_variables):
+  model, variables = model_and_variables
+  (free,) = generate(model, variables, [[1, 7]], max_new_tokens=8, temperature=0)
+  (stopped,) = generate(
+    model, variables, [[1, 7]], max_new_tokens=8, temperature=0, eos_id=int(free[3])
+  )
+  end = free.tolist().index(free[3])
+  assert stopped.tolist() == free.tolist()[: end + 1]
+
+
+def test_sampling_is_a_function_of_the_key(model_and_variables):
+  model, variables = model_and_variables
+  sample = lambda seed: generate(
+    model, variables, [[1]], max_new_tokens=12, key=jax.random.key(seed), temperature=2.0
+  )[0].tolist()
+  assert sample(0) == sample(0)
+  assert sample(0) != sample(1)
+
+
+def test_top_k_one_is_greedy(model_and_variables):
+  model, variables = model_and_variables
+  options = dict(max_new_tokens=6)
+  (best,) = generate(model, variables, [[1, 5]], temperature=0, **options)
+  (top,) = generate(
+    model, variables, [[1, 5]], key=jax.random.key(3), temperature=3.0, top_k=1, **options
+  )
+  assert best.tolist() == top.tolist()
+
+
+@pytest.mark.parametrize("top_k, top_p", [(0, None), (3, None), (0, 0.6), (0, 1e-6), (4, 0.9)])
+def test_filters_keep_what_their_definition_keeps(top_k, top_p):
+  logits = np.random.default_rng(0).normal(size=(4, 9)).astype(np.float32) * 2
+  got = np.isfinite(np.asarray(filter_logits(jnp.asarray(logits), top_k=top_k, top_p=top_p)))
+  for row, kept in zip(logits.astype(np.float64), got, strict=True):
+    order = np.argsort(-row)[: top_k or None]
+    p = np.exp(row[order]) / np.exp(row[order]).sum()
+    count = len(order) if top_p is None else int(np.searchsorted(np.cumsum(p), top_p) + 1)
+    assert set(np.flatnonzero(kept)) == set(order[:count])
+
+
+@pytest.mark.parametrize(
+  "options, message",
+  [
+    (dict(prompts=[[]]), "at least one token"),
+    (dict(max_new_tokens=0), "max_new_tokens=0"),
+    (dict(top_p=0.0), "top_p=0.0"),
+    (dict(temperature=1.0), "give a key"),
+  ],
+)
+def test_bad_arguments_are_refused(model_and_variables, options, message):
+  model, variables = model_and_variables
+  options = dict(prompts=[[1]], max_new_tokens=2, temperature=0) | options
+  with pytest.raises(ValueError, match=message):
+    generate(model, variables, **options)
