@@ -135,7 +135,7 @@ def train_step(
   if ema:
     decay = jnp.minimum(ema, (1 + state.step) / (10 + state.step))
     averages = optax.incremental_update(params, averages, 1 - decay)
-  metrics = {"loss": loss, "gradient_norm": optax.global_norm(gradients)}
+  metrics = {"loss": loss, "gradient_norm": optax.tree.norm(gradients)}
   return TrainState(state.step + 1, params, optimizer_state, averages), metrics
 
 
@@ -276,7 +276,11 @@ def train(config: TrainConfig, workdir: str | os.PathLike, *, dry_run: bool = Fa
         terminal=False,
       )
 
-  with reporting.Progress(console, start=start, total=config.steps) as progress:
+  with (
+    contextlib.closing(checkpointer),  # Waits for the last checkpoint, also when the run fails.
+    contextlib.closing(writer),
+    reporting.Progress(console, start=start, total=config.steps) as progress,
+  ):
     unread = None
     for step in range(start + 1, config.steps + 1):
       state, metrics = compiled_step(state, next(iterator), dropout_key)
@@ -295,11 +299,9 @@ def train(config: TrainConfig, workdir: str | os.PathLike, *, dry_run: bool = Fa
           if last or step % config.checkpoint_every == 0:
             save(step)
 
+    training_seconds = stopwatch.seconds
+
   # ----------------------------------------------------------------------------------- Summary
-  training_seconds = stopwatch.seconds
-  with console.status("saving") if console.is_terminal else contextlib.nullcontext():
-    checkpointer.close()
-    writer.close()
   validation = validation or validate(state.evaluated)
   steps_taken = config.steps - start
   device = jax.devices()[0]

@@ -177,16 +177,16 @@ def test_rotation_is_by_the_given_positions():
 
 def test_cache_writes_its_layer_behind_its_length():
   """Layer 1 of 3, 2 rows behind 5: all else stays as it was, and the length is the caller's."""
-  k = np.random.default_rng(0).standard_normal((3, B, 8, N, 4)).astype(np.float32)
+  k = np.random.default_rng(0).standard_normal((3, B, N, 8, 4)).astype(np.float32)
   cache = KVCache(jnp.asarray(k), jnp.asarray(-k), layer=jnp.int32(1), length=jnp.int32(5))
   rows = np.ones((B, 2, N, 4), np.float32)
   extended = cache.extend(rows, 2 * rows)
-  for written, before, row in ((extended.k_LBSKH, k, 1), (extended.v_LBSKH, -k, 2)):
+  for written, before, row in ((extended.k_LBKSH, k, 1), (extended.v_LBKSH, -k, 2)):
     expected = before.copy()
-    expected[1, :, 5:7] = row
+    expected[1, :, :, 5:7] = row
     np.testing.assert_array_equal(written, expected)
-  np.testing.assert_array_equal(extended.read()[0], extended.k_LBSKH[1])
-  np.testing.assert_array_equal(extended.read()[1], extended.v_LBSKH[1])
+  np.testing.assert_array_equal(extended.read()[0], extended.k_LBKSH[1].swapaxes(1, 2))
+  np.testing.assert_array_equal(extended.read()[1], extended.v_LBKSH[1].swapaxes(1, 2))
   assert (extended.layer, extended.length) == (1, 5)
 
 
