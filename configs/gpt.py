@@ -32,8 +32,7 @@ def tiny(config):
   config.model.ffn_width = 768
   config.model.heads = 6
   config.model.positions = "rotary"
-  config.model.dropout = 0.1
-  config.optimizer.learning_rate = 3e-3
+  config.optimizer.learning_rate = 4e-3
   config.optimizer.warmup_steps = 60
   config.optimizer.weight_decay = 0.1
   config.optimizer.clip_norm = 1.0
