@@ -22,10 +22,10 @@ from magneto_jax.config import ConfigError, default_config
 
 def tiny(config):
   """Two million parameters, a few minutes on two CPU cores."""
-  config.steps = 850
+  config.steps = 750
   config.batch_size = 8
-  config.eval_every = 170
-  config.checkpoint_every = 425
+  config.eval_every = 125
+  config.checkpoint_every = 250
   config.log_every = 50
   config.model.layers = 4
   config.model.width = 192

@@ -198,7 +198,7 @@ def draw_learning_curve(workdir: pathlib.Path, *, title: str, unit: str) -> path
   figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
   axes = figure.subplots()
   for name, label, style in (
-    ("train/loss", "training (with dropout)", dict(color="#9ab7d3", linewidth=1.2)),
+    ("train/loss", "training", dict(color="#9ab7d3", linewidth=1.2)),
     ("validation/loss_nats_per_token", "validation", dict(color="#1f4e79", marker="o", ms=4)),
   ):
     points = [(row["step"], row[name]) for row in rows if name in row]
