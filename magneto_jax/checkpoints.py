@@ -43,8 +43,9 @@ class Checkpointer:
     return sorted(self._manager.all_steps())
 
   def parts(self, step: int) -> set[str]:
-    """The names of a step's parts."""
-    return {name for name, meta in self._manager.item_metadata(step).items() if meta is not None}
+    """The names of a step's parts: its folders."""
+    folder = pathlib.Path(self._manager.directory) / str(step)
+    return {path.name for path in folder.iterdir() if path.is_dir()}
 
   def save(self, step: int, trees: dict[str, Any], data, config: dict[str, Any]) -> None:
     """Starts to save pytrees by part name, a Grain iterator and a JSON-able config."""
