@@ -61,7 +61,7 @@ def _magneto(config, *, layers: int, learning_rate: float, steps: int, dropout: 
 
 
 def magneto_24(config):
-  """24 layers: a third of a billion parameters."""
+  """24 layers: about 300 million parameters."""
   _magneto(config, layers=24, learning_rate=1e-3, steps=500_000, dropout=0.0)
 
 
