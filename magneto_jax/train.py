@@ -24,8 +24,7 @@ from magneto_jax import cli, decoding, optimizers, reporting, runs
 from magneto_jax.checkpoints import Checkpointer, abstract_like
 from magneto_jax.config import ConfigError, OptimizerConfig, TrainConfig
 from magneto_jax.data import pipelines
-from magneto_jax.tasks import TASKS, Task, causal_lm
-from magneto_jax.theory import recipes
+from magneto_jax.tasks import TASKS, Task
 
 # ---------------------------------------------------------------------------------------------
 # State and step
@@ -52,6 +51,17 @@ class TrainState:
   def evaluated(self):
     """The parameters that evaluation and checkpoints' readers use."""
     return self.params if self.averages is None else self.averages
+
+  def parts(self) -> dict[str, Any]:
+    """The state as a checkpoint's parts; `averages` only where there are any."""
+    parts = {"params": self.params, "optimizer": {"step": self.step, "state": self.optimizer}}
+    return parts if self.averages is None else {**parts, "averages": self.averages}
+
+  @classmethod
+  def from_parts(cls, parts: dict[str, Any]) -> "TrainState":
+    """The state that `parts` took apart."""
+    optimizer = parts["optimizer"]
+    return cls(optimizer["step"], parts["params"], optimizer["state"], parts.get("averages"))
 
 
 def make_optimizer(config: OptimizerConfig, steps: int):
@@ -220,7 +230,7 @@ def train(config: TrainConfig, workdir: str | os.PathLike, *, dry_run: bool = Fa
 
   # ------------------------------------------------------------------------- What will be run
   step_flops = task.flops(config, data)
-  for line in _overview(config, data, abstract_state, compiled_step, step_flops):
+  for line in _overview(config, task, data, abstract_state, compiled_step, step_flops):
     console.print(line, highlight=False, soft_wrap=True)
   console.print(f"compiled in {compile_seconds:.1f} s", highlight=False)
   if dry_run:
@@ -237,7 +247,7 @@ def train(config: TrainConfig, workdir: str | os.PathLike, *, dry_run: bool = Fa
       f"{workdir} is at step {start} already: set steps to more than {config.steps}"
     )
   if start:
-    state = _state(checkpointer.restore(start, _parts(abstract_state), iterator))
+    state = TrainState.from_parts(checkpointer.restore(start, abstract_state.parts(), iterator))
     console.print(f"resumed at step {start:,}", highlight=False)
   else:
     state = jax.jit(init)(parameter_key)
@@ -246,7 +256,7 @@ def train(config: TrainConfig, workdir: str | os.PathLike, *, dry_run: bool = Fa
   writer = reporting.MetricWriter(workdir, after_step=start)
 
   def save(step: int) -> None:
-    checkpointer.save(step, _parts(state), iterator, runs.as_json(record))
+    checkpointer.save(step, state.parts(), iterator, runs.as_json(record))
 
   # --------------------------------------------------------------------------------- The steps
   stopwatch = reporting.Stopwatch()
@@ -307,8 +317,10 @@ def train(config: TrainConfig, workdir: str | os.PathLike, *, dry_run: bool = Fa
   device = jax.devices()[0]
   peak = reporting.peak_flops(device.device_kind)
   flops_per_second = step_flops * steps_taken / training_seconds
+  baselines = task.baselines(data)
   summary = {
     **{f"validation_{name}": value for name, value in validation.items()},
+    "baselines": baselines,
     "tokens_per_second": steps_taken * tokens_per_step / training_seconds,
     "steps": config.steps,
     "resumed_at_step": start,
@@ -336,18 +348,6 @@ def train(config: TrainConfig, workdir: str | os.PathLike, *, dry_run: bool = Fa
   return summary
 
 
-def _parts(state: TrainState) -> dict[str, Any]:
-  """The state as a checkpoint's parts; `averages` only where there are any."""
-  parts = {"params": state.params, "optimizer": {"step": state.step, "state": state.optimizer}}
-  return parts if state.averages is None else {**parts, "averages": state.averages}
-
-
-def _state(parts: dict[str, Any]) -> TrainState:
-  """The state from a checkpoint's parts."""
-  optimizer = parts["optimizer"]
-  return TrainState(optimizer["step"], parts["params"], optimizer["state"], parts.get("averages"))
-
-
 # ---------------------------------------------------------------------------------------------
 # What a person reads
 # ---------------------------------------------------------------------------------------------
@@ -358,7 +358,7 @@ def _title(config: TrainConfig) -> str:
   return f"{config.recipe}, {model.layers} layers of width {model.width}, {config.data.name} text"
 
 
-def _overview(config, data, abstract_state, compiled_step, step_flops) -> list[str]:
+def _overview(config, task, data, abstract_state, compiled_step, step_flops) -> list[str]:
   """The recipe in words, and what a step costs."""
   memory = compiled_step.memory_analysis()
   device = jax.devices()[0]
@@ -368,7 +368,7 @@ def _overview(config, data, abstract_state, compiled_step, step_flops) -> list[s
   parameters = reporting.count(abstract_state.params)
   return [
     f"[bold]{_title(config)}[/bold] on {device.device_kind}",
-    *(f"  {line}" for line in recipes.describe(causal_lm.decoder_recipe(config))),
+    *(f"  {line}" for line in task.describe(config)),
     f"{parameters:,} parameters; a step: {config.batch_size} x {config.data.seq_length} tokens, "
     f"{reporting.in_units(step_flops, 'FLOP')}{bound}",
     f"data: {len(data.train):,} training and {len(data.validation):,} validation samples of "
@@ -385,8 +385,8 @@ def _first_batch(batch, data) -> list[str]:
   return [*lines, f"  starts with {data.tokenizer.decode(batch['inputs'][0][:48])!r}"]
 
 
-def _in_words(validation: dict[str, float]) -> str:
-  return ", ".join(f"{value:.4f} {name.replace('_', ' ')}" for name, value in validation.items())
+def _in_words(values: dict[str, float], digits: int = 4) -> str:
+  return ", ".join(f"{value:.{digits}f} {name.replace('_', ' ')}" for name, value in values.items())
 
 
 def _sample(config, model, params, data, key) -> str | None:
@@ -421,6 +421,7 @@ def _closing(summary: dict, workdir: pathlib.Path, curve: pathlib.Path) -> list[
     *lines,
     f"validation loss  {summary['validation_loss_nats_per_token']:.4f} nats a token"
     + (f", {bits:.4f} bits a byte" if bits else ""),
+    *([f"for comparison   {_in_words(summary['baselines'], 2)}"] if summary["baselines"] else []),
     f"speed            {summary['tokens_per_second']:,.0f} tokens a second ({speed})",
     f"time             {reporting.duration(summary['training_seconds'])} of training, "
     f"{reporting.duration(summary['wall_seconds'])} in all",

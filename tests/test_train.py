@@ -12,6 +12,7 @@ import pytest
 
 import magneto_jax
 from magneto_jax import runs, train
+from magneto_jax.checkpoints import Checkpointer, abstract_like
 from magneto_jax.config import ConfigError, TrainConfig, from_config_dict
 from magneto_jax.tasks import TASKS
 
@@ -57,8 +58,8 @@ def final_arrays(workdir, step):
     ),
     jax.random.key(0),
   )
-  checkpointer = train.Checkpointer(runs.checkpoints_in(workdir), read_only=True)
-  parts = checkpointer.restore(step, train.abstract_like(train._parts(state)))
+  checkpointer = Checkpointer(runs.checkpoints_in(workdir), read_only=True)
+  parts = checkpointer.restore(step, abstract_like(state.parts()))
   checkpointer.close()
   return jax.tree.map(np.asarray, parts)
 

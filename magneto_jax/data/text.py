@@ -21,6 +21,7 @@ class TextData:
     train_bytes: UTF-8 bytes of the raw training text.
     validation_bytes: UTF-8 bytes of the raw validation text: summed nats / (bytes * ln 2) is bits
       per byte, which compares tokenizers.
+    documents: the raw training and validation documents.
     identity: JSON-able values that name all of this exactly; keep them in the checkpoint and
       refuse to resume when they differ.
   """
@@ -30,6 +31,7 @@ class TextData:
   tokenizer: tokenizers.Tokenizer
   train_bytes: int
   validation_bytes: int
+  documents: tuple[documents.Documents, documents.Documents]
   identity: Mapping[str, Any]
 
 
@@ -85,6 +87,7 @@ def load_text(
     tokenizer=made,
     train_bytes=train_stream.text_bytes,
     validation_bytes=validation_stream.text_bytes,
+    documents=(train, validation),
     identity={
       "train": dict(train.identity),
       "validation": dict(validation.identity),

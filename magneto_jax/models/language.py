@@ -101,11 +101,10 @@ class CausalLM(nn.Module):
       deterministic: False switches dropout on and needs an rng named `dropout`.
 
     Returns:
-      Logits [B, T, V] in float32 or wider; with a state, the pair of logits and new state.
+      Logits [B, T, V] in float32 or wider; with a state, the pair of logits and new state. Tokens
+      that do not fit the state are lost, and all logits of the call are NaN.
     """
-    recipe = self.recipe if recipe is None else recipe
-    if not isinstance(recipe, recipes.Stack):
-      raise TypeError(f"recipe must be a Stack, as `Recipe.decoder` is, not {recipe!r:.60}")
+    recipe = self._checked(self.recipe if recipe is None else recipe)
     if positions_BT is None:
       self._check_length(tokens_BT.shape[1])
       positions_BT = jnp.arange(tokens_BT.shape[1])[None] + (0 if state is None else state.length)
@@ -117,6 +116,8 @@ class CausalLM(nn.Module):
     segment_ids = None if segment_ids_BT is None else (segment_ids_BT, segment_ids_BT)
     if state is not None:
       written_BS = state.segment_ids_BS
+      if tokens_BT.shape[1] > written_BS.shape[1]:
+        raise ValueError(f"{tokens_BT.shape[1]} tokens do not fit a state of {written_BS.shape[1]}")
       ids = jnp.ones_like(tokens_BT) if segment_ids_BT is None else segment_ids_BT
       segment_ids_BT = jnp.asarray(ids, written_BS.dtype)
       written_BS = jax.lax.dynamic_update_slice_in_dim(
@@ -160,7 +161,24 @@ class CausalLM(nn.Module):
     logits_BTV = jnp.einsum(
       "btd,vd->btv", x_BTD, table_VD.astype(self.dtype), preferred_element_type=wide
     )
-    return logits_BTV if state is None else (logits_BTV, DecodingState(caches, written_BS))
+    if state is None:
+      return logits_BTV
+    # The length may be traced, so this cannot raise; XLA would clamp, and overwrite what is there.
+    fits = state.length + tokens_BT.shape[1] <= written_BS.shape[1]
+    return jnp.where(fits, logits_BTV, jnp.nan), DecodingState(caches, written_BS)
+
+  def _checked(self, recipe: recipes.Stack) -> recipes.Stack:
+    """The record to run, if it has the parameters of the model's own."""
+    for record in (self.recipe, recipe):
+      if not isinstance(record, recipes.Stack):
+        raise TypeError(f"recipe must be a Stack, as `Recipe.decoder` is, not {record!r:.60}")
+    own, other = (jax.tree.structure(recipes.as_arrays(r)) for r in (self.recipe, recipe))
+    if own != other:
+      raise ValueError(
+        "the recipe given to the call is of another structure than the model's: only numbers may"
+        " differ; for other norms, learned scales, inits or depths build another model"
+      )
+    return recipe
 
   def _check_length(self, length: int):
     """Raises if the learned table is too short: a look-up outside it would be NaN."""

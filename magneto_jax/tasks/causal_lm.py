@@ -7,12 +7,16 @@ import jax.numpy as jnp
 import optax
 
 from magneto_jax.config import DataConfig, ModelConfig, TrainConfig
+from magneto_jax.data import baselines as data_baselines
 from magneto_jax.data import text
 from magneto_jax.layers.feed_forward import GATED
 from magneto_jax.models.language import CausalLM
 from magneto_jax.tasks.task import Task
 from magneto_jax.theory import flops as theory_flops
 from magneto_jax.theory import recipes
+
+# Above this size of the text its baselines are left out: xz alone would take a minute.
+_BASELINE_BYTES = 16 * 2**20
 
 
 def architecture(model: ModelConfig) -> recipes.Architecture:
@@ -90,6 +94,16 @@ def metrics(
   return values
 
 
+def baselines(data: text.TextData) -> dict[str, float]:
+  """Bits a byte of simpler models, for texts that they take seconds to read."""
+  if data.train_bytes + data.validation_bytes > _BASELINE_BYTES:
+    return {}
+  return {
+    f"{name}_bits_per_byte": value
+    for name, value in data_baselines.bits_per_byte(*data.documents).items()
+  }
+
+
 def flops(config: TrainConfig, data: text.TextData) -> int:
   """FLOPs of one step; see `theory.flops`."""
   model = config.model
@@ -119,9 +133,11 @@ def load_data(config: DataConfig, directory: str) -> text.TextData:
 TASK = Task(
   load_data=load_data,
   facts=facts,
+  describe=lambda config: recipes.describe(decoder_recipe(config)),
   build_model=build_model,
   dummy_inputs=lambda config: (jnp.zeros((1, config.data.seq_length), jnp.int32),),
   loss=loss,
   metrics=metrics,
+  baselines=baselines,
   flops=flops,
 )

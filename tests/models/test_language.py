@@ -235,6 +235,18 @@ def test_decoding_state_does_not_depend_on_unwritten_rows():
   np.testing.assert_allclose(longer, exact, rtol=0, atol=1e-5)  # float32
 
 
+def test_tokens_past_the_end_of_the_state_score_nan():
+  """Never a silent overwrite of what was written: XLA clamps the place of a write."""
+  model = language_model()
+  params = reference.random_params(model, TOKENS)
+  apply = jax.jit(lambda state, tokens: model.apply({"params": params}, tokens, state=state))
+  logits, state = apply(model.init_state(2, LENGTH), TOKENS)
+  assert np.isfinite(logits).all()
+  assert np.isnan(apply(state, TOKENS[:, :1])[0]).all()
+  with pytest.raises(ValueError, match="9 tokens do not fit a state of 8"):
+    apply(model.init_state(2, LENGTH), np.zeros((2, LENGTH + 1), int))
+
+
 # ---------------------------------------------------------------------------------------------
 # Embedding and output
 # ---------------------------------------------------------------------------------------------
@@ -387,6 +399,15 @@ def test_a_recipe_that_is_no_stack_raises(recipe):
   """A `Recipe` has a stack for each side; an encoder's has None for the decoder."""
   with pytest.raises(TypeError, match="recipe must be a Stack, as `Recipe.decoder` is, not"):
     jax.eval_shape(language_model(recipe).init, jax.random.key(0), TOKENS)
+
+
+def test_a_call_with_a_recipe_of_another_structure_raises():
+  """Else Magneto's parameters would run as Pre-LN, its inner norms unread, unnoticed."""
+  model = language_model("magneto")
+  variables = {"params": reference.random_params(model, TOKENS)}
+  for other in (decoder("pre_ln"), dataclasses.replace(decoder(), norm="rms_norm")):
+    with pytest.raises(ValueError, match="of another structure than the model's"):
+      model.apply(variables, TOKENS, recipe=other)
 
 
 def test_an_encoder_decoders_record_raises():
