@@ -10,7 +10,7 @@ import numpy as np
 from flax import linen as nn
 
 from benchmarks.shapes import Shape
-from magneto_jax import decoding, train
+from magneto_jax import decoding, training
 from magneto_jax.config import OptimizerConfig
 from magneto_jax.layers.attention import Attention
 from magneto_jax.layers.feed_forward import FeedForward
@@ -158,10 +158,12 @@ def compile_step(variant: str, shape: Shape, **options) -> dict[str, float]:
 
 def _init_and_step(model, batch):
   """The functions `key -> state` and `(state, batch, key) -> (state, metrics)` of training."""
-  optimizer, _ = train.make_optimizer(OptimizerConfig(schedule="constant"), steps=1)
+  optimizer, _ = training.make_optimizer(OptimizerConfig(schedule="constant"), steps=1)
   inputs = (batch["inputs"][:1],)
   init = functools.partial(
-    train.init_state, model=model, inputs=inputs, optimizer=optimizer, ema=0.0
+    training.init_state, model=model, inputs=inputs, optimizer=optimizer, ema=0.0
   )
-  step = functools.partial(train.train_step, model=model, task=causal_lm.TASK, optimizer=optimizer)
+  step = functools.partial(
+    training.train_step, model=model, task=causal_lm.TASK, optimizer=optimizer
+  )
   return init, step

@@ -7,11 +7,14 @@ tiny
 magneto_24, magneto_48, magneto_72
   Foundation Transformers (arXiv 2210.06423), section 4.1 and table 9: width 1024, FFN 3072 (as
   printed there), 16 heads, 2048 tokens a sample, 256 samples a step, Adam (0.9, 0.98), polynomial
-  decay, 750 steps of warm-up, no clipping, weight decay 0.01. Peak learning rate 1e-3 (24 layers)
+  decay, 750 steps of warm-up, no clipping, weight decay 0.01 (of all parameters, as fairseq, which
+  they were trained with, decays them). Peak learning rate 1e-3 (24 layers)
   and 1.2e-3 (48 and 72), 500,000 steps (24) and 250,000 (48 and 72), dropout 0 (24) and 0.1.
   The paper scores the models by zero-shot accuracy (61.4, 64.1 and 65.8 on average over four sets)
   and trains on a corpus that is not public with GPT-2's vocabulary; here: C4 (TFDS) and as many
-  pieces trained on it, so the scores are not to be expected digit by digit. Not yet trained here.
+  pieces trained on it, so the scores are not to be expected digit by digit. The paper does not
+  state positions or activation: sinusoidal and GELU here, as in its code's language models. Not
+  yet trained here.
   Prepare the data as the first run's message says; then, on an accelerator:
 
   python -m magneto_jax.train --config=configs/gpt.py:magneto_24 --workdir=runs/magneto_24
@@ -57,6 +60,7 @@ def _magneto(config, *, layers: int, learning_rate: float, steps: int, dropout: 
   config.data.seq_length = 2048
   config.optimizer.learning_rate = learning_rate
   config.optimizer.schedule = "polynomial"
+  config.optimizer.decay_mask = "all"
   config.optimizer.warmup_steps = 750
 
 

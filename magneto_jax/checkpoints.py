@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 class Checkpointer:
   """Saves and restores the parts of a run under `<directory>/<step>/`.
 
-  A part is one Orbax item: `params`, `averages` (if the run keeps an average of its weights),
+  A part is one Orbax item: `params`, `ema_params` (if the run averages its weights),
   `optimizer`, `data` (the iterator's place) and `config` (JSON). Parts are separate so that a
   reader of the weights needs to know nothing of the optimizer.
 

@@ -33,13 +33,15 @@ def typed_config(flag: flags.FlagHolder) -> TrainConfig:
   return from_config_dict(flag.value)
 
 
-def run(main: Callable[[Sequence[str]], None]) -> None:
+def run(main: Callable[[], None]) -> None:
   """Runs a command; what the user can mend ends in one line on stderr and exit code 2."""
 
   def guarded(argv):
     logging.set_verbosity(logging.WARNING)  # Orbax and JAX tell every step of theirs at INFO.
     try:
-      main(argv)
+      if argv[1:]:
+        raise ConfigError(f"{argv[1]!r} is not a flag: flags are --name=value")
+      main()
     except (ConfigError, FileNotFoundError, FloatingPointError) as error:
       fail(str(error))
 

@@ -5,9 +5,11 @@ what its experiment sets. `from_config_dict` turns it into the records that the 
 takes; everything wrong with it is one `ConfigError` of one line, raised before devices start.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import ml_collections
@@ -17,6 +19,15 @@ from magneto_jax.theory import recipes
 
 class ConfigError(ValueError):
   """A config that cannot be run; its text is one line that says what to change."""
+
+
+@contextlib.contextmanager
+def config_errors() -> Iterator[None]:
+  """Where a config's values are used for the first time: what is wrong with them is its error."""
+  try:
+    yield
+  except (ValueError, NotImplementedError) as error:
+    raise ConfigError(str(error)) from error
 
 
 def _field(default, doc: str, **bounds):
@@ -32,9 +43,23 @@ def _rate(default: float, doc: str):
   return _field(default, doc, min=0.0, below=1.0)
 
 
+class _Checked:
+  """A record whose fields are checked against their types and bounds when it is made."""
+
+  _group = ""
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      if not dataclasses.is_dataclass(field.type):
+        value = _checked(field, getattr(self, field.name), self._group + field.name)
+        object.__setattr__(self, field.name, value)
+
+
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(_Checked):
   """The sizes and choices of a model."""
+
+  _group = "model."
 
   layers: int = _positive(6, "L, the number of layers")
   width: int = _positive(256, "D, the width of the residual stream")
@@ -68,6 +93,7 @@ class ModelConfig:
   attention_implementation: str = _field("", "of the attention kernel; empty: chosen for the call")
 
   def __post_init__(self):
+    super().__post_init__()
     kv_heads = self.kv_heads or self.heads
     if not self.head_dim and self.width % self.heads:
       raise ConfigError(
@@ -87,8 +113,10 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
+class DataConfig(_Checked):
   """Where text comes from and how it becomes tokens."""
+
+  _group = "data."
 
   name: str = _field("embedded", "`embedded`, `text_files`, or the name of a TFDS data set")
   train_files: str = _field("", "files or globs of name=text_files, separated by commas")
@@ -110,8 +138,10 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(_Checked):
   """AdamW and its learning-rate schedule."""
+
+  _group = "optimizer."
 
   learning_rate: float = _field(1e-3, "peak learning rate", above=0.0)
   b1: float = _rate(0.9, "decay of the first moment")
@@ -130,13 +160,13 @@ class OptimizerConfig:
     choices=("cosine", "linear", "polynomial", "constant"),
   )
   power: float = _field(1.0, "exponent of the polynomial schedule", above=0.0)
-  warmup_steps: int = _field(0, "steps of linear warm-up from 0", min=0)
+  warmup_steps: int = _field(0, "steps of linear warm-up", min=0)
   decay_steps: int = _field(0, "step at which the schedule ends; 0: the run's steps", min=0)
   end_factor: float = _field(0.0, "last learning rate over the peak", min=0.0, max=1.0)
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(_Checked):
   """One run."""
 
   task: str = _field("causal_lm", "what is learned", choices=("causal_lm",))
@@ -161,13 +191,15 @@ class TrainConfig:
   optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
 
   def __post_init__(self):
+    super().__post_init__()
     if self.batch_size % self.accumulation:
       raise ConfigError(
         f"accumulation={self.accumulation} must divide batch_size={self.batch_size}"
       )
 
 
-# Fields that may differ when a run is resumed: how long it runs and how often it reports.
+# Fields that may differ when a run is resumed: how long it runs, how often it reports, and where
+# files lie. Others change what is computed, if only by rounding.
 RESUMABLE = (
   "steps",
   "eval_every",
@@ -181,9 +213,6 @@ RESUMABLE = (
   "data.cache_dir",
   "data.data_dir",
   "data.workers",
-  "model.remat",
-  "model.unroll",
-  "model.attention_implementation",
 )
 
 
@@ -270,9 +299,8 @@ def _typed(record_type: type, values: dict[str, Any], prefix: str):
     if dataclasses.is_dataclass(field.type):
       if not isinstance(value, dict):
         raise ConfigError(f"config.{prefix}{name} is a group of fields, not {value!r}")
-      typed[name] = _typed(field.type, value, f"{prefix}{name}.")
-    else:
-      typed[name] = _checked(field, value, prefix + name)
+      value = _typed(field.type, value, f"{prefix}{name}.")
+    typed[name] = value
   return record_type(**typed)
 
 
@@ -282,7 +310,7 @@ def _checked(field: dataclasses.Field, value, name: str):
   if kind is float and isinstance(value, int) and not isinstance(value, bool):
     value = float(value)
   if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-    raise ConfigError(f"config.{name}={value!r} must be a {kind.__name__}")
+    raise ConfigError(f"config.{name}={value!r} must be of type {kind.__name__}")
   bounds = field.metadata
   if kind is float and not math.isfinite(value):
     raise ConfigError(f"config.{name}={value} must be finite")

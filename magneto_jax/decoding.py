@@ -14,7 +14,8 @@ def filter_logits(logits_BV: jax.Array, *, top_k: int = 0, top_p: jax.Array | fl
   """Sets to -inf the logits outside the `top_k` best and outside the nucleus of mass `top_p`.
 
   The nucleus is the smallest set of best tokens whose probabilities, after top-k, sum to at least
-  top_p (The Curious Case of Neural Text Degeneration, arXiv 1904.09751); it is never empty.
+  top_p (The Curious Case of Neural Text Degeneration, arXiv 1904.09751); it is never empty. Tokens
+  that tie with the last one kept are kept too.
 
   Args:
     logits_BV: unnormalised log-probabilities.

@@ -26,9 +26,9 @@ PEAK_FLOPS = {
   "TPU7x": 1153.5e12,
   "NVIDIA A100": 312e12,
   "NVIDIA H100": 989e12,
+  "NVIDIA H100 PCIe": 756e12,
   "NVIDIA H200": 989e12,
   "NVIDIA L4": 121e12,
-  "Tesla T4": 65e12,
 }
 
 
@@ -189,8 +189,8 @@ def draw_learning_curve(workdir: pathlib.Path, *, title: str, unit: str) -> path
 
   Args:
     workdir: where metrics.jsonl lies.
-    title: of the picture.
-    unit: of the loss.
+    title: the title of the picture.
+    unit: the unit of the loss.
   """
   from matplotlib.figure import Figure
 

@@ -6,6 +6,7 @@
 <workdir>/metrics.jsonl, tensorboard/, learning_curve.png, summary.json
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -15,8 +16,14 @@ import jax
 from flax import linen as nn
 
 from magneto_jax.checkpoints import Checkpointer, abstract_like
-from magneto_jax.config import ConfigError, TrainConfig, differing_fields, from_config_dict
-from magneto_jax.data import tokenizers
+from magneto_jax.config import (
+  ConfigError,
+  TrainConfig,
+  config_errors,
+  differing_fields,
+  from_config_dict,
+)
+from magneto_jax.data import files, text, tokenizers
 from magneto_jax.tasks import TASKS
 
 
@@ -58,9 +65,30 @@ def as_json(record: Record) -> dict[str, Any]:
 
 def write_record(workdir: pathlib.Path, record: Record) -> None:
   """Leaves the record where `read_record` finds it, whole or not at all."""
-  temporary = workdir / "config.json.tmp"
-  temporary.write_text(json.dumps(as_json(record), indent=2) + "\n")
-  temporary.replace(workdir / "config.json")
+  _write_json(workdir / "config.json", as_json(record))
+
+
+def write_summary(workdir: pathlib.Path, summary: dict[str, Any]) -> None:
+  """Leaves the summary of a finished run."""
+  _write_json(workdir / "summary.json", summary)
+
+
+def _write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
+  files.write_durably(path, (json.dumps(values, indent=2) + "\n").encode())
+
+
+def read_summary(workdir: str | pathlib.Path) -> dict[str, Any] | None:
+  """The summary of the run in a workdir; None if it has not come to its end."""
+  path = pathlib.Path(workdir) / "summary.json"
+  return json.loads(path.read_text()) if path.exists() else None
+
+
+def last_step(workdir: str | pathlib.Path) -> int:
+  """The newest step with a complete checkpoint; 0 if there is none."""
+  if not checkpoints_in(workdir).exists():
+    return 0
+  with contextlib.closing(Checkpointer(checkpoints_in(workdir), read_only=True)) as checkpointer:
+    return max(checkpointer.steps, default=0)
 
 
 def read_record(workdir: str | pathlib.Path) -> Record | None:
@@ -73,6 +101,18 @@ def read_record(workdir: str | pathlib.Path) -> Record | None:
     return Record(from_config_dict(values["config"]), values["data"], values["facts"])
   except (ValueError, KeyError, TypeError) as error:
     raise ConfigError(f"{path} is not the config of a run: {error}") from None
+
+
+def resumable(workdir: str | pathlib.Path, config: TrainConfig) -> Record | None:
+  """The record of the run that the config would resume; None if the workdir holds none.
+
+  Raises:
+    ConfigError: if it holds another run.
+  """
+  held = read_record(workdir)
+  if held is not None:
+    refuse_if_different(workdir, held, held._replace(config=config))
+  return held
 
 
 def refuse_if_different(workdir, old: Record, new: Record) -> None:
@@ -99,7 +139,7 @@ def _read(workdir: str | pathlib.Path) -> Record:
 def load(workdir: str | pathlib.Path, *, step: int | None = None) -> Run:
   """The model of a run and its variables, ready for `model.apply(variables, ...)`.
 
-  The weights are the run's averages if it kept any, else its last ones.
+  The weights are the run's moving average if it kept one, else its last ones.
 
   Args:
     workdir: of the run.
@@ -124,7 +164,7 @@ def load(workdir: str | pathlib.Path, *, step: int | None = None) -> Run:
     step = max(steps, default=None) if step is None else step
     if step not in steps:
       raise FileNotFoundError(f"{checkpoints_in(workdir)} has no step {step}, only {steps}")
-    part = "averages" if "averages" in checkpointer.parts(step) else "params"
+    part = "ema_params" if "ema_params" in checkpointer.parts(step) else "params"
     inputs = task.dummy_inputs(record.config)
     abstract = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
     params = checkpointer.restore(step, {part: abstract_like(abstract)})[part]
@@ -134,9 +174,18 @@ def load(workdir: str | pathlib.Path, *, step: int | None = None) -> Run:
 
 
 def load_tokenizer(workdir: str | pathlib.Path) -> tokenizers.Tokenizer:
-  """The tokenizer of a text run."""
-  data = _read(workdir).config.data
-  if data.tokenizer == "byte":
+  """The tokenizer of a text run.
+
+  Raises:
+    FileNotFoundError: if the workdir holds no run, or the tokenizer is gone.
+    ConfigError: if it is not the one that the run was trained with.
+  """
+  record = _read(workdir)
+  if record.config.data.tokenizer == "byte":
     return tokenizers.ByteTokenizer()
-  path = data.tokenizer_file or data_in(workdir) / "tokenizer.model"
-  return tokenizers.SentencePieceTokenizer.load(path)
+  path = data_in(workdir) / text.TOKENIZER_FILE
+  with config_errors():
+    tokenizer = tokenizers.SentencePieceTokenizer.load(path)
+  if tokenizer.identity != record.data["tokenizer"]:
+    raise ConfigError(f"{path} is not the tokenizer that this run was trained with")
+  return tokenizer

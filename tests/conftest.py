@@ -4,6 +4,8 @@ import os
 
 # Tests pass without an accelerator; JAX_PLATFORMS=cuda (or tpu) runs the same ones on it.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Accelerators round the factors of float32 products unless told otherwise.
+os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 # A missing axis must not be filled in by silent broadcasting.
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 # XLA's pool (NPROC) and the BLAS of numpy take a thread a core by default: with pytest-xdist that

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import magneto_jax
-from magneto_jax import runs, train
+from magneto_jax import runs, training
 from magneto_jax.checkpoints import Checkpointer, abstract_like
 from magneto_jax.config import ConfigError, TrainConfig, from_config_dict
 from magneto_jax.tasks import TASKS
@@ -47,9 +47,9 @@ def final_arrays(workdir, step):
   record = runs.read_record(workdir)
   task = TASKS[record.config.task]
   model = task.build_model(record.config, record.facts)
-  optimizer, _ = train.make_optimizer(record.config.optimizer, record.config.steps)
+  optimizer, _ = training.make_optimizer(record.config.optimizer, record.config.steps)
   state = jax.eval_shape(
-    lambda key: train.init_state(
+    lambda key: training.init_state(
       key,
       model=model,
       inputs=task.dummy_inputs(record.config),
@@ -81,7 +81,7 @@ def test_twenty_steps_equal_ten_a_new_process_and_ten(tmp_path):
 
 
 def test_a_run_leaves_what_it_promises(tmp_path):
-  summary = train.train(tiny(), tmp_path)
+  summary = training.train(tiny(), tmp_path)
   assert json.loads((tmp_path / "summary.json").read_text()) == summary
   for name in (
     "validation_loss_nats_per_token",
@@ -105,38 +105,38 @@ def test_a_run_leaves_what_it_promises(tmp_path):
 
 
 def test_another_run_in_the_workdir_is_refused_with_its_fields(tmp_path):
-  train.train(tiny(steps=2), tmp_path)
+  training.train(tiny(steps=2), tmp_path)
   before = sorted(path.name for path in tmp_path.iterdir())
   model = {**TINY["model"], "layers": 3}
   with pytest.raises(ConfigError, match=r"seed was 0, is 1.*model.layers was 2, is 3"):
-    train.train(tiny(seed=1, model=model), tmp_path)
+    training.train(tiny(seed=1, model=model), tmp_path)
   with pytest.raises(ConfigError, match="data.seq_length was 32, is 64"):
-    train.train(tiny(data={**TINY["data"], "seq_length": 64}), tmp_path)
+    training.train(tiny(data={**TINY["data"], "seq_length": 64}), tmp_path)
   with pytest.raises(ConfigError, match="is at step 2 already"):
-    train.train(tiny(steps=1), tmp_path)
+    training.train(tiny(steps=1), tmp_path)
   assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
 def test_dry_run_prints_and_trains_nothing(tmp_path, capsys):
-  assert train.train(tiny(), tmp_path, dry_run=True) == {}
+  training.dry_run(tiny(), tmp_path / "run")
   printed = capsys.readouterr().out
   for words in ("first batch:", "inputs: int32[4, 32]", "memory: state", "x <- x + ffn(LN(x))"):
     assert words in printed
-  assert not runs.checkpoints_in(tmp_path).exists()
+  assert not list(tmp_path.iterdir())
 
 
 def a_step(config, batch, **options):
   task = TASKS[config.task]
   model = task.build_model(config, {"vocab_size": 260})
-  optimizer, _ = train.make_optimizer(config.optimizer, config.steps)
-  state = train.init_state(
+  optimizer, _ = training.make_optimizer(config.optimizer, config.steps)
+  state = training.init_state(
     jax.random.key(0),
     model=model,
     inputs=task.dummy_inputs(config),
     optimizer=optimizer,
     ema=config.ema,
   )
-  return state, *train.train_step(
+  return state, *training.train_step(
     state, batch, jax.random.key(1), model=model, task=task, optimizer=optimizer, **options
   )
 
@@ -181,7 +181,7 @@ def test_averages_follow_their_recursion():
     lambda average, old, new: np.testing.assert_allclose(
       average, decay * old + (1 - decay) * new, rtol=1e-5, atol=1e-7
     ),
-    after.averages,
+    after.ema_params,
     before.params,
     after.params,
   )
@@ -198,12 +198,12 @@ def test_every_recipe_lowers_the_loss_on_one_batch(recipe):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_checkpoints(tmp_path):
-  train.train(tiny(steps=2), tmp_path)
+  training.train(tiny(steps=2), tmp_path)
   # A rate that overflows float32 parameters, in a run that is otherwise the same.
   record = runs.read_record(tmp_path)
   optimizer = dataclasses.replace(record.config.optimizer, learning_rate=1e38)
   config = dataclasses.replace(record.config, optimizer=optimizer, steps=8)
   runs.write_record(tmp_path, record._replace(config=config))
   with pytest.raises(FloatingPointError, match="lower optimizer.learning_rate"):
-    train.train(config, tmp_path)
+    training.train(config, tmp_path)
   assert (runs.checkpoints_in(tmp_path) / "2").exists()

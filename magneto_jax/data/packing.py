@@ -8,7 +8,9 @@ import json
 import os
 import pathlib
 import shutil
+import time
 import uuid
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -183,14 +185,17 @@ def _write(
 ) -> None:
   """Writes the three files of a cache; the header, which vouches for the others, comes last."""
   dtype = np.dtype("<u2" if tokenizer.vocab_size < 2**16 else "<u4")
-  offsets, text_bytes = [0], 0
+  offsets, text_bytes, tell_at = [0], 0, time.monotonic() + 30
   with open(directory / _TOKENS, "wb") as f:
-    for text in documents:
-      ids = [[tokenizer.bos_id], tokenizer.encode(text), [tokenizer.eos_id]]
-      tokens = np.concatenate(ids).astype(dtype)
-      f.write(tokens.tobytes())
-      offsets.append(offsets[-1] + len(tokens))
-      text_bytes += len(text.encode())
+    for texts in _batches(documents):
+      for text, ids in zip(texts, tokenizer.encode_all(texts), strict=True):
+        tokens = np.concatenate([[tokenizer.bos_id], ids, [tokenizer.eos_id]]).astype(dtype)
+        f.write(tokens.tobytes())
+        offsets.append(offsets[-1] + len(tokens))
+        text_bytes += len(text.encode())
+      if time.monotonic() > tell_at:
+        done, tell_at = len(offsets) - 1, time.monotonic() + 30
+        logging.warning(f"tokenised {done:,} of {len(documents):,} documents")
     f.flush()
     os.fsync(f.fileno())
   files.write_durably(directory / _OFFSETS, np.asarray(offsets, "<i8").tobytes())
@@ -203,6 +208,19 @@ def _write(
   }
   header["sha256"] = files.digest(header)
   files.write_durably(directory / _HEADER, json.dumps(header, indent=2).encode())
+
+
+def _batches(documents: documents_lib.Documents) -> Iterator[list[str]]:
+  """Consecutive documents, at least a million characters at a time: work for every core."""
+  batch, size = [], 0
+  for text in documents:
+    batch.append(text)
+    size += len(text)
+    if size >= 1_000_000:
+      yield batch
+      batch, size = [], 0
+  if batch:
+    yield batch
 
 
 def _open(directory: pathlib.Path, identity: dict[str, Any]) -> TokenStream:

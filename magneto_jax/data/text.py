@@ -9,6 +9,8 @@ from typing import Any
 
 from magneto_jax.data import documents, files, packing, sources, tokenizers
 
+TOKENIZER_FILE = "tokenizer.model"
+
 
 @dataclasses.dataclass(frozen=True)
 class TextData:
@@ -49,8 +51,8 @@ def load_text(
   """Loads, tokenises and packs a source of text.
 
   Args:
-    workdir: where a trained tokenizer is kept as `tokenizer.model`; a later call with the same
-      directory loads it instead of training again.
+    workdir: where the tokenizer is kept as `tokenizer.model`; a later call with the same directory
+      loads it instead of training again.
     name: a name in `SOURCES` or a TFDS data set, see `load_documents`.
     tokenizer: a name in `TOKENIZERS`: "sentencepiece" or "byte".
     vocab_size: ids of a trained tokenizer; bytes and loaded models have their own number.
@@ -109,10 +111,13 @@ def _byte(
 def _sentencepiece(
   train: documents.Documents, workdir: pathlib.Path, vocab_size: int, tokenizer_file: str
 ) -> tokenizers.Tokenizer:
-  """Loads the user's model, or this run's, or trains this run's."""
+  """The user's model, of which the run keeps a copy; or the run's own; or one trained for it."""
+  model, note = workdir / TOKENIZER_FILE, workdir / "tokenizer.json"
   if tokenizer_file:
-    return tokenizers.SentencePieceTokenizer.load(tokenizer_file)
-  model, note = workdir / "tokenizer.model", workdir / "tokenizer.json"
+    loaded = tokenizers.SentencePieceTokenizer.load(tokenizer_file)
+    files.write_durably(model, loaded.model)
+    note.unlink(missing_ok=True)
+    return loaded
   trained_on = {"documents": dict(train.identity), "vocab_size": vocab_size}
   if not model.exists():
     # The note goes first: a model without one would be of unknown origin.

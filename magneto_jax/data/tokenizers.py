@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import itertools
 import os
 import pathlib
 import re
@@ -44,6 +45,10 @@ class Tokenizer(Protocol):
     """Returns the ids of a text, int32 of shape [tokens], without specials."""
     ...
 
+  def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+    """Returns the ids of every text, as `encode` does, on all cores where that is faster."""
+    ...
+
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
     """Returns the text of ids: specials are skipped, invalid UTF-8 becomes U+FFFD."""
     ...
@@ -59,6 +64,10 @@ class ByteTokenizer:
   def encode(self, text: str) -> np.ndarray:
     """See `Tokenizer.encode`."""
     return np.frombuffer(text.encode(), np.uint8).astype(np.int32) + _SPECIALS
+
+  def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+    """See `Tokenizer.encode_all`."""
+    return [self.encode(text) for text in texts]
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
     """See `Tokenizer.decode`."""
@@ -101,6 +110,7 @@ class SentencePieceTokenizer:
         f"{name} has the ids {ids}; a tokenizer for this library has {wanted} and is trained "
         "with byte_fallback=true"
       )
+    self.model = model
     self._space_ids = [p.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
     self.vocab_size = p.get_piece_size()
     self.identity = {
@@ -177,12 +187,18 @@ class SentencePieceTokenizer:
 
   def encode(self, text: str) -> np.ndarray:
     """See `Tokenizer.encode`."""
-    first, *rest = text.split(_SPACE)
-    ids = self._processor.encode(first)
-    for part in rest:
-      ids += self._space_ids
-      ids += self._processor.encode(part)
-    return np.asarray(ids, np.int32)
+    (ids,) = self.encode_all([text])
+    return ids
+
+  def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+    """See `Tokenizer.encode_all`."""
+    split = [text.split(_SPACE) for text in texts]
+    encoded = iter(self._processor.encode(list(itertools.chain.from_iterable(split))))
+    ids = []
+    for parts in split:
+      first, *rest = itertools.islice(encoded, len(parts))
+      ids.append(np.asarray(sum(([*self._space_ids, *part] for part in rest), first), np.int32))
+    return ids
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
     """See `Tokenizer.decode`."""

@@ -28,8 +28,19 @@ class KVCache(NamedTuple):
   layer: jax.Array
   length: jax.Array
 
+  @classmethod
+  def empty(
+    cls, batch: int, length: int, kv_heads: int, head_dim: int, *, layers: int = 1, dtype
+  ) -> "KVCache":
+    """Room for `length` rows."""
+    zeros = jnp.zeros((layers, batch, kv_heads, length, head_dim), dtype)
+    return cls(zeros, zeros, layer=jnp.int32(0), length=jnp.int32(0))
+
   def extend(self, k_BTKH: jax.Array, v_BTKH: jax.Array) -> "KVCache":
-    """Writes T new rows after the first `length`; `length` itself is moved by the caller."""
+    """Writes T new rows behind the first `length`, which grows by T.
+
+    There must be room: XLA moves a write that would pass the end back over earlier rows.
+    """
     # Of one dtype: with 64-bit mode on, a literal 0 and the scan's index are int64.
     start = [jnp.asarray(i, jnp.int32) for i in (self.layer, 0, 0, self.length, 0)]
 
@@ -37,7 +48,11 @@ class KVCache(NamedTuple):
       rows_BKTH = rows.swapaxes(1, 2).astype(cache.dtype)
       return jax.lax.dynamic_update_slice(cache, rows_BKTH[None], start)
 
-    return self._replace(k_LBKSH=write(self.k_LBKSH, k_BTKH), v_LBKSH=write(self.v_LBKSH, v_BTKH))
+    return self._replace(
+      k_LBKSH=write(self.k_LBKSH, k_BTKH),
+      v_LBKSH=write(self.v_LBKSH, v_BTKH),
+      length=self.length + k_BTKH.shape[1],
+    )
 
   def read(self) -> tuple[jax.Array, jax.Array]:
     """This layer's keys and values [B, S, K, H]."""
@@ -159,7 +174,7 @@ class Attention(nn.Module):
       window=self.window,
       logits_soft_cap=self.logits_soft_cap,
       dropout_rate=dropout_rate,
-      dropout_key=self.make_rng("dropout") if dropout_rate else None,
+      dropout_key=_typed(self.make_rng("dropout")) if dropout_rate else None,
       implementation=self.implementation,
     )
     if self.head_scale is not None:
@@ -174,6 +189,12 @@ class Attention(nn.Module):
     if self.head_scale not in (None, "pre_out_proj"):
       y_BTD = _scale_blocks(y_BTD, gamma_N, self.head_scale)
     return y_BTD, cache
+
+
+def _typed(key: jax.Array) -> jax.Array:
+  """The key as a typed one: Flax hands on what it is given, and takes `jax.random.PRNGKey` too."""
+  is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+  return key if is_typed else jax.random.wrap_key_data(key)
 
 
 def _scale_blocks(y_BTD: jax.Array, gamma_N: jax.Array, placement: str) -> jax.Array:

@@ -30,14 +30,16 @@ class DenseInit(NamedTuple):
 
 
 def kernel_init(init: recipes.Init) -> Initializer:
-  """The init function of a kernel [fan_in, fan_out]; see `recipes.Init` for the distributions.
+  """The init function of a kernel [..., in, out]; see `recipes.Init` for the distributions.
 
+  Leading axes are a convolution's window: they count in both fans, as in `jax.nn.initializers`.
   The gain may be a traced scalar, so that one compiled init serves every value of it.
   """
 
   def draw(key, shape, dtype=jnp.float32, out_sharding=None):
     del out_sharding
-    std = init.std(*shape)
+    *window, fan_in, fan_out = shape
+    std = init.std(math.prod(window) * fan_in, math.prod(window) * fan_out)
     if init.family in ("xavier_uniform", "torch_uniform"):
       unit = jax.random.uniform(key, shape, dtype, -math.sqrt(3), math.sqrt(3))
     else:

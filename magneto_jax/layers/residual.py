@@ -11,21 +11,10 @@ from flax import linen as nn
 from magneto_jax.layers.norms import NormFactory, norm_factory
 from magneto_jax.theory import recipes
 
-# theory/ imports no jax, so its records become pytrees here: these fields hold numbers (leaves) or
-# further records; all others are structure, which jit and scan treat as static.
-_SCALES = ("skip", "branch", "in_scale")
-_CHILDREN = {
-  recipes.Scale: ("value",),
-  recipes.Init: ("gain", "bias_gain"),
-  recipes.Sublayer: _SCALES,
-  recipes.Attention: (*_SCALES, "qk", "v", "out"),
-  recipes.FeedForward: (*_SCALES, "wi", "wo"),
-  recipes.Layer: ("self_attention", "ffn", "cross_attention"),
-  recipes.Segment: ("pattern",),
-  recipes.Embedding: ("tokens", "positions", "scale"),
-  recipes.Stack: ("segments", "embedding"),
-}
-for _record, _children in _CHILDREN.items():
+# theory/ imports no jax, so its records become pytrees here: numbers are leaves, records in records
+# are nodes, and all other fields are structure, which jit and scan treat as static.
+for _record in recipes.RECORDS:
+  _children = recipes.children(_record)
   _static = [f.name for f in dataclasses.fields(_record) if f.name not in _children]
   jax.tree_util.register_dataclass(_record, data_fields=_children, meta_fields=_static)
 

@@ -37,7 +37,8 @@ class CausalLM(nn.Module):
   """A decoder language model: p(x_t | x_<t) = softmax(W h_t), h = stack(embed(x)).
 
   Attributes:
-    recipe: the decoder stack's record, e.g. `RECIPES["magneto"](architecture).decoder`.
+    recipe: the decoder stack's record, e.g. `RECIPES["magneto"](architecture).decoder`; its numbers
+      are floats or tuples, as modules must be hashable.
     vocab_size: V; width: D; num_heads: N; ffn_width: F.
     num_kv_heads: K, a divisor of N; N by default.
     head_dim: H; D / N by default.
@@ -172,6 +173,8 @@ class CausalLM(nn.Module):
     for record in (self.recipe, recipe):
       if not isinstance(record, recipes.Stack):
         raise TypeError(f"recipe must be a Stack, as `Recipe.decoder` is, not {record!r:.60}")
+      if record.width not in (None, self.width):
+        raise ValueError(f"recipe is for width {record.width}, the model has {self.width=}")
     own, other = (jax.tree.structure(recipes.as_arrays(r)) for r in (self.recipe, recipe))
     if own != other:
       raise ValueError(

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
@@ -111,8 +110,10 @@ class _Repeat(nn.Module):
         drop_path_rate=None if drop_path_rates is None else drop_path_rates[i],
         deterministic=self.deterministic,
       )
-      # The layer's index is not carried: it belongs to the repeat.
-      updated.append(None if cache is None else cache._replace(layer=caches[i].layer))
+      # Every repeat writes its own layer, behind the same rows.
+      if cache is not None:
+        cache = cache._replace(layer=caches[i].layer, length=caches[i].length)
+      updated.append(cache)
     return (x_BTD, None if caches is None else tuple(updated)), None
 
 
@@ -198,9 +199,8 @@ def init_caches(
 ) -> tuple[tuple[KVCache, ...], ...]:
   """Empty caches for `length` tokens, one a block of each segment's pattern."""
 
-  def empty(repeats):
-    zeros = jnp.zeros((repeats, batch, kv_heads, length, head_dim), dtype)
-    return KVCache(zeros, zeros, layer=jnp.int32(0), length=jnp.int32(0))
+  def empty(layers):
+    return KVCache.empty(batch, length, kv_heads, head_dim, layers=layers, dtype=dtype)
 
   return tuple(
     tuple(empty(segment.repeats) for _ in segment.pattern) for segment in recipe.segments

@@ -15,6 +15,7 @@ a float, a tuple of one float a layer, or an array, and never change what is com
 
 import dataclasses
 import math
+import typing
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -200,12 +201,14 @@ class Stack:
     embedding: the front end.
     final_norm: whether a norm follows the last layer.
     norm: `layer_norm` or `rms_norm`, everywhere in the stack.
+    width: D that the numbers were computed for; models of another width refuse the record.
   """
 
   segments: tuple[Segment, ...]
   embedding: Embedding
   final_norm: bool
   norm: str = "layer_norm"
+  width: int | None = None
 
   def __post_init__(self):
     _check("norm", self.norm, NORMS)
@@ -224,9 +227,25 @@ class Recipe:
   decoder: Stack | None = None
 
 
+RECORDS = (Scale, Init, Sublayer, Attention, FeedForward, Layer, Segment, Embedding, Stack)
+
+
 # ---------------------------------------------------------------------------------------------
 # Reading records
 # ---------------------------------------------------------------------------------------------
+
+
+def children(record: type) -> list[str]:
+  """Names of the fields that hold numbers or further records; all others are structure."""
+
+  def holds_record(annotation) -> bool:
+    return annotation in RECORDS or any(map(holds_record, typing.get_args(annotation)))
+
+  return [
+    field.name
+    for field in dataclasses.fields(record)
+    if field.metadata == NUMBER or holds_record(field.type)
+  ]
 
 
 def map_numbers(fn: Callable[[Number], Number], record):
@@ -341,7 +360,12 @@ def _recipe(name: str, architecture: Architecture, layer, *, final_norm: bool) -
   def stack(kind: str, depth: int) -> Stack | None:
     if depth == 0:
       return None
-    return Stack((Segment((layer(kind),), depth),), _embedding(architecture), final_norm)
+    return Stack(
+      (Segment((layer(kind),), depth),),
+      _embedding(architecture),
+      final_norm,
+      width=architecture.width,
+    )
 
   return Recipe(
     name,

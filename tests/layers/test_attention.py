@@ -176,7 +176,7 @@ def test_rotation_is_by_the_given_positions():
 
 
 def test_cache_writes_its_layer_behind_its_length():
-  """Layer 1 of 3, 2 rows behind 5: all else stays as it was, and the length is the caller's."""
+  """Layer 1 of 3, 2 rows behind 5: all else stays as it was, and the length grows by 2."""
   k = np.random.default_rng(0).standard_normal((3, B, N, 8, 4)).astype(np.float32)
   cache = KVCache(jnp.asarray(k), jnp.asarray(-k), layer=jnp.int32(1), length=jnp.int32(5))
   rows = np.ones((B, 2, N, 4), np.float32)
@@ -187,7 +187,7 @@ def test_cache_writes_its_layer_behind_its_length():
     np.testing.assert_array_equal(written, expected)
   np.testing.assert_array_equal(extended.read()[0], extended.k_LBKSH[1].swapaxes(1, 2))
   np.testing.assert_array_equal(extended.read()[1], extended.v_LBKSH[1].swapaxes(1, 2))
-  assert (extended.layer, extended.length) == (1, 5)
+  assert (extended.layer, extended.length) == (1, 7)
 
 
 def test_dropout_is_of_probabilities_and_unbiased():
