@@ -299,7 +299,7 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict:
   job = prepare(config, runs.data_in(workdir))
   if earlier:
     runs.refuse_if_different(workdir, earlier, job.record)
-  _print(console, [*_overview(job), *_schedule_notes(config, earlier if start else None)])
+  _print(console, [*_overview(job), *schedule_notes(config, earlier.config if start else None)])
   root_key = jax.random.key(config.seed)
   parameter_key, dropout_key, sample_key = (jax.random.fold_in(root_key, i) for i in range(3))
   eval_step = jax.jit(lambda params, batch: job.task.loss(job.model, params, batch))
@@ -444,15 +444,15 @@ def _overview(job: Job) -> list[str]:
   ]
 
 
-def _schedule_notes(config: TrainConfig, earlier: runs.Record | None) -> list[str]:
-  """What a person may not expect of the learning rate."""
+def schedule_notes(config: TrainConfig, earlier: TrainConfig | None) -> list[str]:
+  """What a person may not expect of the learning rate; `earlier` is what is resumed, if any."""
   notes = []
   schedule, warmup = config.optimizer.schedule, config.optimizer.warmup_steps
   end = config.optimizer.decay_steps or config.steps
   if warmup >= min(end, config.steps):
     notes.append(f"note: the warm-up of {warmup:,} steps does not end within the run")
   if earlier and schedule != "constant" and not config.optimizer.decay_steps:
-    if (before := earlier.config.steps) != end:
+    if (before := earlier.steps) != end:
       notes.append(
         f"note: the {schedule} schedule now ends at step {end:,}, not {before:,}, so the rest runs"
         " at another learning rate; to fix its end beforehand set optimizer.decay_steps"

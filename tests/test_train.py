@@ -104,6 +104,32 @@ def test_a_run_leaves_what_it_promises(tmp_path):
     magneto_jax.load(tmp_path, step=3)
 
 
+def test_a_finished_run_is_reported_again_as_it_was(tmp_path, capsys):
+  summary = training.train(tiny(steps=2), tmp_path)
+  files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+  capsys.readouterr()
+  assert training.train(tiny(steps=2), tmp_path) == summary
+  assert {path: path.stat().st_mtime_ns for path in files} == files
+  printed = capsys.readouterr().out
+  assert "is finished: to go on, set steps to more than 2" in printed
+  assert f"{summary['validation_loss_nats_per_token']:.4f} nats a token" in printed
+
+
+@pytest.mark.parametrize(
+  "optimizer, note",
+  [
+    ({"warmup_steps": 1}, "the cosine schedule now ends at step 4, not 2"),
+    ({"warmup_steps": 1, "decay_steps": 9}, ""),
+    ({"warmup_steps": 1, "schedule": "constant"}, ""),
+    ({"warmup_steps": 4, "decay_steps": 9}, "the warm-up of 4 steps does not end within the run"),
+  ],
+)
+def test_a_learning_rate_that_surprises_is_noted(optimizer, note):
+  earlier, config = (tiny(steps=steps, optimizer=optimizer) for steps in (2, 4))
+  assert [note in line for line in training.schedule_notes(config, earlier)] == [True] * bool(note)
+  assert training.schedule_notes(config, None) == [] or "warm-up" in note
+
+
 def test_another_run_in_the_workdir_is_refused_with_its_fields(tmp_path):
   training.train(tiny(steps=2), tmp_path)
   before = sorted(path.name for path in tmp_path.iterdir())

@@ -116,10 +116,12 @@ class Attention(nn.Module):
 
     Args:
       x_BTD: the input.
-      positions_BT: positions for the rotation; 0 .. T-1 by default.
+      positions_BT: positions for the rotation; by default 0 .. T-1, counted on from the cache's
+        length.
       segment_ids: integers [B, T] of the queries and [B, S] of the keys: a query attends to keys
         of its own segment only (packed documents; padding is a segment of its own).
-      cache: earlier keys and values; the new ones are written behind them.
+      cache: earlier keys and values (`KVCache.empty` at first), for causal attention; the new ones
+        are written behind them.
       deterministic: False drops probabilities and needs an rng named `dropout`.
 
     Returns:
@@ -154,7 +156,7 @@ class Attention(nn.Module):
     v_BTKH = dense(x_BTD, (kv_heads, head_dim), self.v_init, "value")
     if self.rotary:
       if positions_BT is None:
-        positions_BT = jnp.arange(x_BTD.shape[1])[None]
+        positions_BT = jnp.arange(x_BTD.shape[1])[None] + (0 if cache is None else cache.length)
       q_BTNH, k_BTKH = rotary(q_BTNH, positions_BT), rotary(k_BTKH, positions_BT)
     q_offset = 0
     if cache is not None:

@@ -190,6 +190,18 @@ def test_cache_writes_its_layer_behind_its_length():
   assert (extended.layer, extended.length) == (1, 7)
 
 
+@pytest.mark.parametrize("rotary", (False, True))
+def test_cached_calls_match_one_call(rotary):
+  """The layer by itself: the cache that a call returns is what the next one takes."""
+  layer = Attention(N, num_kv_heads=2, is_causal=True, rotary=rotary)
+  params = params_of(layer)
+  cache, parts = KVCache.empty(B, T, 2, D // N, dtype=jnp.float32), []
+  for start, stop in ((0, 3), (3, 4), (4, T)):
+    y, cache = layer.apply({"params": params}, X[:, start:stop], cache=cache)
+    parts.append(y)
+  np.testing.assert_allclose(np.concatenate(parts, 1), attend(layer, params), rtol=0, atol=1e-5)
+
+
 def test_dropout_is_of_probabilities_and_unbiased():
   """4096 draws: the mean is off by about 1 / 64 of a draw's deviation; 6 of those are allowed."""
   layer = Attention(N, is_causal=True, dropout_rate=0.5)

@@ -120,6 +120,27 @@ def test_layer_runs_through_the_nnx_bridge(layer):
   np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5)  # float32
 
 
+@pytest.mark.parametrize("make_key", (jax.random.key, jax.random.PRNGKey))
+def test_dropout_takes_the_keys_that_linen_takes(make_key):
+  """Typed ones and raw ones alike, under somebody's nn.scan; each repeat drops otherwise."""
+
+  class Body(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+      y, _ = Attention(2, dropout_rate=0.5, name="attention")(x, deterministic=False)
+      return x, y
+
+  splits = {"params": False, "dropout": True}
+  module = nn.scan(Body, variable_broadcast="params", split_rngs=splits, length=2)()
+  rngs = {"params": make_key(0), "dropout": make_key(1)}
+  variables = module.init(rngs, X, None)
+  apply = lambda seed: module.apply(variables, X, None, rngs={"dropout": make_key(seed)})[1]
+  first, second = apply(2)
+  assert np.abs(first - second).max() > 1e-3
+  np.testing.assert_array_equal(apply(2), apply(2))
+  assert np.abs(apply(2) - apply(3)).max() > 1e-3
+
+
 SLOW_RECIPES = [pytest.param(n, marks=pytest.mark.slow) for n in RECIPES if n != "normformer"]
 
 

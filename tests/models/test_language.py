@@ -410,6 +410,13 @@ def test_a_call_with_a_recipe_of_another_structure_raises():
       model.apply(variables, TOKENS, recipe=other)
 
 
+def test_a_recipe_for_another_width_raises():
+  """Its embedding would be drawn with another deviation."""
+  record = RECIPES["magneto"](Architecture("decoder", 0, 2)).decoder
+  with pytest.raises(ValueError, match="recipe is for width 512, the model has self.width=32"):
+    jax.eval_shape(language_model(record).init, jax.random.key(0), TOKENS)
+
+
 def test_an_encoder_decoders_record_raises():
   architecture = Architecture("encoder_decoder", 2, 2, WIDTH, FFN, HEADS)
   model = language_model(RECIPES["magneto"](architecture).decoder)
