@@ -46,12 +46,17 @@ def test_a_misspelt_field_names_the_right_one(name):
   [
     ("optimizer.learning_rate", math.nan, r"config.optimizer.learning_rate=nan must be finite"),
     ("optimizer.learning_rate", -1.0, r"learning_rate=-1.0 must be above 0.0"),
+    ("optimizer.learning_rate", 0.0, r"learning_rate=0.0 must be above 0.0"),
+    ("optimizer.end_factor", 1.5, r"end_factor=1.5 must be at most 1.0"),
     ("model.layers", -3, r"config.model.layers=-3 must be at least 1"),
     ("model.layers", 2.5, r"config.model.layers=2.5 must be a int"),
     ("model.dropout", 1.0, r"config.model.dropout=1.0 must be below 1.0"),
+    ("model.dropout", True, r"config.model.dropout=True must be a float"),
     ("model.heads", 3, r"model.heads=3 must divide model.width=256"),
     ("model.kv_heads", 3, r"model.kv_heads=3 must divide model.heads=4"),
     ("model.unroll", 4, r"model.unroll=4 must divide model.layers=6"),
+    ("model.unroll", 0, r"model.unroll=0 must divide model.layers=6"),
+    ("model", {"positions": "rotary", "head_dim": 5}, r"an even head width, not 5"),
     ("recipe", "magnet", r"config.recipe='magnet' must be one of .*did you mean magneto\?"),
     ("accumulation", 3, r"accumulation=3 must divide batch_size=16"),
     ("lerning_rate", 1.0, r"did you mean config.optimizer.learning_rate\?"),
@@ -66,11 +71,32 @@ def test_an_impossible_value_is_refused(name, value, message):
   assert "\n" not in str(error.value)
 
 
+def test_bounds_that_are_allowed_are_allowed():
+  for name, value in (("optimizer.end_factor", 1.0), ("model.dropout", 0.0), ("model.unroll", -1)):
+    from_config_dict(changed(name, value))
+
+
+# What changes neither the numbers of a run nor what it has learned so far.
+MAY_DIFFER = {
+  *("steps", "eval_every", "eval_batches", "log_every", "checkpoint_every", "keep_checkpoints"),
+  *("sample_prompt", "sample_tokens", "sample_temperature"),
+  *("data.cache_dir", "data.data_dir", "data.workers"),
+  *("model.remat", "model.unroll", "model.attention_implementation"),
+}
+
+
 def test_differing_fields_leave_out_how_long_and_how_often():
   old = TrainConfig()
   model = dataclasses.replace(old.model, layers=7)
   new = dataclasses.replace(old, steps=9, log_every=1, seed=3, model=model)
   assert config_lib.differing_fields(old, new) == {"seed": (0, 3), "model.layers": (6, 7)}
+  for name, value in config_lib.flatten(old).items():
+    group, _, leaf = name.rpartition(".")
+    changes = {leaf: 2 * value or 1}
+    if group:
+      changes = {group: dataclasses.replace(getattr(old, group), **changes)}
+    found = config_lib.differing_fields(old, dataclasses.replace(old, **changes))
+    assert set(found) == {name} - MAY_DIFFER
 
 
 @pytest.mark.parametrize(
@@ -93,3 +119,17 @@ def test_the_command_ends_in_one_line(flags, message, tmp_path):
   assert result.returncode == 2, result.stderr
   assert message in result.stderr and result.stderr.count("\n") == 1, result.stderr
   assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+  "flags, message",
+  [
+    (["--top_p=0"], "--top_p must be above 0"),
+    (["--prompt=x"], "holds no run"),
+  ],
+)
+def test_generation_ends_in_one_line(flags, message, tmp_path):
+  command = [sys.executable, "-m", "magneto_jax.generate", f"--workdir={tmp_path / 'run'}"]
+  result = subprocess.run([*command, *flags], capture_output=True, text=True, cwd=tmp_path)
+  assert result.returncode == 2, result.stderr
+  assert message in result.stderr and result.stderr.count("\n") == 1, result.stderr
