@@ -152,12 +152,13 @@ def test_a_run_leaves_what_it_promises(bigrams, tmp_path):
     steps=5,
     seed=3,
     accumulation=2,
-    ema=0.2,
+    ema=0.9,
     log_every=3,
     keep_checkpoints=2,
     sample_prompt="PROSPERO",
+    sample_tokens=16,
     sample_temperature=0.0,
-    optimizer={**TINY["optimizer"], "learning_rate": 0.02},
+    optimizer={**TINY["optimizer"], "learning_rate": 0.3},
   )
   summary = train.train(config, tmp_path)
   assert json.loads((tmp_path / "summary.json").read_text()) == summary
@@ -171,7 +172,7 @@ def test_a_run_leaves_what_it_promises(bigrams, tmp_path):
     for name, value in metrics[row["step"] - 1].items():
       assert row[f"train/{name}"] == pytest.approx(value, rel=1e-5)  # float32
     decayed = (row["step"] - 1 - 2) / (20 - 2)  # Two steps of warm-up, and the first is step 0.
-    rate = 0.02 * (1 + np.cos(np.pi * decayed)) / 2
+    rate = 0.3 * (1 + np.cos(np.pi * decayed)) / 2
     assert row["train/learning_rate"] == pytest.approx(rate, rel=1e-5)  # float32
   validated = [row for row in rows if "validation/loss_nats_per_token" in row]
   assert [row["step"] for row in validated] == [2, 4, 5]
@@ -191,9 +192,13 @@ def test_a_run_leaves_what_it_promises(bigrams, tmp_path):
 
   loss = mean_loss(model, variables, [data.validation[i] for i in range(2 * 4)])
   prompt = [1, *data.tokenizer.encode("PROSPERO")]
-  (new,) = decoding.generate(
-    model, variables, [prompt], max_new_tokens=4, temperature=0, eos_id=data.tokenizer.eos_id
+  continue_prompt = functools.partial(
+    decoding.generate, prompts=[prompt], max_new_tokens=16, temperature=0, eos_id=2
   )
+  (new,), (of_the_last,) = (
+    continue_prompt(model, values) for values in (variables, {"params": state.params})
+  )
+  assert new.tolist() != of_the_last.tolist()
   expected = {
     "validation_loss_nats_per_token": pytest.approx(loss, rel=1e-5),  # float32
     "steps": 5,
