@@ -8,6 +8,10 @@ import jax
 import orbax.checkpoint as ocp
 
 
+class CheckpointError(OSError):
+  """A checkpoint that cannot be read."""
+
+
 class Checkpointer:
   """Saves and restores the parts of a run under `<directory>/<step>/`.
 
@@ -29,12 +33,13 @@ class Checkpointer:
       keep: how many steps are kept; None for all.
       read_only: whether nothing is ever written, not even a clean-up of what a crash left.
     """
+    # Not Orbax's own `read_only`, which warns each time; without saves it adds nothing.
     options = ocp.CheckpointManagerOptions(
-      max_to_keep=keep,
+      max_to_keep=None if read_only else keep,
       cleanup_tmp_directories=not read_only,
       create=not read_only,
-      read_only=read_only,
     )
+    self._read_only = read_only
     self._manager = ocp.CheckpointManager(pathlib.Path(directory).absolute(), options=options)
 
   @property
@@ -49,6 +54,8 @@ class Checkpointer:
 
   def save(self, step: int, trees: dict[str, Any], data, config: dict[str, Any]) -> None:
     """Starts to save pytrees by part name, a Grain iterator and a JSON-able config."""
+    if self._read_only:
+      raise ValueError(f"{self._manager.directory} was opened to be read only")
     items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
     items["data"] = grain.checkpoint.CheckpointSave(data)
     items["config"] = ocp.args.JsonSave(config)
@@ -58,12 +65,31 @@ class Checkpointer:
     """The pytrees of the named parts, placed as `abstract` says (jax.ShapeDtypeStruct leaves).
 
     With `data`, a Grain iterator, that iterator is moved to its place at the step.
+
+    Raises:
+      CheckpointError: if files are missing or damaged, or hold other arrays.
     """
     items = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
     if data is not None:
       items["data"] = grain.checkpoint.CheckpointRestore(data)
-    restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+    restored = self._restore(step, items)
     return {name: restored[name] for name in abstract}
+
+  def config(self, step: int) -> dict[str, Any]:
+    """The config that was saved with the step."""
+    return self._restore(step, {"config": ocp.args.JsonRestore()})["config"]
+
+  def _restore(self, step: int, items: dict[str, Any]):
+    try:
+      return self._manager.restore(step, args=ocp.args.Composite(**items))
+    except Exception as error:  # Orbax, TensorStore and Grain have no common one.
+      folder = pathlib.Path(self._manager.directory) / str(step)
+      others = [other for other in self.steps if other != step]
+      then = f"to go on from step {max(others)}" if others else "to begin anew"
+      raise CheckpointError(
+        f"the checkpoint {folder} cannot be read: delete it {then}"
+        f" ({type(error).__name__}: {str(error).splitlines()[0]:.200})"
+      ) from error
 
   def wait(self) -> None:
     """Waits until everything saved is on disk."""

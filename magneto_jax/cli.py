@@ -5,6 +5,7 @@ import importlib.resources
 import pathlib
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
@@ -19,6 +20,7 @@ from magneto_jax.config import (
 )
 
 USAGE_EXIT_CODE = 2
+INTERRUPTED = 130
 
 
 def define_config_flag() -> flags.FlagHolder:
@@ -33,6 +35,13 @@ def typed_config(flag: flags.FlagHolder) -> TrainConfig:
   return from_config_dict(flag.value)
 
 
+def define_workdir_flag(doc: str) -> flags.FlagHolder:
+  """Defines `--workdir=DIR`, which must be given and not be empty."""
+  holder = flags.DEFINE_string("workdir", None, doc, required=True)
+  flags.register_validator("workdir", lambda path: path != "", "--workdir must name a folder")
+  return holder
+
+
 def run(main: Callable[[], None]) -> None:
   """Runs a command; what the user can mend ends in one line on stderr and exit code 2."""
 
@@ -42,16 +51,21 @@ def run(main: Callable[[], None]) -> None:
       if argv[1:]:
         raise ConfigError(f"{argv[1]!r} is not a flag: flags are --name=value")
       main()
-    except (ConfigError, FileNotFoundError, FloatingPointError) as error:
+    except (ConfigError, FloatingPointError, OSError) as error:
       fail(str(error))
+    except KeyboardInterrupt:
+      fail("interrupted; the same command goes on from the newest checkpoint", INTERRUPTED)
 
+  for stream in (sys.stdout, sys.stderr):
+    # A sample may hold any character, a terminal may not.
+    stream.reconfigure(errors="replace")
   app.run(guarded, flags_parser=_parse)
 
 
-def fail(message: str) -> None:
+def fail(message: str, code: int = USAGE_EXIT_CODE) -> None:
   """Ends the process with one line."""
   print(f"error: {' '.join(message.split())}", file=sys.stderr)
-  sys.exit(USAGE_EXIT_CODE)
+  sys.exit(code)
 
 
 def _parse(argv: Sequence[str]) -> Sequence[str]:
@@ -61,14 +75,27 @@ def _parse(argv: Sequence[str]) -> Sequence[str]:
     return flags.FLAGS(argv)
   except flags.UnrecognizedFlagError as error:
     fail(_unknown_flag(error.flagname))
-  except (flags.Error, ConfigError, FileNotFoundError) as error:
-    fail(str(error))
-  except (KeyError, AttributeError) as error:
+  except Exception as error:  # Whatever the user's config file does.
+    fail(_parse_error(error))
+
+
+def _parse_error(error: Exception) -> str:
+  """What is wrong with the flags or the config file, without the traceback."""
+  text = str(error)
+  if isinstance(error, KeyError | AttributeError):
     # A config file that sets a field which default_config() does not have.
-    missing = re.search(r'"(\w+)"', str(error))
-    if missing is None or missing.group(1) in field_names():
-      raise
-    fail(f"in the config file: {unknown_field(missing.group(1))}")
+    named = re.search(r'instead of "(\w+)"', text) or re.search(r'"(\w+)"', text)
+    if named and named.group(1) not in field_names():
+      return f"in the config file: {unknown_field(named.group(1))}"
+  if "Traceback (most recent call last)" in text:
+    # ml_collections puts the whole traceback into its message.
+    text = re.sub(r"^[\w.]*(ConfigError|ValueError): ", "", text.strip().splitlines()[-1])
+  if isinstance(error, flags.Error | ConfigError | FileNotFoundError):
+    return text
+  frames = traceback.extract_tb(error.__traceback__)
+  line = getattr(error, "lineno", None) or frames[-1].lineno
+  file = getattr(error, "filename", None) or frames[-1].filename
+  return f"the config file cannot be run: {type(error).__name__}: {text} ({file}:{line})"
 
 
 def _resolved(argument: str) -> str:

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -136,6 +137,14 @@ class DataConfig(_Checked):
   cache_dir: str = _field("", "where token files are kept; empty: in the workdir")
   workers: int = _field(0, "processes that prepare batches; 0: threads of this one", min=0)
 
+  def __post_init__(self):
+    super().__post_init__()
+    if self.name != "text_files" and (self.train_files or self.validation_files):
+      raise ConfigError(
+        f"data.train_files and data.validation_files are not read with data.name={self.name!r}: set"
+        " data.name=text_files"
+      )
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig(_Checked):
@@ -173,7 +182,7 @@ class TrainConfig(_Checked):
   recipe: str = _field(
     "magneto", "how the model is normalised, scaled and initialised", choices=tuple(recipes.RECIPES)
   )
-  seed: int = _field(0, "of the parameters, the data's order and dropout", min=0)
+  seed: int = _field(0, "of the parameters, the data's order and dropout", min=0, max=2**32 - 1)
   steps: int = _positive(1000, "optimizer steps")
   batch_size: int = _positive(16, "sequences a step")
   accumulation: int = _positive(1, "parts a batch is split into, one after the other")
@@ -196,6 +205,8 @@ class TrainConfig(_Checked):
       raise ConfigError(
         f"accumulation={self.accumulation} must divide batch_size={self.batch_size}"
       )
+    if re.search("[\ud800-\udfff]", self.sample_prompt):  # Bytes that were not UTF-8.
+      raise ConfigError(f"sample_prompt={self.sample_prompt!r} is not valid text")
 
 
 # Fields that may differ when a run is resumed: how long it runs, how often it reports, and where
@@ -213,6 +224,9 @@ RESUMABLE = (
   "data.cache_dir",
   "data.data_dir",
   "data.workers",
+  # Moved, perhaps; the texts themselves are compared.
+  "data.train_files",
+  "data.validation_files",
 )
 
 
@@ -269,12 +283,18 @@ def field_names(record_type: type = TrainConfig, prefix: str = "") -> list[str]:
 def nearest_field(name: str) -> str | None:
   """The existing field that a misspelt dotted name most likely means."""
   names = field_names()
+  # The start of a leaf (`clip`), where just one leaf starts so.
+  started = [full for full in names if full.rsplit(".", 1)[-1].startswith(name)]
+  if len(started) == 1:
+    return started[0]
   if found := difflib.get_close_matches(name, names, n=1, cutoff=0.6):
     return found[0]
   # The right leaf in the wrong group (`learning_rate`), or a misspelt leaf without its group.
   leaves = {full.rsplit(".", 1)[-1]: full for full in names}
   found = difflib.get_close_matches(name.rsplit(".", 1)[-1], leaves, n=1, cutoff=0.6)
-  return leaves[found[0]] if found else None
+  if not found:
+    return next(iter(difflib.get_close_matches(name, _groups(), n=1)), None)
+  return leaves[found[0]]
 
 
 def unknown_field(name: str) -> ConfigError:

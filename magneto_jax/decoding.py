@@ -117,11 +117,15 @@ def generate(
     raise ValueError("every prompt needs at least one token: begin it with the bos_id")
   if max_new_tokens < 1:
     raise ValueError(f"{max_new_tokens=} must be at least 1")
-  if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+  if not 0 <= temperature < float("inf") or top_k < 0 or not 0 < top_p <= 1:
     raise ValueError(f"{temperature=} and {top_k=} must be at least 0 and {top_p=} in (0, 1]")
   if temperature and key is None:
     raise ValueError("give a key to sample with, or temperature=0 for the best token each time")
   lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+  if (longest := model.longest) is not None and lengths.max() + max_new_tokens > longest:
+    raise ValueError(
+      f"{lengths.max()} tokens of prompt and {max_new_tokens=} are more than the model's {longest}"
+    )
   width = int(lengths.max())
   padded = np.full((len(prompts), width), pad_id, np.int32)
   for row, prompt in zip(padded, prompts, strict=True):

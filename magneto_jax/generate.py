@@ -9,7 +9,7 @@ from magneto_jax.config import ConfigError, config_errors
 
 def main() -> None:
   """Defines the flags and runs the command."""
-  flags.DEFINE_string("workdir", None, "A workdir that train has filled.", required=True)
+  cli.define_workdir_flag("A workdir that train has filled.")
   flags.DEFINE_string("prompt", "", "The text to continue.")
   flags.DEFINE_integer("tokens", 128, "How many tokens to add at most.", lower_bound=1)
   flags.DEFINE_integer("samples", 1, "How many continuations.", lower_bound=1)
@@ -20,7 +20,7 @@ def main() -> None:
   flags.DEFINE_float(
     "top_p", 1.0, "Sample in the nucleus of this mass.", lower_bound=0.0, upper_bound=1.0
   )
-  flags.DEFINE_integer("seed", 0, "The seed of the sampling.", lower_bound=0)
+  flags.DEFINE_integer("seed", 0, "The seed of the sampling.", lower_bound=0, upper_bound=2**32 - 1)
   flags.DEFINE_integer("step", None, "The checkpoint's step; by default the newest.")
   cli.run(lambda: run(flags.FLAGS))
 
@@ -31,8 +31,8 @@ def run(args) -> None:
     raise ConfigError("--top_p must be above 0; for the best token each time set --temperature=0")
   tokenizer = runs.load_tokenizer(args.workdir)
   model, variables = runs.load(args.workdir, step=args.step)
-  prompt = [tokenizer.bos_id, *tokenizer.encode(args.prompt)]
   with config_errors():
+    prompt = [tokenizer.bos_id, *tokenizer.encode(args.prompt)]
     continuations = decoding.generate(
       model,
       variables,

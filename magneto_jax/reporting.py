@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import pathlib
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -14,28 +15,28 @@ import rich.console
 import rich.progress
 import rich.table
 
-# Dense bfloat16 peaks of one JAX device in FLOP/s, from the makers' data sheets, by the start of
-# `device_kind`. A device of TPU v2, v3 and 7x is one of a chip's two cores.
+# Dense bfloat16 peaks of one JAX device in FLOP/s, from the makers' data sheets, by a pattern of
+# the whole `device_kind`. A device of TPU v2, v3 and 7x is one of a chip's two cores.
 PEAK_FLOPS = {
   "TPU v2": 22.5e12,
   "TPU v3": 61.5e12,
   "TPU v4": 275e12,
   "TPU v5 lite": 197e12,
-  "TPU v5": 459e12,
+  "TPU v5p?": 459e12,
   "TPU v6 lite": 918e12,
   "TPU7x": 1153.5e12,
-  "NVIDIA A100": 312e12,
-  "NVIDIA H100": 989e12,
+  "NVIDIA A100.*": 312e12,
+  "NVIDIA H100 80GB HBM3": 989e12,
   "NVIDIA H100 PCIe": 756e12,
-  "NVIDIA H200": 989e12,
+  "NVIDIA H200.*": 989e12,
   "NVIDIA L4": 121e12,
 }
 
 
 def peak_flops(device_kind: str) -> float | None:
-  """The device's peak, or None where it is not known."""
-  kinds = sorted((kind for kind in PEAK_FLOPS if device_kind.startswith(kind)), key=len)
-  return PEAK_FLOPS[kinds[-1]] if kinds else None
+  """The device's bfloat16 peak, or None where it is not known."""
+  peaks = (peak for kind, peak in PEAK_FLOPS.items() if re.fullmatch(kind, device_kind))
+  return next(peaks, None)
 
 
 def in_units(value: float, unit: str, *, base: int = 1000) -> str:
@@ -53,8 +54,9 @@ def in_units(value: float, unit: str, *, base: int = 1000) -> str:
 
 def duration(seconds: float) -> str:
   """`45 s`, `3 min 20 s`, `2 h 05 min`."""
+  seconds = round(seconds)
   if seconds < 60:
-    return f"{seconds:.0f} s"
+    return f"{seconds} s"
   minutes = seconds / 60
   if minutes < 60:
     return f"{int(minutes)} min {int(seconds % 60):02d} s"
@@ -159,10 +161,12 @@ class MetricWriter:
 
     self._path = workdir / "metrics.jsonl"
     kept = [row for row in read_metrics(workdir) if row["step"] <= after_step]
-    self._path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    temporary = self._path.with_suffix(".tmp")  # So that a crash loses no row.
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    temporary.replace(self._path)
     self._file = self._path.open("a", buffering=1)
-    purge = {"purge_step": after_step + 1} if after_step else {}
-    self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), **purge)
+    board = str(workdir / "tensorboard")
+    self._board = tensorboardX.SummaryWriter(board, purge_step=after_step + 1)
 
   def write(self, step: int, metrics: dict[str, float]) -> None:
     """Adds one line."""

@@ -74,7 +74,7 @@ def write_summary(workdir: pathlib.Path, summary: dict[str, Any]) -> None:
 
 
 def _write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
-  files.write_durably(path, (json.dumps(values, indent=2) + "\n").encode())
+  files.write_durably(path, (json.dumps(values, indent=2, allow_nan=False) + "\n").encode())
 
 
 def read_summary(workdir: str | pathlib.Path) -> dict[str, Any] | None:
@@ -92,39 +92,51 @@ def last_step(workdir: str | pathlib.Path) -> int:
 
 
 def read_record(workdir: str | pathlib.Path) -> Record | None:
-  """The record of the run in a workdir; None if there is none."""
+  """The record of the run in a workdir, of which checkpoints have a copy; None if there is none."""
   path = pathlib.Path(workdir) / "config.json"
-  if not path.exists():
-    return None
   try:
-    values = json.loads(path.read_text())
+    if path.exists():
+      values = json.loads(path.read_text())
+    elif step := last_step(workdir):
+      with contextlib.closing(
+        Checkpointer(checkpoints_in(workdir), read_only=True)
+      ) as checkpointer:
+        values = checkpointer.config(step)
+    else:
+      return None
     return Record(from_config_dict(values["config"]), values["data"], values["facts"])
   except (ValueError, KeyError, TypeError) as error:
     raise ConfigError(f"{path} is not the config of a run: {error}") from None
 
 
 def resumable(workdir: str | pathlib.Path, config: TrainConfig) -> Record | None:
-  """The record of the run that the config would resume; None if the workdir holds none.
+  """The record of the run that the config would resume; None if the workdir holds no checkpoint.
 
   Raises:
     ConfigError: if it holds another run.
   """
+  if not last_step(workdir):
+    return None
   held = read_record(workdir)
-  if held is not None:
-    refuse_if_different(workdir, held, held._replace(config=config))
+  refuse_if_different(workdir, held, held._replace(config=config))
   return held
 
 
 def refuse_if_different(workdir, old: Record, new: Record) -> None:
   """Raises ConfigError, naming the fields, unless `new` may go on where `old` stopped."""
-  different = differing_fields(old.config, new.config)
-  for name in sorted(old.data.keys() | new.data.keys()):
-    before, after = old.data.get(name), new.data.get(name)
-    if before != after and not different:
-      different[f"data ({name})"] = before, after
+  different = [
+    f"{name} was {before!r}, is {after!r}"
+    for name, (before, after) in differing_fields(old.config, new.config).items()
+  ]
+  if not different:
+    # Identities are digests, which say nothing to a reader.
+    names = sorted(old.data.keys() | new.data.keys())
+    changed = [name for name in names if old.data.get(name) != new.data.get(name)]
+    different = [f"its data have changed ({name})" for name in changed]
   if different:
-    fields = ", ".join(f"{name} was {a!r}, is {b!r}" for name, (a, b) in different.items())
-    raise ConfigError(f"{workdir} holds another run: {fields}; use another workdir, or delete it")
+    raise ConfigError(
+      f"{workdir} holds another run: {', '.join(different)}; use another workdir, or delete it"
+    )
 
 
 def _read(workdir: str | pathlib.Path) -> Record:
@@ -163,7 +175,8 @@ def load(workdir: str | pathlib.Path, *, step: int | None = None) -> Run:
     steps = checkpointer.steps
     step = max(steps, default=None) if step is None else step
     if step not in steps:
-      raise FileNotFoundError(f"{checkpoints_in(workdir)} has no step {step}, only {steps}")
+      held = f"no step {step}, only {steps}" if steps else "no complete checkpoint yet"
+      raise FileNotFoundError(f"{checkpoints_in(workdir)} has {held}")
     part = "ema_params" if "ema_params" in checkpointer.parts(step) else "params"
     inputs = task.dummy_inputs(record.config)
     abstract = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]

@@ -8,7 +8,7 @@ from magneto_jax import cli, training
 def main() -> None:
   """Defines the flags and runs the command."""
   config = cli.define_config_flag()
-  workdir = flags.DEFINE_string("workdir", None, "Where the run's files go.", required=True)
+  workdir = cli.define_workdir_flag("Where the run's files go.")
   dry_run = flags.DEFINE_bool("dry_run", False, "Print what would be run, and stop.")
 
   def run() -> None:

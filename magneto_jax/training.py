@@ -192,12 +192,16 @@ class Job(NamedTuple):
   flops: int
 
 
-def prepare(config: TrainConfig, directory: pathlib.Path) -> Job:
+def prepare(
+  config: TrainConfig, directory: pathlib.Path, earlier: runs.Record | None = None
+) -> Job:
   """Loads the data, builds the model and compiles the step.
 
   Args:
     config: the run.
     directory: where what is derived from the data is kept.
+    earlier: the record of the run that is resumed, if any: other data are then refused before
+      anything is written.
 
   Raises:
     ConfigError: if the data cannot be had, or the model not be built.
@@ -205,7 +209,7 @@ def prepare(config: TrainConfig, directory: pathlib.Path) -> Job:
   """
   task = TASKS[config.task]
   with config_errors():
-    data = task.load_data(config.data, directory)
+    data = task.load_data(config.data, directory, earlier and earlier.data)
     batches = pipelines.train_iterator(
       data.train, batch_size=config.batch_size, seed=config.seed, num_workers=config.data.workers
     )
@@ -256,8 +260,8 @@ def dry_run(config: TrainConfig, workdir: str | os.PathLike) -> None:
   """Prints what `train` would run: recipe, parameters, memory, the first batch; leaves nothing."""
   console = reporting.make_console()
   with tempfile.TemporaryDirectory() as scratch:
-    held = runs.resumable(workdir, config) is not None
-    job = prepare(config, runs.data_in(workdir if held else scratch))
+    earlier = runs.resumable(workdir, config)
+    job = prepare(config, runs.data_in(workdir if earlier else scratch), earlier)
     _print(console, _overview(job))
     console.print(reporting.parameter_table(job.abstract_state.params))
     _print(console, _first_batch(next(job.batches), job.data))
@@ -284,11 +288,12 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict:
 
   # ------------------------------------------------------------------------ Where the run stands
   # Before the data is read: with other data settings, reading it would fail less clearly.
+  start = runs.last_step(workdir)
   earlier = runs.resumable(workdir, config)
-  start = runs.last_step(workdir) if earlier else 0
   if start > config.steps:
     raise ConfigError(
-      f"{workdir} is at step {start} already: set steps to more than {config.steps}"
+      f"{workdir} is at step {start} already: set steps to more than {config.steps}, or use another"
+      " workdir"
     )
   if start == config.steps and (summary := runs.read_summary(workdir)):
     _print(console, [f"{workdir} is finished: to go on, set steps to more than {config.steps}"])
@@ -296,10 +301,10 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict:
     return summary
 
   # ------------------------------------------------------------------------- What will be run
-  job = prepare(config, runs.data_in(workdir))
+  job = prepare(config, runs.data_in(workdir), earlier)
   if earlier:
     runs.refuse_if_different(workdir, earlier, job.record)
-  _print(console, [*_overview(job), *schedule_notes(config, earlier.config if start else None)])
+  _print(console, [*_overview(job), *schedule_notes(config, earlier and earlier.config)])
   root_key = jax.random.key(config.seed)
   parameter_key, dropout_key, sample_key = (jax.random.fold_in(root_key, i) for i in range(3))
   eval_step = jax.jit(lambda params, batch: job.task.loss(job.model, params, batch))
@@ -308,6 +313,10 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict:
   def validate(params) -> dict[str, float]:
     batches = pipelines.eval_batches(job.data.validation, config.batch_size)
     totals = evaluate(eval_step, params, itertools.islice(batches, config.eval_batches or None))
+    if not all(map(math.isfinite, totals)):
+      raise FloatingPointError(
+        f"the validation loss is {totals[0]}: in another workdir, lower optimizer.learning_rate"
+      )
     return job.task.metrics(*totals, job.data, whole=not config.eval_batches)
 
   # ------------------------------------------------------------------- Checkpoints and resuming
@@ -334,9 +343,9 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict:
     loss, gradient_norm = float(metrics["loss"]), float(metrics["gradient_norm"])
     if not math.isfinite(loss + gradient_norm):
       raise FloatingPointError(
-        f"at step {step} the loss is {loss} and its gradient's norm {gradient_norm}: lower"
-        " optimizer.learning_rate or set optimizer.clip_norm; the checkpoints before it are kept in"
-        f" {workdir}"
+        f"at step {step} the loss is {loss} and its gradient's norm {gradient_norm}: in another"
+        " workdir, lower optimizer.learning_rate or set optimizer.clip_norm; the checkpoints before"
+        f" it are kept in {workdir}"
       )
     rate = (step - start) * tokens_per_step / stopwatch.seconds
     progress.step(step, loss=loss, tokens_per_second=rate)
@@ -480,8 +489,8 @@ def _first_batch(batch, data) -> list[str]:
   return [*lines, f"  starts with {data.tokenizer.decode(batch['inputs'][0][:48])!r}"]
 
 
-def _in_words(values: dict[str, float], digits: int = 4) -> str:
-  return ", ".join(f"{value:.{digits}f} {name.replace('_', ' ')}" for name, value in values.items())
+def _in_words(validation: dict[str, float]) -> str:
+  return ", ".join(f"{value:.4f} {name.replace('_', ' ')}" for name, value in validation.items())
 
 
 def _sample(job: Job, params, key: jax.Array) -> str | None:
@@ -490,11 +499,15 @@ def _sample(job: Job, params, key: jax.Array) -> str | None:
   if not config.sample_tokens:
     return None
   prompt = [tokenizer.bos_id, *tokenizer.encode(config.sample_prompt)]
+  new_tokens, longest = config.sample_tokens, job.model.longest
+  if longest is not None:  # A table of positions ends somewhere.
+    prompt = prompt[: longest - 1]
+    new_tokens = min(new_tokens, longest - len(prompt))
   (tokens,) = decoding.generate(
     job.model,
     {"params": params},
     [prompt],
-    max_new_tokens=config.sample_tokens,
+    max_new_tokens=new_tokens,
     key=key,
     temperature=config.sample_temperature,
     eos_id=tokenizer.eos_id,
@@ -511,8 +524,9 @@ def _closing(summary: dict, workdir: pathlib.Path) -> list[str]:
   bits = summary.get("validation_bits_per_byte")
   loss = f"{summary['validation_loss_nats_per_token']:.4f} nats a token"
   lines.append(f"validation loss  {loss}" + (f", {bits:.4f} bits a byte" if bits else ""))
-  if summary["baselines"]:
-    lines.append(f"for comparison   {_in_words(summary['baselines'], digits=2)}")
+  for metric, scores in summary["baselines"].items():
+    listed = ", ".join(f"{name} {score:.2f}" for name, score in scores.items())
+    lines.append(f"for comparison   {listed} {metric.replace('_', ' ')}")
   if summary["tokens_per_second"]:
     share = summary["share_of_peak"]
     lines.append(

@@ -1,5 +1,6 @@
 """Everything wrong with a config is one line that says what to change."""
 
+import copy
 import dataclasses
 import math
 import subprocess
@@ -49,18 +50,27 @@ def test_a_misspelt_field_names_the_right_one(name):
   [
     ("optimizer.learning_rate", math.nan, r"config.optimizer.learning_rate=nan must be finite"),
     ("optimizer.learning_rate", -1.0, r"learning_rate=-1.0 must be above 0.0"),
+    ("optimizer.learning_rate", 0.0, r"learning_rate=0.0 must be above 0.0"),
+    ("optimizer.end_factor", 1.5, r"end_factor=1.5 must be at most 1.0"),
     ("model.layers", -3, r"config.model.layers=-3 must be at least 1"),
     ("model.layers", 2.5, r"config.model.layers=2.5 must be of type int"),
     ("model.dropout", 1.0, r"config.model.dropout=1.0 must be below 1.0"),
+    ("model.dropout", True, r"config.model.dropout=True must be of type float"),
     ("model.heads", 3, r"model.heads=3 must divide model.width=256"),
     ("model.kv_heads", 3, r"model.kv_heads=3 must divide model.heads=4"),
     ("model.unroll", 4, r"model.unroll=4 must divide model.layers=6"),
+    ("model.unroll", 0, r"model.unroll=0 must divide model.layers=6"),
+    ("model", {"positions": "rotary", "head_dim": 5}, r"an even head width, not 5"),
     ("recipe", "magnet", r"config.recipe='magnet' must be one of .*did you mean magneto\?"),
     ("accumulation", 3, r"accumulation=3 must divide batch_size=16"),
     ("lerning_rate", 1.0, r"did you mean config.optimizer.learning_rate\?"),
     ("model.layer", 2, r"config.model.layer does not exist; did you mean config.model.layers\?"),
     ("steps", True, r"config.steps=True must be of type int"),
     ("model", 3, r"config.model is a group of fields"),
+    ("data.train_files", "a.txt", r"are not read with data.name='embedded': set data.name=text_fi"),
+    ("seed", 2**32, r"config.seed=4294967296 must be at most 4294967295"),
+    ("clip", 1.0, r"did you mean config.optimizer.clip_norm\?"),
+    ("sample_prompt", "\udcff", r"is not valid text"),
   ],
 )
 def test_an_impossible_value_is_refused(name, value, message):
@@ -91,11 +101,32 @@ def test_a_record_made_directly_is_checked_too():
     config_lib.DataConfig(seq_length=1)
 
 
+def test_bounds_that_are_allowed_are_allowed():
+  for name, value in (("optimizer.end_factor", 1.0), ("model.dropout", 0.0), ("model.unroll", -1)):
+    from_config_dict(changed(name, value))
+
+
+# What changes neither the numbers of a run nor what it has learned so far.
+MAY_DIFFER = {
+  *("steps", "eval_every", "eval_batches", "log_every", "checkpoint_every", "keep_checkpoints"),
+  *("sample_prompt", "sample_tokens", "sample_temperature"),
+  *("data.cache_dir", "data.data_dir", "data.workers", "data.train_files", "data.validation_files"),
+}
+
+
 def test_differing_fields_leave_out_how_long_and_how_often():
   old = TrainConfig()
   model = dataclasses.replace(old.model, layers=7)
   new = dataclasses.replace(old, steps=9, log_every=1, seed=3, model=model)
   assert config_lib.differing_fields(old, new) == {"seed": (0, 3), "model.layers": (6, 7)}
+  for name, value in config_lib.flatten(old).items():
+    group, _, leaf = name.rpartition(".")
+    # Past the checks: the new value need not be a sensible one.
+    new = copy.deepcopy(old)
+    owner = getattr(new, group) if group else new
+    object.__setattr__(owner, leaf, 2 * value or 1)
+    found = config_lib.differing_fields(old, new)
+    assert set(found) == {name} - MAY_DIFFER
 
 
 EARLY = [
@@ -126,3 +157,42 @@ def test_the_command_ends_in_one_line(flags, message, tmp_path):
   assert result.returncode == 2, result.stderr
   assert message in result.stderr and result.stderr.count("\n") == 1, result.stderr
   assert not (tmp_path / "run").exists() or (flags, message) in LATE
+
+
+@pytest.mark.parametrize(
+  "body, message",
+  [
+    ("c.modle.layers = 2", "did you mean config.model"),
+    ("c.optimizer.clip = 2.0", "did you mean config.optimizer.clip_norm?"),
+    ("c.steps = 'many'", "steps"),
+    ("c.steps = -1", "config.steps=-1 must be at least 1"),
+    ("c.steps =", "the config file cannot be run: SyntaxError"),
+    ("import nonsense", "ModuleNotFoundError: No module named 'nonsense' ("),
+  ],
+)
+def test_a_config_file_with_a_mistake_ends_in_one_line(body, message, tmp_path):
+  file = tmp_path / "mine.py"
+  file.write_text(
+    "from magneto_jax.config import default_config\n"
+    f"def get_config():\n  c = default_config()\n  {body}\n  return c\n"
+  )
+  command = [sys.executable, "-m", "magneto_jax.train", "--workdir=run", f"--config={file}"]
+  result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+  assert result.returncode == 2, result.stderr
+  assert message in result.stderr and result.stderr.count("\n") == 1, result.stderr
+  assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+  "flags, message",
+  [
+    (["--temperature=nan"], "holds no run"),
+    (["--top_p=0"], "--top_p must be above 0"),
+    (["--prompt=x"], "holds no run"),
+  ],
+)
+def test_generation_ends_in_one_line(flags, message, tmp_path):
+  command = [sys.executable, "-m", "magneto_jax.generate", f"--workdir={tmp_path / 'run'}"]
+  result = subprocess.run([*command, *flags], capture_output=True, text=True, cwd=tmp_path)
+  assert result.returncode == 2, result.stderr
+  assert message in result.stderr and result.stderr.count("\n") == 1, result.stderr

@@ -1,5 +1,7 @@
 """Generation against the full forward pass, and the filters against their definitions."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,10 +21,11 @@ def model_and_variables():
 
 
 def greedy_by_full_forward(model, variables, prompt, steps):
-  tokens = list(prompt)
+  """Rows of one length, so that one compilation serves; what comes later is not seen."""
+  tokens, score = list(prompt), jax.jit(model.apply)
   for _ in range(steps):
-    logits = model.apply(variables, jnp.array([tokens]))
-    tokens.append(int(jnp.argmax(logits[0, -1])))
+    row = np.pad(tokens, (0, 16 - len(tokens)))
+    tokens.append(int(np.argmax(score(variables, row[None])[0, len(tokens) - 1])))
   return tokens[len(prompt) :]
 
 
@@ -64,15 +67,53 @@ def test_top_k_one_is_greedy(model_and_variables):
   assert best.tolist() == top.tolist()
 
 
-@pytest.mark.parametrize("top_k, top_p", [(0, None), (3, None), (0, 0.6), (0, 1e-6), (4, 0.9)])
+@pytest.mark.parametrize(
+  "top_k, top_p",
+  [(0, None), (3, None), (20, None), (0, 0.6), (0, 1e-6), (0, 1.0), (4, 0.9)],
+)
 def test_filters_keep_what_their_definition_keeps(top_k, top_p):
   logits = np.random.default_rng(0).normal(size=(4, 9)).astype(np.float32) * 2
+  logits[0, 3] = 200.0  # The mass of this token is all there is.
   got = np.isfinite(np.asarray(filter_logits(jnp.asarray(logits), top_k=top_k, top_p=top_p)))
   for row, kept in zip(logits.astype(np.float64), got, strict=True):
     order = np.argsort(-row)[: top_k or None]
     p = np.exp(row[order]) / np.exp(row[order]).sum()
     count = len(order) if top_p is None else int(np.searchsorted(np.cumsum(p), top_p) + 1)
     assert set(np.flatnonzero(kept)) == set(order[:count])
+
+
+@dataclasses.dataclass(frozen=True)
+class SameEachStep:
+  """Scores every next token alike, whatever came before."""
+
+  logits: tuple[float, ...]
+  longest = None
+
+  def init_state(self, batch, length):
+    del batch, length
+    return ()
+
+  def apply(self, variables, tokens_BT, *, state, **options):
+    del variables, options
+    return jnp.broadcast_to(jnp.array(self.logits), (*tokens_BT.shape, len(self.logits))), state
+
+
+@pytest.mark.parametrize(
+  "options, kept", [({}, 4), (dict(top_k=3), 3), (dict(top_p=0.9), 2), (dict(top_k=9), 4)]
+)
+def test_samples_have_the_tempered_and_filtered_probabilities(options, kept):
+  """At temperature 1/2 the odds are squared; every row and every step draws for itself."""
+  odds = np.array([8.0, 4.0, 2.0, 1.0])
+  model = SameEachStep(tuple(np.log(odds).tolist()))
+  got = generate(
+    model, {}, [[1]] * 256, max_new_tokens=16, key=jax.random.key(0), temperature=0.5, **options
+  )
+  expected = np.where(np.arange(4) < kept, odds**2, 0.0)
+  share = np.bincount(np.ravel(got), minlength=4) / (256 * 16)
+  # Four standard deviations of 4,096 draws.
+  np.testing.assert_allclose(share, expected / expected.sum(), rtol=0, atol=0.03)
+  assert len({tuple(row.tolist()) for row in got}) > 64
+  assert len({tuple(column) for column in np.transpose(got).tolist()}) == 16
 
 
 @pytest.mark.parametrize(

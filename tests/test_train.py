@@ -1,6 +1,8 @@
 """The train step against its definition, and runs: resumed, refused, read back."""
 
 import dataclasses
+import functools
+import itertools
 import json
 import subprocess
 import sys
@@ -8,12 +10,15 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import linen as nn
 
 import magneto_jax
-from magneto_jax import runs, training
-from magneto_jax.checkpoints import Checkpointer, abstract_like
-from magneto_jax.config import ConfigError, TrainConfig, from_config_dict
+from magneto_jax import decoding, runs, training
+from magneto_jax.checkpoints import Checkpointer, CheckpointError, abstract_like
+from magneto_jax.config import ConfigError, OptimizerConfig, TrainConfig, from_config_dict
+from magneto_jax.data import pipelines
 from magneto_jax.tasks import TASKS
 
 TINY = {
@@ -77,31 +82,142 @@ def test_twenty_steps_equal_ten_a_new_process_and_ten(tmp_path):
   assert "resumed at step 10" in result.stdout
   a, b = final_arrays(straight, 20), final_arrays(resumed, 20)
   jax.tree.map(np.testing.assert_array_equal, a, b)
-  assert json.loads((resumed / "summary.json").read_text())["resumed_at_step"] == 10
+  summary = json.loads((resumed / "summary.json").read_text())
+  assert summary["resumed_at_step"] == 10
+  tokens = summary["tokens_per_second"] * summary["training_seconds"]
+  assert tokens == pytest.approx(10 * 4 * 16)
+  rows = [json.loads(line) for line in (resumed / "metrics.jsonl").read_text().splitlines()]
+  assert [row["step"] for row in rows if "train/loss" in row] == [10, 20]
 
 
-def test_a_run_leaves_what_it_promises(tmp_path):
-  summary = training.train(tiny(), tmp_path)
+class Bigrams(nn.Module):
+  """A language model that compiles in no time: the next token from the last one."""
+
+  vocab_size: int
+  longest = None
+
+  @nn.compact
+  def __call__(self, tokens_BT, *, state=None, deterministic=True, **unused):
+    x_BTD = nn.Embed(self.vocab_size, 16)(tokens_BT)
+    x_BTD = nn.Dropout(0.5)(x_BTD, deterministic=deterministic)
+    logits_BTV = nn.Dense(self.vocab_size)(x_BTD)
+    return logits_BTV if state is None else (logits_BTV, state)
+
+  def init_state(self, batch, length):
+    del batch, length
+    return ()
+
+
+@pytest.fixture
+def bigrams(monkeypatch):
+  """The task with that model."""
+  task = TASKS["causal_lm"]._replace(build_model=lambda config, facts: Bigrams(**facts))
+  monkeypatch.setitem(TASKS, "causal_lm", task)
+
+
+def replayed(config, workdir):
+  """The run from its definition: the data, the last state, and the metrics of every step."""
+  task = TASKS[config.task]
+  data = task.load_data(config.data, runs.data_in(workdir))
+  model = task.build_model(config, task.facts(data))
+  optimizer, _ = training.make_optimizer(config.optimizer, config.steps)
+  options = {"model": model, "optimizer": optimizer, "ema": config.ema}
+  key = jax.random.key(config.seed)
+  init = functools.partial(training.init_state, inputs=task.dummy_inputs(config), **options)
+  state = jax.jit(init)(jax.random.fold_in(key, 0))
+  step = functools.partial(
+    training.train_step, task=task, accumulation=config.accumulation, **options
+  )
+  step, dropout_key, metrics = jax.jit(step), jax.random.fold_in(key, 1), []
+  batches = pipelines.train_iterator(data.train, batch_size=config.batch_size, seed=config.seed)
+  for batch in itertools.islice(batches, config.steps):
+    state, values = step(state, batch, dropout_key)
+    metrics.append({name: float(value) for name, value in values.items()})
+  return data, state, metrics
+
+
+def mean_loss(model, variables, samples):
+  """Nats a weighted token, from the model's logits."""
+  batch = {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
+  logits = jax.jit(model.apply)(
+    variables,
+    batch["inputs"],
+    positions_BT=batch["positions"],
+    segment_ids_BT=batch["segment_ids"],
+  )
+  p = np.exp(np.asarray(logits, np.float64))
+  p = np.take_along_axis(p, batch["targets"][..., None], -1)[..., 0] / p.sum(-1)
+  return -np.average(np.log(p), weights=batch["weights"])
+
+
+def test_a_run_leaves_what_it_promises(bigrams, tmp_path):
+  """Its figures are those of its definition, of the right step, parameters and data."""
+  config = tiny(
+    steps=5,
+    seed=3,
+    accumulation=2,
+    ema=0.9,
+    log_every=3,
+    keep_checkpoints=2,
+    sample_prompt="PROSPERO",
+    sample_tokens=16,
+    sample_temperature=0.0,
+    optimizer={**TINY["optimizer"], "learning_rate": 0.3},
+  )
+  summary = training.train(config, tmp_path)
   assert json.loads((tmp_path / "summary.json").read_text()) == summary
-  for name in (
-    "validation_loss_nats_per_token",
-    "tokens_per_second",
-    "steps",
-    "wall_seconds",
-    "sample",
-  ):
-    assert name in summary
-  rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-  assert [row["step"] for row in rows if "train/loss" in row] == [1, 2, 3, 4]
-  assert [row["step"] for row in rows if "validation/loss_nats_per_token" in row] == [2, 4]
+  data, state, metrics = replayed(config, tmp_path)
+
+  lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+  rows = [json.loads(line) for line in lines]
+  trained = [row for row in rows if "train/loss" in row]
+  assert [row["step"] for row in trained] == [3, 5]
+  for row in trained:
+    for name, value in metrics[row["step"] - 1].items():
+      assert row[f"train/{name}"] == pytest.approx(value, rel=1e-5)  # float32
+    decayed = (row["step"] - 1 - 2) / (20 - 2)  # Two steps of warm-up, and the first is step 0.
+    rate = 0.3 * (1 + np.cos(np.pi * decayed)) / 2
+    assert row["train/learning_rate"] == pytest.approx(rate, rel=1e-5)  # float32
+  validated = [row for row in rows if "validation/loss_nats_per_token" in row]
+  assert [row["step"] for row in validated] == [2, 4, 5]
   assert (tmp_path / "learning_curve.png").stat().st_size > 1000
   assert list((tmp_path / "tensorboard").iterdir())
 
+  checkpointer = Checkpointer(runs.checkpoints_in(tmp_path), read_only=True)
+  assert checkpointer.steps == [4, 5]
+  assert checkpointer.parts(5) == {"params", "ema_params", "optimizer", "data", "config"}
+  checkpointer.close()
+
   model, variables = magneto_jax.load(tmp_path)
-  logits = model.apply(variables, jnp.ones((1, 8), jnp.int32))
-  assert logits.shape == (1, 8, 260) and bool(jnp.isfinite(logits).all())
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)  # float32
+  jax.tree.map(close, variables["params"], state.ema_params)
   with pytest.raises(FileNotFoundError, match="no step 3"):
     magneto_jax.load(tmp_path, step=3)
+
+  loss = mean_loss(model, variables, [data.validation[i] for i in range(2 * 4)])
+  prompt = [1, *data.tokenizer.encode("PROSPERO")]
+  continue_prompt = functools.partial(
+    decoding.generate, prompts=[prompt], max_new_tokens=16, temperature=0, eos_id=2
+  )
+  (new,), (of_the_last,) = (
+    continue_prompt(model, values) for values in (variables, {"params": state.params})
+  )
+  assert new.tolist() != of_the_last.tolist()
+  expected = {
+    "validation_loss_nats_per_token": pytest.approx(loss, rel=1e-5),  # float32
+    "steps": 5,
+    "resumed_at_step": 0,
+    "parameters": 260 * 16 + 16 * 260 + 260,
+    "recipe": "magneto",
+    "seed": 3,
+    "sample": "PROSPERO" + data.tokenizer.decode(new),
+  }
+  assert {name: summary[name] for name in expected} == expected
+  assert "validation_bits_per_byte" not in summary  # That is of the whole text only.
+  seconds = summary["training_seconds"]
+  assert 0 < seconds + summary["compile_seconds"] < summary["wall_seconds"]
+  assert summary["tokens_per_second"] * seconds == pytest.approx(5 * 4 * 32)
+  assert summary["flops_per_second"] * seconds == pytest.approx(5 * summary["flops_per_step"])
 
 
 def test_a_finished_run_is_reported_again_as_it_was(tmp_path, capsys):
@@ -140,6 +256,16 @@ def test_another_run_in_the_workdir_is_refused_with_its_fields(tmp_path):
     training.train(tiny(data={**TINY["data"], "seq_length": 64}), tmp_path)
   with pytest.raises(ConfigError, match="is at step 2 already"):
     training.train(tiny(steps=1), tmp_path)
+  record = runs.read_record(tmp_path)
+  runs.write_record(tmp_path, record._replace(data={**record.data, "train": "other text"}))
+  with pytest.raises(ConfigError, match="the train text is not the one that .* was made with"):
+    training.train(tiny(steps=3), tmp_path)
+  runs.write_record(tmp_path, record)
+  # Another config is noticed without its file too: the checkpoint has a copy.
+  (tmp_path / "config.json").rename(tmp_path / "elsewhere")
+  with pytest.raises(ConfigError, match="seed was 0, is 1"):
+    training.train(tiny(seed=1), tmp_path)
+  (tmp_path / "elsewhere").rename(tmp_path / "config.json")
   assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
@@ -199,18 +325,84 @@ def test_accumulation_is_the_gradient_of_the_whole_batch():
   )
 
 
-def test_averages_follow_their_recursion():
-  config = tiny(ema=0.5)
-  before, after, _ = a_step(config, a_batch(), ema=0.5)
-  decay = min(0.5, 1 / 10)  # step 0
-  jax.tree.map(
-    lambda average, old, new: np.testing.assert_allclose(
-      average, decay * old + (1 - decay) * new, rtol=1e-5, atol=1e-7
-    ),
-    after.ema_params,
-    before.params,
-    after.params,
+def drawn(model, params, batch, dropout_key):
+  """A loss whose gradient is what is drawn for each row, if the rows are one-hot."""
+  del model
+  noise_B = jax.random.uniform(dropout_key, batch["weights"].shape)
+  return jnp.sum(batch["weights"] * noise_B * (batch["x"] @ params["w"])), None
+
+
+def steps_on_draws(count, **options):
+  """All states of `count` steps of rate 1/2 on one batch of that loss, and their metrics."""
+  optimizer, params = optax.sgd(0.5), {"w": jnp.arange(1.0, 5.0)}
+  task = TASKS["causal_lm"]._replace(loss=drawn)
+  step = functools.partial(
+    training.train_step, model=None, task=task, optimizer=optimizer, **options
   )
+  step = jax.jit(step)
+  states, metrics = [training.TrainState(jnp.int32(0), params, optimizer.init(params), params)], []
+  for _ in range(count):
+    batch = {"x": jnp.eye(4), "weights": jnp.ones((4,))}
+    state, values = step(states[-1], batch, jax.random.key(1))
+    states.append(state)
+    metrics.append(values)
+  return states, metrics
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_every_step_and_every_part_draws_its_own_dropout(accumulation):
+  states, metrics = steps_on_draws(3, accumulation=accumulation)
+  gradients = [2 * (old.params["w"] - new.params["w"]) for old, new in itertools.pairwise(states)]
+  assert len(set(np.round(np.ravel(gradients), 4).tolist())) == 12
+  norms = [float(values["gradient_norm"]) for values in metrics]
+  np.testing.assert_allclose(norms, np.linalg.norm(gradients, axis=1), rtol=1e-5)  # float32
+
+
+@pytest.mark.parametrize(
+  "ema, decays", [(0.5, (1 / 10, 2 / 11, 3 / 12)), (0.15, (0.1, 0.15, 0.15))]
+)
+def test_averages_follow_their_recursion(ema, decays):
+  """Of the parameters after each step, with a decay that rises to `ema`."""
+  states, _ = steps_on_draws(3, ema=ema)
+  average = np.arange(1.0, 5.0)
+  for state, decay in zip(states[1:], decays, strict=True):
+    average = decay * average + (1 - decay) * np.asarray(state.params["w"], np.float64)
+    np.testing.assert_allclose(state.ema_params["w"], average, rtol=1e-5)  # float32
+
+
+def test_the_optimizer_is_that_of_its_config():
+  """Adam behind a clip, every field other than its default, in NumPy's float64."""
+  config = OptimizerConfig(
+    learning_rate=0.3,
+    b1=0.7,
+    b2=0.8,
+    eps=0.05,
+    weight_decay=0.2,
+    decay_mask="all",
+    clip_norm=1.5,
+    schedule="polynomial",
+    power=2.0,
+    warmup_steps=2,
+    decay_steps=6,
+    end_factor=0.1,
+  )
+  rates = [0.15, 0.3, 0.3, *(0.3 * (0.1 + 0.9 * (1 - p) ** 2) for p in (1 / 4, 2 / 4))]
+  optimizer, schedule = training.make_optimizer(config, steps=100)
+  np.testing.assert_allclose([schedule(step) for step in range(5)], rates, rtol=1e-5)  # float32
+  gradients = np.random.default_rng(0).normal(size=(5, 6)) * np.array([[0.1, 1, 1, 0.2, 5]]).T
+  params = {"kernel": jnp.ones((3,)), "bias": jnp.ones((3,))}
+  x, m, v, state = np.ones(6), np.zeros(6), np.zeros(6), optimizer.init(params)
+  update = jax.jit(optimizer.update)
+  for i, (rate, g) in enumerate(zip(rates, gradients, strict=True), 1):
+    tree = {"kernel": jnp.float32(g[:3]), "bias": jnp.float32(g[3:])}
+    updates, state = update(tree, state, params)
+    params = optax.apply_updates(params, updates)
+    g = g * min(1, 1.5 / np.linalg.norm(g))
+    m, v = 0.7 * m + 0.3 * g, 0.8 * v + 0.2 * g**2
+    adam = (m / (1 - 0.7**i)) / (np.sqrt(v / (1 - 0.8**i)) + 0.05)
+    x = x - rate * (adam + 0.2 * x)
+    got = np.concatenate([params["kernel"], params["bias"]])
+    np.testing.assert_allclose(got, x, rtol=1e-4, atol=1e-6)  # float32
 
 
 @pytest.mark.parametrize("recipe", list(magneto_jax.RECIPES))
@@ -232,4 +424,18 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_checkpoints(tmp_p
   runs.write_record(tmp_path, record._replace(config=config))
   with pytest.raises(FloatingPointError, match="lower optimizer.learning_rate"):
     training.train(config, tmp_path)
-  assert (runs.checkpoints_in(tmp_path) / "2").exists()
+  assert runs.last_step(tmp_path) == 2
+  (runs.checkpoints_in(tmp_path) / "2" / "params" / "manifest.ocdbt").write_bytes(b"damaged")
+  with pytest.raises(
+    CheckpointError, match=r"checkpoints/2 cannot be read: delete it to begin anew"
+  ):
+    training.train(config, tmp_path)
+
+
+def test_the_sample_ends_where_the_table_of_positions_does(tmp_path):
+  """Learned positions of 32 rows, and a sample of 128 tokens: the run's figures come first."""
+  model = {**TINY["model"], "positions": "learned", "layers": 1}
+  summary = training.train(
+    tiny(steps=1, sample_tokens=128, sample_prompt="a", model=model), tmp_path
+  )
+  assert 1 <= len(summary["sample"].encode()) <= 3 * 32

@@ -46,6 +46,7 @@ def load_text(
   tokenizer_file: str = "",
   seq_length: int = 256,
   cache_dir: str = "",
+  expected: Mapping[str, Any] | None = None,
   **source_options: Any,
 ) -> TextData:
   """Loads, tokenises and packs a source of text.
@@ -60,6 +61,8 @@ def load_text(
     seq_length: T, tokens of a sample.
     cache_dir: where token streams are cached; empty means `workdir/cache`. Runs that share it
       tokenise a text once.
+    expected: the `identity` of an earlier call, whose texts these must be: others are refused
+      before anything is written.
     **source_options: the fields of `SourceOptions`, such as `train_files` or `data_dir`.
 
   Returns:
@@ -67,7 +70,8 @@ def load_text(
 
   Raises:
     FileNotFoundError: text or tokenizer are not on disk.
-    ValueError: a value is out of range, or `workdir` holds the tokenizer of other text.
+    ValueError: a value is out of range, `workdir` holds the tokenizer of other text, or the texts
+      are not the expected ones.
 
   Example:
     >>> data = load_text(workdir="/tmp/run", tokenizer="byte")
@@ -77,6 +81,12 @@ def load_text(
   if tokenizer not in TOKENIZERS:
     raise ValueError(f"{tokenizer=} must be one of {sorted(TOKENIZERS)}")
   train, validation = sources.load_documents(name, **source_options)
+  for part, texts in (("train", train), ("validation", validation)):
+    if expected is not None and expected[part] != json.loads(json.dumps(dict(texts.identity))):
+      raise ValueError(
+        f"the {part} text is not the one that {workdir} was made with: bring that back, or use"
+        " another workdir"
+      )
   made = TOKENIZERS[tokenizer](train, pathlib.Path(workdir), vocab_size, tokenizer_file)
   cache = cache_dir or pathlib.Path(workdir) / "cache"
   train_stream = packing.tokenize(train, made, cache)

@@ -79,7 +79,8 @@ def _expand(patterns: Sequence[str], argument: str) -> list[str]:
     found = [expanded] if os.path.isfile(expanded) else sorted(glob.glob(expanded, recursive=True))
     files = [os.path.realpath(path) for path in found if os.path.isfile(path)]
     if not files:
-      raise FileNotFoundError(f"{argument}: no file matches {pattern!r} (in {os.getcwd()})")
+      hint = f"; for the files of a folder give {pattern}/*" if os.path.isdir(expanded) else ""
+      raise FileNotFoundError(f"{argument}: no file matches {pattern!r} (in {os.getcwd()}){hint}")
     paths.update(dict.fromkeys(files))
   return list(paths)
 

@@ -183,9 +183,14 @@ class CausalLM(nn.Module):
       )
     return recipe
 
+  @property
+  def longest(self) -> int | None:
+    """How many tokens the model can score at most; None where there is no bound."""
+    return self.max_length if self.positions == "learned" else None
+
   def _check_length(self, length: int):
     """Raises if the learned table is too short: a look-up outside it would be NaN."""
-    if self.positions == "learned" and length > self.max_length:
+    if self.longest is not None and length > self.longest:
       raise ValueError(f"{length} positions do not fit the learned table of {self.max_length=}")
 
   def _embed(self, tokens_BT, positions_BT, embedding: recipes.Embedding):

@@ -2,6 +2,9 @@
 
 import dataclasses
 import math
+import os
+from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 import optax
@@ -94,14 +97,11 @@ def metrics(
   return values
 
 
-def baselines(data: text.TextData) -> dict[str, float]:
+def baselines(data: text.TextData) -> dict[str, dict[str, float]]:
   """Bits a byte of simpler models, for texts that they take seconds to read."""
   if data.train_bytes + data.validation_bytes > _BASELINE_BYTES:
     return {}
-  return {
-    f"{name}_bits_per_byte": value
-    for name, value in data_baselines.bits_per_byte(*data.documents).items()
-  }
+  return {"bits_per_byte": data_baselines.bits_per_byte(*data.documents)}
 
 
 def flops(config: TrainConfig, data: text.TextData) -> int:
@@ -121,13 +121,15 @@ def flops(config: TrainConfig, data: text.TextData) -> int:
   )
 
 
-def load_data(config: DataConfig, directory: str) -> text.TextData:
+def load_data(
+  config: DataConfig, directory: str | os.PathLike, expected: Mapping[str, Any] | None = None
+) -> text.TextData:
   """Documents, tokenizer and token windows; what is derived is kept in `directory`."""
   values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
   del values["workers"]  # The pipeline's, not the text's.
   for name in ("train_files", "validation_files"):
     values[name] = tuple(part.strip() for part in values[name].split(",") if part.strip())
-  return text.load_text(workdir=directory, **values)
+  return text.load_text(workdir=directory, expected=expected, **values)
 
 
 TASK = Task(

@@ -1,7 +1,7 @@
 """The record of a task."""
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,8 @@ class Task(NamedTuple):
   """What a batch is, its loss and its metrics.
 
   Attributes:
-    load_data: `(config.data, directory for what is derived from it) -> data`.
+    load_data: `(config.data, directory for what is derived from it, identity that the data must
+      have or None) -> data`.
     facts: `data -> {name: number}`: what a model must know of its data, kept beside its weights.
     describe: `config -> lines` that say in words what the config's recipe does.
     build_model: `(config, facts) -> module`.
@@ -24,17 +25,17 @@ class Task(NamedTuple):
     loss: `(module, params, batch, dropout key or None) -> (sum of losses, sum of weights)`.
     metrics: `(sum of losses, sum of weights, data, whole=) -> {name: value}` of a validation set,
       or of a part of it.
-    baselines: `data -> {name: value}`: what trivial models score on the validation set, to be read
-      beside the metrics; empty where that would take long.
+    baselines: `data -> {metric: {model: value}}`: what trivial models score on the validation set;
+      empty where that would take long.
     flops: `(config, data) -> FLOPs` of one optimizer step.
   """
 
-  load_data: Callable[[DataConfig, pathlib.Path], Any]
+  load_data: Callable[[DataConfig, pathlib.Path, Mapping[str, Any] | None], Any]
   facts: Callable[[Any], dict[str, int]]
   describe: Callable[[TrainConfig], list[str]]
   build_model: Callable[[TrainConfig, dict[str, int]], nn.Module]
   dummy_inputs: Callable[[TrainConfig], tuple]
   loss: Callable[[nn.Module, Any, Batch, jax.Array | None], tuple[jax.Array, jax.Array]]
   metrics: Callable[..., dict[str, float]]
-  baselines: Callable[[Any], dict[str, float]]
+  baselines: Callable[[Any], dict[str, dict[str, float]]]
   flops: Callable[[TrainConfig, Any], int]

@@ -79,6 +79,13 @@ def test_a_workdir_with_the_tokenizer_of_other_text_is_refused(tmp_path):
     _load(tmp_path, train_split="test")
 
 
+def test_other_texts_are_refused_before_anything_is_written(tmp_path, loaded):
+  with pytest.raises(ValueError, match="the train text is not the one that"):
+    _load(tmp_path / "a", train_split="test", expected=loaded.identity)
+  assert not list(tmp_path.iterdir())
+  assert _load(tmp_path / "a", expected=loaded.identity).identity == loaded.identity
+
+
 def test_a_tokenizer_file_is_used_as_it_is(tmp_path, loaded):
   _load(tmp_path / "a")
   file = tmp_path / "a" / "tokenizer.model"

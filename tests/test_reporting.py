@@ -1,0 +1,70 @@
+"""What a person reads of a run: units, the device's peak, the clock and the metrics file."""
+
+import json
+
+import jax.numpy as jnp
+import pytest
+
+from magneto_jax import reporting
+
+
+@pytest.mark.parametrize(
+  "kind, peak",
+  [
+    ("TPU v5 lite", 197e12),
+    ("TPU v5", 459e12),
+    ("TPU v6 lite", 918e12),
+    ("NVIDIA H100 80GB HBM3", 989e12),
+    ("NVIDIA A100-SXM4-40GB", 312e12),
+    ("cpu", None),
+  ],
+)
+def test_the_longest_name_that_fits_gives_the_peak(kind, peak):
+  assert reporting.peak_flops(kind) == peak
+
+
+@pytest.mark.parametrize(
+  "words, expected",
+  [
+    (reporting.in_units(3.21e9, "FLOP"), "3.21 GFLOP"),
+    (reporting.in_units(999, "B"), "999 B"),
+    (reporting.in_units(1000, "B"), "1 kB"),
+    (reporting.in_units(45 * 2**20, "B", base=1024), "45 MiB"),
+    (reporting.in_units(1024, "B", base=1024), "1 KiB"),
+    (reporting.duration(45), "45 s"),
+    (reporting.duration(200), "3 min 20 s"),
+    (reporting.duration(2 * 3600 + 5 * 60 + 59), "2 h 05 min"),
+  ],
+)
+def test_figures_in_words(words, expected):
+  assert words == expected
+
+
+def test_count_is_of_numbers():
+  assert (
+    reporting.count({"a": jnp.zeros((2, 3)), "b": {"c": jnp.zeros(4), "d": jnp.zeros(())}}) == 11
+  )
+
+
+def test_pauses_do_not_count(monkeypatch):
+  now = [100.0]
+  monkeypatch.setattr(reporting.time, "perf_counter", lambda: now[0])
+  stopwatch = reporting.Stopwatch()
+  for running, pause in ((2.0, 50.0), (3.0, 70.0)):
+    now[0] += running
+    with stopwatch.paused():
+      now[0] += pause
+  now[0] += 4.0
+  assert stopwatch.seconds == 2.0 + 3.0 + 4.0
+
+
+def test_a_resumed_run_drops_what_lies_after_its_checkpoint(tmp_path):
+  """Rows of later steps and a row that a crash cut short; no step is there twice."""
+  rows = [{"step": step, "train/loss": 1.0 / step} for step in (1, 2, 3, 4)]
+  lines = [json.dumps(row) for row in rows]
+  (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, lines[0][:9]]))
+  assert reporting.read_metrics(tmp_path) == rows
+  writer = reporting.MetricWriter(tmp_path, after_step=2)
+  writer.write(3, {"train/loss": 5.0})
+  writer.close()
+  assert reporting.read_metrics(tmp_path) == [*rows[:2], {"step": 3, "train/loss": 5.0}]
