@@ -2,7 +2,9 @@
 
 tiny
   Ten plays of Shakespeare that ship with the package: eight to train on, one (The Tempest) to
-  validate on. Two CPU cores. The command at the top of the README.
+  validate on. The command at the top of the README. 3.708 nats a token and 2.456 bits a byte after
+  4 min 15 s of training on two cores of an AMD EPYC (AVX-512), otherwise idle, 25 November 2026,
+  jax 0.10.2.
 
 magneto_24, magneto_48, magneto_72
   Foundation Transformers (arXiv 2210.06423), section 4.1 and table 9: width 1024, FFN 3072 (as
@@ -29,7 +31,7 @@ def tiny(config):
   config.batch_size = 8
   config.eval_every = 125
   config.checkpoint_every = 250
-  config.log_every = 50
+  config.log_every = 25
   config.model.layers = 4
   config.model.width = 192
   config.model.ffn_width = 768

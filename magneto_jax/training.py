@@ -490,7 +490,9 @@ def _first_batch(batch, data) -> list[str]:
 
 
 def _in_words(validation: dict[str, float]) -> str:
-  return ", ".join(f"{value:.4f} {name.replace('_', ' ')}" for name, value in validation.items())
+  """`3.7076 nats per token, 2.4560 bits per byte`."""
+  units = {name: name.removeprefix("loss_").replace("_", " ") for name in validation}
+  return ", ".join(f"{value:.4f} {units[name]}" for name, value in validation.items())
 
 
 def _sample(job: Job, params, key: jax.Array) -> str | None:
