@@ -1,5 +1,6 @@
 """The command that continues a prompt, against the library."""
 
+import re
 import subprocess
 import sys
 
@@ -50,3 +51,11 @@ def test_the_command_samples_as_its_flags_say(tmp_path):
   first, second = ("PROSPERO" + tokenizer.decode(tokens) for tokens in continued)
   assert first != second
   assert result.stdout.decode() == f"--- 1 of 2\n{first}\n--- 2 of 2\n{second}\n"
+
+  # A damaged checkpoint, in a process of its own: what Orbax left undone would fail a later test.
+  (runs.checkpoints_in(tmp_path) / "5" / "params" / "manifest.ocdbt").write_bytes(b"damaged")
+  command = [sys.executable, "-m", "magneto_jax.generate", f"--workdir={tmp_path}"]
+  result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+  assert result.returncode == 2
+  message = r"error: the checkpoint .*/5 cannot be read: delete it to go on from step 4 \("
+  assert re.match(message, result.stderr), result.stderr

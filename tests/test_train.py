@@ -16,7 +16,7 @@ from flax import linen as nn
 
 import magneto_jax
 from magneto_jax import decoding, runs, training
-from magneto_jax.checkpoints import Checkpointer, CheckpointError, abstract_like
+from magneto_jax.checkpoints import Checkpointer, abstract_like
 from magneto_jax.config import ConfigError, OptimizerConfig, TrainConfig, from_config_dict
 from magneto_jax.data import pipelines
 from magneto_jax.tasks import TASKS
@@ -425,11 +425,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_checkpoints(tmp_p
   with pytest.raises(FloatingPointError, match="lower optimizer.learning_rate"):
     training.train(config, tmp_path)
   assert runs.last_step(tmp_path) == 2
-  (runs.checkpoints_in(tmp_path) / "2" / "params" / "manifest.ocdbt").write_bytes(b"damaged")
-  with pytest.raises(
-    CheckpointError, match=r"checkpoints/2 cannot be read: delete it to begin anew"
-  ):
-    training.train(config, tmp_path)
 
 
 def test_the_sample_ends_where_the_table_of_positions_does(tmp_path):
