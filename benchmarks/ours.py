@@ -1,5 +1,6 @@
 """This library's side: its real train step, loss and decoding."""
 
+import dataclasses
 import functools
 import time
 from importlib.metadata import version
@@ -7,10 +8,11 @@ from importlib.metadata import version
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import linen as nn
 
 from benchmarks.shapes import Shape
-from magneto_jax import decoding, training
+from magneto_jax import decoding, kernels, training
 from magneto_jax.config import OptimizerConfig
 from magneto_jax.layers.attention import Attention
 from magneto_jax.layers.feed_forward import FeedForward
@@ -18,7 +20,7 @@ from magneto_jax.layers.norms import norm_factory
 from magneto_jax.models.language import CausalLM
 from magneto_jax.models.transformer import Block, Context, Stack
 from magneto_jax.tasks import causal_lm
-from magneto_jax.theory import recipes
+from magneto_jax.theory import recipes, records
 
 # What a variant changes: `recipe`, or a field of the model.
 VARIANTS = {
@@ -31,7 +33,7 @@ VARIANTS = {
 class BidirectionalLM(nn.Module):
   """An encoder with a tied output table, called as CausalLM is."""
 
-  recipe: recipes.Stack
+  recipe: records.Stack
   vocab_size: int
   width: int
   num_heads: int
@@ -73,7 +75,7 @@ def build_model(shape: Shape, *, recipe: str = "magneto", **options) -> nn.Modul
   """The shape's model; options are fields of the model (unroll, remat)."""
   kind = "decoder" if shape.causal else "encoder"
   record = recipes.RECIPES[recipe](
-    recipes.Architecture(kind=kind, **{f"{kind}_layers": shape.layers}, width=shape.width)
+    records.Architecture(kind=kind, **{f"{kind}_layers": shape.layers}, width=shape.width)
   )
   if shape.causal:
     options["positions"] = "learned"
@@ -105,6 +107,7 @@ class Library:
   """A variant of this library, ready to be timed; the methods return when the work is done."""
 
   def __init__(self, variant: str, shape: Shape):
+    self._shape, self._compiled = shape, {}
     self._model = build_model(shape, **VARIANTS[variant])
     self._batch = jax.tree.map(jnp.asarray, _batch(shape))
     init, step = _init_and_step(self._model, self._batch)
@@ -124,6 +127,47 @@ class Library:
     """The mean loss alone."""
     loss_sum, weight_sum = self._forward(self._state.params, self._batch)
     return float(loss_sum) / float(weight_sum)
+
+  def gradient(self) -> float:
+    """Loss and gradient, without the optimizer."""
+    gradient = _gradient(self._model, self._batch)
+    return self._timed("gradient", gradient, self._state.params)
+
+  def layers_gradient(self) -> float:
+    """The same for two tokens in the vocabulary: next to nothing but the layers."""
+    model = build_model(dataclasses.replace(self._shape, vocab_size=2))
+    batch = {**self._batch, **{k: self._batch[k] % 2 for k in ("inputs", "targets")}}
+    table = jax.tree.map(lambda leaf: leaf[:2], self._state.params["token_embedding"])
+    params = {**self._state.params, "token_embedding": table}
+    return self._timed("layers", _gradient(model, batch), params)
+
+  def attention_gradient(self) -> float:
+    """The gradient of one layer's attention between its projections."""
+    shape, ids_BT = self._shape, self._batch["segment_ids"]
+    heads = (shape.batch_size, shape.seq_length, shape.heads, shape.width // shape.heads)
+    q, k, v = jax.random.normal(jax.random.key(3), (3, *heads), jnp.float32)
+
+    def mean_square(q, k, v):
+      attend = functools.partial(kernels.dot_product_attention, is_causal=shape.causal)
+      return jnp.mean(attend(q, k, v, q_segment_ids=ids_BT, kv_segment_ids=ids_BT) ** 2)
+
+    return self._timed("attention", jax.value_and_grad(mean_square, argnums=(0, 1, 2)), q, k, v)
+
+  def optimizer(self) -> float:
+    """The update and its application, with the parameters for gradients."""
+
+    def update(params, opt_state):
+      updates, opt_state = _optimizer().update(params, opt_state, params)
+      return optax.apply_updates(params, updates), opt_state
+
+    return self._timed("optimizer", update, self._state.params, self._state.opt_state)
+
+  def _timed(self, name: str, function, *args) -> float:
+    """Runs a function that is compiled once."""
+    if name not in self._compiled:
+      self._compiled[name] = jax.jit(function)
+    jax.block_until_ready(self._compiled[name](*args))
+    return 0.0
 
   def decode(self, *, batch_size: int, prompt_length: int, new_tokens: int) -> int:
     """Continues prompts greedily; returns how many tokens are new."""
@@ -158,7 +202,7 @@ def compile_step(variant: str, shape: Shape, **options) -> dict[str, float]:
 
 def _init_and_step(model, batch):
   """The functions `key -> state` and `(state, batch, key) -> (state, metrics)` of training."""
-  optimizer, _ = training.make_optimizer(OptimizerConfig(schedule="constant"), steps=1)
+  optimizer = _optimizer()
   inputs = (batch["inputs"][:1],)
   init = functools.partial(
     training.init_state, model=model, inputs=inputs, optimizer=optimizer, ema=0.0
@@ -167,3 +211,17 @@ def _init_and_step(model, batch):
     training.train_step, model=model, task=causal_lm.TASK, optimizer=optimizer
   )
   return init, step
+
+
+def _optimizer():
+  return training.make_optimizer(OptimizerConfig(schedule="constant"), steps=1)[0]
+
+
+def _gradient(model, batch):
+  """`params -> (mean loss, gradient)`."""
+
+  def mean_loss(params):
+    loss_sum, weight_sum = causal_lm.loss(model, params, batch)
+    return loss_sum / weight_sum
+
+  return jax.value_and_grad(mean_loss)

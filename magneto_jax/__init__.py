@@ -7,7 +7,8 @@ import importlib.metadata
 
 from magneto_jax import kernels, layers, models
 from magneto_jax.models.language import CausalLM
-from magneto_jax.theory.recipes import RECIPES, Architecture, Recipe
+from magneto_jax.theory.recipes import RECIPES
+from magneto_jax.theory.records import Architecture, Recipe
 
 __version__ = importlib.metadata.version("magneto_jax")
 

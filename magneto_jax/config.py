@@ -15,7 +15,7 @@ from typing import Any
 
 import ml_collections
 
-from magneto_jax.theory import recipes
+from magneto_jax.theory import recipes, records
 
 
 class ConfigError(ValueError):
@@ -68,7 +68,7 @@ class ModelConfig(_Checked):
   heads: int = _positive(4, "N, the number of attention heads")
   kv_heads: int = _field(0, "K, the number of key/value heads; 0: as many as heads", min=0)
   head_dim: int = _field(0, "H, the width of a head; 0: width / heads", min=0)
-  norm: str = _field("", "kind of every norm; empty: the recipe's", choices=("", *recipes.NORMS))
+  norm: str = _field("", "kind of every norm; empty: the recipe's", choices=("", *records.NORMS))
   activation: str = _field(
     "gelu",
     "of the feed-forward network",

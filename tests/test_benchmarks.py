@@ -54,3 +54,12 @@ def test_compile_time(tmp_path):
   assert set(written["time"]) == {"2", "4"}
   assert set(written["remat"]["4"]) == {"none", "dots", "full"}
   assert written["summary"]["deepest_over_shallowest"]["median"] > 0
+
+
+@pytest.mark.parametrize("shape", ["smoke", "smoke-encoder"])
+def test_breakdown(tmp_path, shape):
+  written = results("breakdown", tmp_path, f"--shape={shape}", "--calls=1")
+  rows = written["summary"]
+  assert rows.pop("step")["share"] == 1
+  assert rows.pop("of which forward")["ms"] > 0
+  assert sum(row["share"] for row in rows.values()) == pytest.approx(1)

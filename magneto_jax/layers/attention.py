@@ -12,7 +12,7 @@ from magneto_jax import kernels
 from magneto_jax.layers.initializers import DenseInit
 from magneto_jax.layers.norms import NormFactory
 from magneto_jax.layers.positions import rotary
-from magneto_jax.theory import recipes
+from magneto_jax.theory import records
 
 
 class KVCache(NamedTuple):
@@ -71,7 +71,7 @@ class Attention(nn.Module):
     out_init: init functions of the output projection.
     mid_norm: factory `(name=...) -> norm` of the norm over the heads before W_o, or None.
     head_scale: a learned factor for each head: None, `pre_out_proj` (on the head's output), or one
-      of fairseq's two forms after W_o, on contiguous or interleaved channels (see `recipes`).
+      of fairseq's two forms after W_o, on contiguous or interleaved channels (see `records`).
     dense: factory of the projections, called as nn.DenseGeneral is.
     is_causal: whether position t attends to positions <= t only.
     window: (left, right) reach of the attention, None for no bound on a side.
@@ -132,8 +132,8 @@ class Attention(nn.Module):
     if self.head_dim is None and width % heads:
       raise ValueError(f"num_heads={heads} must divide {width=}; or give head_dim")
     head_dim = self.head_dim or width // heads
-    if self.head_scale not in (None, *recipes.HEAD_SCALES):
-      choices = ", ".join(map(str, (None, *recipes.HEAD_SCALES)))
+    if self.head_scale not in (None, *records.HEAD_SCALES):
+      choices = ", ".join(map(str, (None, *records.HEAD_SCALES)))
       raise ValueError(f"head_scale={self.head_scale!r} must be one of {choices}")
     if self.head_scale not in (None, "pre_out_proj") and width % heads:
       raise ValueError(f"num_heads={heads} must divide {width=} for {self.head_scale!r}")

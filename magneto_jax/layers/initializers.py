@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.nn.initializers import Initializer
 
-from magneto_jax.theory import recipes
+from magneto_jax.theory import records
 
 
 def zero_bias(fan_in: int) -> Initializer:
@@ -29,8 +29,8 @@ class DenseInit(NamedTuple):
   bias: Callable[[int], Initializer] = zero_bias
 
 
-def kernel_init(init: recipes.Init) -> Initializer:
-  """The init function of a kernel [..., in, out]; see `recipes.Init` for the distributions.
+def kernel_init(init: records.Init) -> Initializer:
+  """The init function of a kernel [..., in, out]; see `records.Init` for the distributions.
 
   Leading axes are a convolution's window: they count in both fans, as in `jax.nn.initializers`.
   The gain may be a traced scalar, so that one compiled init serves every value of it.
@@ -49,7 +49,7 @@ def kernel_init(init: recipes.Init) -> Initializer:
   return draw
 
 
-def bias_init(init: recipes.Init) -> Callable[[int], Initializer]:
+def bias_init(init: records.Init) -> Callable[[int], Initializer]:
   """From the fan-in of the kernel beside it to the bias's init function."""
   if init.bias == "zeros":
     return zero_bias
@@ -65,6 +65,6 @@ def bias_init(init: recipes.Init) -> Callable[[int], Initializer]:
   return from_fan_in
 
 
-def dense_init(init: recipes.Init) -> DenseInit:
+def dense_init(init: records.Init) -> DenseInit:
   """The init functions of a projection from a recipe's record."""
   return DenseInit(kernel_init(init), bias_init(init))

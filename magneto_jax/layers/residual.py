@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from magneto_jax.layers.norms import NormFactory, norm_factory
-from magneto_jax.theory import recipes
+from magneto_jax.theory import records
 
 # theory/ imports no jax, so its records become pytrees here: numbers are leaves, records in records
 # are nodes, and all other fields are structure, which jit and scan treat as static.
-for _record in recipes.RECORDS:
-  _children = recipes.children(_record)
+for _record in records.RECORDS:
+  _children = records.children(_record)
   _static = [f.name for f in dataclasses.fields(_record) if f.name not in _children]
   jax.tree_util.register_dataclass(_record, data_fields=_children, meta_fields=_static)
 
@@ -49,7 +49,7 @@ class Residual(nn.Module):
     self,
     x: jax.Array,
     f: Callable[[jax.Array], tuple[jax.Array, Any]],
-    sublayer: recipes.Sublayer,
+    sublayer: records.Sublayer,
     *,
     drop_path_rate: jax.Array | float | None = None,
     deterministic: bool = True,
@@ -68,7 +68,7 @@ class Residual(nn.Module):
     """
     dtype, wide = x.dtype, jnp.promote_types(x.dtype, jnp.float32)
 
-    def scaled(array, scale: recipes.Scale, name: str):
+    def scaled(array, scale: records.Scale, name: str):
       if scale.learned is None:
         value = jnp.asarray(scale.value, wide)
       else:

@@ -13,7 +13,7 @@ from magneto_jax.layers.feed_forward import FeedForward
 from magneto_jax.layers.initializers import kernel_init
 from magneto_jax.layers.norms import norm_factory
 from magneto_jax.models.transformer import Block, Context, Stack, init_caches
-from magneto_jax.theory import recipes
+from magneto_jax.theory import records
 
 
 class DecodingState(NamedTuple):
@@ -57,7 +57,7 @@ class CausalLM(nn.Module):
   Reference: Foundation Transformers, arXiv 2210.06423, section 2.2.
   """
 
-  recipe: recipes.Stack
+  recipe: records.Stack
   vocab_size: int
   width: int
   num_heads: int
@@ -87,7 +87,7 @@ class CausalLM(nn.Module):
     positions_BT: jax.Array | None = None,
     segment_ids_BT: jax.Array | None = None,
     state: DecodingState | None = None,
-    recipe: recipes.Stack | None = None,
+    recipe: records.Stack | None = None,
     deterministic: bool = True,
   ):
     """Scores tokens.
@@ -98,7 +98,7 @@ class CausalLM(nn.Module):
       segment_ids_BT: tokens attend within their segment only (packed documents, padding).
       state: earlier tokens (`init_state`); the new ones are scored behind them.
       recipe: a record of the same structure to run instead, whose numbers may be traced: a sweep
-        over them compiles once (`recipes.as_arrays` turns numbers into leaves).
+        over them compiles once (`records.as_arrays` turns numbers into leaves).
       deterministic: False switches dropout on and needs an rng named `dropout`.
 
     Returns:
@@ -168,14 +168,14 @@ class CausalLM(nn.Module):
     fits = state.length + tokens_BT.shape[1] <= written_BS.shape[1]
     return jnp.where(fits, logits_BTV, jnp.nan), DecodingState(caches, written_BS)
 
-  def _checked(self, recipe: recipes.Stack) -> recipes.Stack:
+  def _checked(self, recipe: records.Stack) -> records.Stack:
     """The record to run, if it has the parameters of the model's own."""
     for record in (self.recipe, recipe):
-      if not isinstance(record, recipes.Stack):
+      if not isinstance(record, records.Stack):
         raise TypeError(f"recipe must be a Stack, as `Recipe.decoder` is, not {record!r:.60}")
       if record.width not in (None, self.width):
         raise ValueError(f"recipe is for width {record.width}, the model has {self.width=}")
-    own, other = (jax.tree.structure(recipes.as_arrays(r)) for r in (self.recipe, recipe))
+    own, other = (jax.tree.structure(records.as_arrays(r)) for r in (self.recipe, recipe))
     if own != other:
       raise ValueError(
         "the recipe given to the call is of another structure than the model's: only numbers may"
@@ -193,7 +193,7 @@ class CausalLM(nn.Module):
     if self.longest is not None and length > self.longest:
       raise ValueError(f"{length} positions do not fit the learned table of {self.max_length=}")
 
-  def _embed(self, tokens_BT, positions_BT, embedding: recipes.Embedding):
+  def _embed(self, tokens_BT, positions_BT, embedding: records.Embedding):
     """The stream's start [B, T, D] and the output table [V, D]."""
     if self.positions not in position_layers.KINDS:
       raise ValueError(f"{self.positions=} must be one of {', '.join(position_layers.KINDS)}")

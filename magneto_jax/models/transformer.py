@@ -11,7 +11,7 @@ from magneto_jax.layers.attention import KVCache
 from magneto_jax.layers.initializers import dense_init
 from magneto_jax.layers.norms import NormFactory, norm_factory
 from magneto_jax.layers.residual import Residual
-from magneto_jax.theory import recipes
+from magneto_jax.theory import records
 
 # What the forward pass of a layer leaves for its backward pass: all, nothing, or matrix products.
 REMAT = {
@@ -47,7 +47,7 @@ class Block(nn.Module):
   def __call__(
     self,
     x_BTD: jax.Array,
-    layer: recipes.Layer,
+    layer: records.Layer,
     context: Context = Context(),
     *,
     cache: KVCache | None = None,
@@ -141,7 +141,7 @@ class Stack(nn.Module):
   def __call__(
     self,
     x_BTD: jax.Array,
-    recipe: recipes.Stack,
+    recipe: records.Stack,
     context: Context = Context(),
     *,
     caches: tuple[tuple[KVCache, ...], ...] | None = None,
@@ -151,7 +151,7 @@ class Stack(nn.Module):
 
     Args:
       x_BTD: the stream after the embedding.
-      recipe: the stack's record; its numbers may be traced (`recipes.as_arrays`).
+      recipe: the stack's record; its numbers may be traced (`records.as_arrays`).
       context: positions and segment ids.
       caches: one a block of each segment's pattern (`init_caches`), or None.
       deterministic: False needs an rng named `dropout`.
@@ -180,7 +180,7 @@ class Stack(nn.Module):
         unroll=segment.repeats if self.unroll == -1 else self.unroll,
       )(self.block, deterministic, name=f"segment_{i}")
       carry = (x_BTD, None if caches is None else caches[i])
-      repeat = (recipes.per_layer(segment), drop_path_rates, np.arange(segment.repeats))
+      repeat = (records.per_layer(segment), drop_path_rates, np.arange(segment.repeats))
       (x_BTD, extended), _ = run(carry, repeat, context)
       updated.append(extended)
     if recipe.final_norm:
@@ -195,7 +195,7 @@ def _advance(caches, steps: int):
 
 
 def init_caches(
-  recipe: recipes.Stack, *, batch: int, length: int, kv_heads: int, head_dim: int, dtype
+  recipe: records.Stack, *, batch: int, length: int, kv_heads: int, head_dim: int, dtype
 ) -> tuple[tuple[KVCache, ...], ...]:
   """Empty caches for `length` tokens, one a block of each segment's pattern."""
 

@@ -16,15 +16,15 @@ from magneto_jax.layers.feed_forward import GATED
 from magneto_jax.models.language import CausalLM
 from magneto_jax.tasks.task import Task
 from magneto_jax.theory import flops as theory_flops
-from magneto_jax.theory import recipes
+from magneto_jax.theory import recipes, records
 
 # Above this size of the text its baselines are left out: xz alone would take a minute.
 _BASELINE_BYTES = 16 * 2**20
 
 
-def architecture(model: ModelConfig) -> recipes.Architecture:
+def architecture(model: ModelConfig) -> records.Architecture:
   """What a recipe needs to know of the decoder."""
-  return recipes.Architecture(
+  return records.Architecture(
     kind="decoder",
     decoder_layers=model.layers,
     width=model.width,
@@ -34,7 +34,7 @@ def architecture(model: ModelConfig) -> recipes.Architecture:
   )
 
 
-def decoder_recipe(config: TrainConfig) -> recipes.Stack:
+def decoder_recipe(config: TrainConfig) -> records.Stack:
   """The decoder stack's record of the config's recipe."""
   stack = recipes.RECIPES[config.recipe](architecture(config.model)).decoder
   return dataclasses.replace(stack, norm=config.model.norm) if config.model.norm else stack
@@ -135,7 +135,7 @@ def load_data(
 TASK = Task(
   load_data=load_data,
   facts=facts,
-  describe=lambda config: recipes.describe(decoder_recipe(config)),
+  describe=lambda config: records.describe(decoder_recipe(config)),
   build_model=build_model,
   dummy_inputs=lambda config: (jnp.zeros((1, config.data.seq_length), jnp.int32),),
   loss=loss,

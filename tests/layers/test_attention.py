@@ -10,7 +10,7 @@ import pytest
 from magneto_jax.layers.attention import Attention, KVCache
 from magneto_jax.layers.initializers import DenseInit
 from magneto_jax.layers.norms import norm_factory
-from magneto_jax.theory.recipes import HEAD_SCALES
+from magneto_jax.theory.records import HEAD_SCALES
 from tests import reference
 
 B, T, N, D = 2, 6, 4, 16

@@ -1,4 +1,4 @@
-"""Init functions: the distributions of `recipes.Init`, also with traced numbers."""
+"""Init functions: the distributions of `records.Init`, also with traced numbers."""
 
 import math
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from magneto_jax.layers.initializers import DenseInit, bias_init, dense_init, kernel_init
-from magneto_jax.theory.recipes import FAMILIES, Init
+from magneto_jax.theory.records import FAMILIES, Init
 
 SHAPE = (200, 600)
 # The paper's deviation of a kernel with fans 200 and 600, and how far its draws reach (None: on).

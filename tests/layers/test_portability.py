@@ -15,7 +15,8 @@ from magneto_jax.layers.feed_forward import FeedForward
 from magneto_jax.layers.norms import norm_factory
 from magneto_jax.layers.residual import Residual
 from magneto_jax.models.language import CausalLM
-from magneto_jax.theory.recipes import RECIPES, Architecture, Scale, Sublayer
+from magneto_jax.theory.recipes import RECIPES
+from magneto_jax.theory.records import Architecture, Scale, Sublayer
 from tests import reference
 
 X = np.random.default_rng(0).standard_normal((2, 3, 8)).astype(np.float32)

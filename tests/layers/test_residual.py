@@ -10,7 +10,7 @@ import pytest
 
 from magneto_jax.layers.norms import norm_factory
 from magneto_jax.layers.residual import Residual, drop_path
-from magneto_jax.theory.recipes import SITES, Scale, Sublayer
+from magneto_jax.theory.records import SITES, Scale, Sublayer
 from tests import reference
 
 D = 8

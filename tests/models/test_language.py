@@ -12,7 +12,8 @@ import pytest
 
 from magneto_jax.layers import positions as position_layers
 from magneto_jax.models.language import CausalLM
-from magneto_jax.theory.recipes import RECIPES, Architecture, Segment
+from magneto_jax.theory.recipes import RECIPES
+from magneto_jax.theory.records import Architecture, Segment
 from tests import reference
 
 WIDTH, HEADS, FFN, VOCAB, LENGTH = 32, 4, 64, 17, 8

@@ -15,8 +15,9 @@ from magneto_jax.layers.feed_forward import FeedForward
 from magneto_jax.layers.norms import norm_factory
 from magneto_jax.models.language import CausalLM
 from magneto_jax.models.transformer import REMAT, Block, Context, Stack
-from magneto_jax.theory import recipes
-from magneto_jax.theory.recipes import RECIPES, Architecture, Init, Scale, Segment
+from magneto_jax.theory import records
+from magneto_jax.theory.recipes import RECIPES
+from magneto_jax.theory.records import Architecture, Init, Scale, Segment
 from tests import reference
 
 WIDTH, HEADS, FFN = 32, 4, 64
@@ -24,7 +25,7 @@ TOKENS = np.random.default_rng(0).integers(0, 17, (2, 8))
 STREAM = np.random.default_rng(1).standard_normal((2, 8, WIDTH)).astype(np.float32)
 
 
-def decoder(name, layers=2, **options) -> recipes.Stack:
+def decoder(name, layers=2, **options) -> records.Stack:
   architecture = Architecture("decoder", 0, layers, WIDTH, FFN, HEADS)
   return RECIPES[name](architecture, **options).decoder
 
@@ -43,7 +44,7 @@ def stack(*, dtype=jnp.float32, dropout_rate=0.0, **options) -> Stack:
   )
 
 
-def replace_layer(record: recipes.Stack, **changes) -> recipes.Stack:
+def replace_layer(record: records.Stack, **changes) -> records.Stack:
   """The stack with fields of its only layer replaced, e.g. `ffn={"skip": Scale(2.0)}`."""
   (segment,) = record.segments
   (layer,) = segment.pattern
@@ -54,11 +55,11 @@ def replace_layer(record: recipes.Stack, **changes) -> recipes.Stack:
   return dataclasses.replace(record, segments=(Segment((layer,), segment.repeats),))
 
 
-def with_head_scale(placement) -> recipes.Stack:
+def with_head_scale(placement) -> records.Stack:
   return replace_layer(decoder("normformer"), self_attention={"head_scale": placement})
 
 
-def layer_of(name) -> recipes.Layer:
+def layer_of(name) -> records.Layer:
   return decoder(name).segments[0].pattern[0]
 
 
@@ -68,7 +69,7 @@ def one_and_slow(name, table):
   return [name, *slow]
 
 
-def of_segments(*segments: Segment) -> recipes.Stack:
+def of_segments(*segments: Segment) -> records.Stack:
   return dataclasses.replace(decoder("pre_ln"), segments=segments)
 
 
@@ -153,8 +154,8 @@ def test_the_references_differ_from_each_other():
   record = decoder("normformer", residual_scale=True)
   everything = replace_layer(
     record,
-    self_attention={"norms": frozenset(recipes.SITES)},
-    ffn={"norms": frozenset(recipes.SITES)},
+    self_attention={"norms": frozenset(records.SITES)},
+    ffn={"norms": frozenset(records.SITES)},
   )
   params = reference.random_params(stack(), STREAM, everything, dtype=np.float64)
   run = functools.partial(reference.stack, params, STREAM.astype(np.float64), final_norm=None)
@@ -363,9 +364,9 @@ def test_recipes_of_one_structure_compile_once():
   init, init_traces = counting(lambda record: model.init(jax.random.key(0), TOKENS, recipe=record))
   apply, apply_traces = counting(lambda v, record: model.apply(v, TOKENS, recipe=record))
   for name, times in (("post_ln", 1.0), ("deepnet", 1.0), ("deepnet", 1.5)):
-    record = recipes.map_numbers(lambda value, times=times: value * times, decoder(name))
-    variables = init(recipes.as_arrays(record))
-    logits = apply(variables, recipes.as_arrays(record))
+    record = records.map_numbers(lambda value, times=times: value * times, decoder(name))
+    variables = init(records.as_arrays(record))
+    logits = apply(variables, records.as_arrays(record))
     if times == 1.0:
       continue
     own = language_model(record)
@@ -389,7 +390,7 @@ def test_recipes_of_different_structure_compile_anew():
   records = [decoder(name) for name in ("pre_ln", "post_ln", "magneto", "normformer")]
   records.append(replace_layer(decoder("pre_ln"), ffn={"skip": Scale(1.0, "vector")}))
   records.append(dataclasses.replace(decoder("pre_ln"), norm="rms_norm"))
-  structures = {jax.tree.structure(recipes.as_arrays(record)) for record in records}
+  structures = {jax.tree.structure(records.as_arrays(record)) for record in records}
   assert len(structures) == len(records)
   trees = [jax.tree.structure(outline(record)) for record in records]
   assert len(set(trees)) == len(records)
@@ -398,15 +399,18 @@ def test_recipes_of_different_structure_compile_anew():
 @pytest.mark.parametrize("name", RECIPES)
 def test_numbers_do_not_change_the_structure(name):
   record = decoder(name)
-  scaled = recipes.map_numbers(lambda value: 3 * value, record)
-  one, other = recipes.as_arrays(record), recipes.as_arrays(scaled)
+  scaled = records.map_numbers(lambda value: 3 * value, record)
+  one, other = records.as_arrays(record), records.as_arrays(scaled)
   assert jax.tree.structure(one) == jax.tree.structure(other)
   assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(one))
+  visited = []
+  records.map_numbers(visited.append, record)
+  assert len(jax.tree.leaves(one)) == len(visited)  # What jax takes for a number is one.
 
 
 def test_gradients_reach_the_numbers():
   """A sweep may differentiate by them: the residual's alpha is as good a variable as a weight."""
-  record = recipes.as_arrays(decoder("deepnet"))
+  record = records.as_arrays(decoder("deepnet"))
   params = reference.random_params(stack(), STREAM, record)
   loss = lambda record: jnp.sum(stack().apply({"params": params}, STREAM, record)[0] ** 3)
   slope = jax.jit(jax.grad(loss))(jax.tree.map(jnp.asarray, record))
@@ -612,7 +616,7 @@ def test_bfloat16_stream_stays_bfloat16(name):
   x = STREAM.astype(jnp.bfloat16)
   params = jax.eval_shape(lambda: module.init(jax.random.key(0), x, record))
   assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
-  program = jax.make_jaxpr(lambda params: module.apply(params, x, recipes.as_arrays(record)))(
+  program = jax.make_jaxpr(lambda params: module.apply(params, x, records.as_arrays(record)))(
     params
   )
   scans = [equation for equation in program.eqns if equation.primitive.name == "scan"]

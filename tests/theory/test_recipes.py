@@ -1,14 +1,13 @@
 """Recipes as data: the papers' numbers, the records' rules, and how they are read."""
 
-import dataclasses
 import math
 
 import numpy as np
 import pytest
 
-from magneto_jax.theory import recipes
-from magneto_jax.theory.recipes import (
-  RECIPES,
+from magneto_jax.theory import recipes, records
+from magneto_jax.theory.recipes import RECIPES
+from magneto_jax.theory.records import (
   Architecture,
   Attention,
   FeedForward,
@@ -17,7 +16,6 @@ from magneto_jax.theory.recipes import (
   Scale,
   Segment,
   Stack,
-  Sublayer,
 )
 
 PRE, POST, SUB_LN = frozenset({"in"}), frozenset({"post"}), frozenset({"in", "mid"})
@@ -253,13 +251,13 @@ IN_WORDS = {
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_description_reads_as_the_paper(name):
-  assert recipes.describe(RECIPES[name](DECODER).decoder) == list(IN_WORDS[name])
+  assert records.describe(RECIPES[name](DECODER).decoder) == list(IN_WORDS[name])
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_description_does_not_depend_on_how_numbers_are_held(name):
   stack = RECIPES[name](DECODER).decoder
-  assert recipes.describe(recipes.as_arrays(stack)) == list(IN_WORDS[name])
+  assert records.describe(records.as_arrays(stack)) == list(IN_WORDS[name])
 
 
 def test_description_of_scales_ranges_and_cross_attention():
@@ -270,7 +268,7 @@ def test_description_of_scales_ranges_and_cross_attention():
   )
   embedding = RECIPES["pre_ln"](DECODER).decoder.embedding
   stack = Stack((Segment((layer,), 2),), embedding, final_norm=True, norm="rms_norm")
-  assert recipes.describe(stack)[::2] == [
+  assert records.describe(stack)[::2] == [
     "x <- 0 x + learned[0.1] self_attention(0.5..1 RMSNorm(x))",
     "x <- RMSNorm(x + RMSNorm(cross_attention(x)))",
     "x <- x + 0.25 ffn(x)",
@@ -283,120 +281,10 @@ def test_description_says_each_different_sublayer_once():
   embedding = RECIPES["pre_ln"](DECODER).decoder.embedding
   stack = Stack((Segment((post, pre), 2), Segment((pre,), 3)), embedding, final_norm=True)
   assert stack.num_layers == 7
-  names = [(name, sublayer.norms) for name, sublayer in recipes.sublayers(stack)]
+  names = [(name, sublayer.norms) for name, sublayer in records.sublayers(stack)]
   assert names == [
     ("self_attention", POST),
     ("ffn", POST),
     ("self_attention", PRE),
     ("ffn", PRE),
   ]
-
-
-# ---------------------------------------------------------------------------------------------
-# Numbers
-# ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_mapping_numbers_keeps_the_structure(name):
-  stack = RECIPES[name](BOTH).decoder
-  assert recipes.map_numbers(lambda value: value, stack) == stack
-  doubled = recipes.map_numbers(lambda value: 2 * value, stack)
-  assert recipes.map_numbers(lambda value: value / 2, doubled) == stack
-  assert doubled != stack
-  assert (doubled.segments[0].repeats, doubled.norm) == (stack.segments[0].repeats, stack.norm)
-
-
-def test_mapping_reaches_every_number():
-  """3 scales a sublayer, a gain and a bias gain an init (3 an attention, 2 a ffn), 5 outside."""
-  visited = []
-  recipes.map_numbers(visited.append, RECIPES["deepnet"](BOTH).decoder)
-  assert len(visited) == 2 * (3 + 3 * 2) + (3 + 2 * 2) + 5
-  assert all(isinstance(value, float) for value in visited)
-
-
-def test_one_value_a_layer_stays_where_it_was():
-  layer = Layer(Attention(skip=Scale((1.0, 2.0, 3.0))), FeedForward(wi=Init(gain=0.5)))
-  (read,) = recipes.per_layer(Segment((layer,), 3))
-  np.testing.assert_array_equal(read.self_attention.skip.value, [1.0, 2.0, 3.0])
-  np.testing.assert_array_equal(read.ffn.wi.gain, [0.5, 0.5, 0.5])
-  arrays = []
-  recipes.map_numbers(arrays.append, (read,))
-  assert all(array.shape == (3,) for array in arrays)
-
-
-@pytest.mark.parametrize("value", (2.0, 2, (2.0, 2.0), np.float32(2), np.full(2, 2.0)))
-def test_a_number_may_be_held_in_any_way(value):
-  layer = Layer(Attention(branch=Scale(value)), FeedForward())
-  (read,) = recipes.per_layer(Segment((layer,), 2))
-  np.testing.assert_array_equal(read.self_attention.branch.value, [2.0, 2.0])
-
-
-def test_numbers_keep_double_precision():
-  """A float64 check of a whole model would otherwise end at 6e-8, the rounding of alpha."""
-  layer = Layer(Attention(skip=Scale(1 / 3)), FeedForward(skip=Scale((1 / 3, 1 / 7))))
-  (read,) = recipes.per_layer(Segment((layer,), 2))
-  np.testing.assert_array_equal(read.self_attention.skip.value, [1 / 3, 1 / 3])
-  np.testing.assert_array_equal(read.ffn.skip.value, [1 / 3, 1 / 7])
-
-
-def test_reading_numbers_twice_changes_nothing():
-  stack = RECIPES["deepnet"](DECODER).decoder
-  once = recipes.as_arrays(stack)
-  twice = recipes.as_arrays(once)
-  first, second = [], []
-  recipes.map_numbers(first.append, once)
-  recipes.map_numbers(second.append, twice)
-  assert len(first) == len(second) > 0
-  for a, b in zip(first, second, strict=True):
-    np.testing.assert_array_equal(a, b)
-
-
-# ---------------------------------------------------------------------------------------------
-# Errors
-# ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-  ("arguments", "message"),
-  (
-    ({"kind": "decoders", "decoder_layers": 2}, "kind='decoders' must be one of encoder, decoder"),
-    ({"kind": "encoder"}, "kind='encoder' does not go with encoder_layers=0"),
-    ({"kind": "encoder", "encoder_layers": 2, "decoder_layers": 2}, "decoder_layers=2"),
-    ({"kind": "encoder_decoder", "encoder_layers": 2}, "decoder_layers=0"),
-    ({"kind": "decoder", "decoder_layers": -2}, "decoder_layers=-2"),
-    ({"kind": "decoder", "encoder_layers": -1, "decoder_layers": 2}, "encoder_layers=-1"),
-  ),
-)
-def test_contradictory_architectures_raise(arguments, message):
-  with pytest.raises(ValueError, match=message):
-    Architecture(**arguments)
-
-
-@pytest.mark.parametrize(
-  ("make", "message"),
-  (
-    (lambda: Sublayer(frozenset({"pre"})), "norm site='pre' must be one of in, mid, out, post"),
-    (lambda: FeedForward(frozenset({"before"})), "norm site='before'"),
-    (lambda: Attention(head_scale="after"), "head_scale='after' must be one of None, pre_out"),
-    (lambda: Attention(frozenset({"pre"})), "norm site='pre'"),
-    (lambda: Init("xavier"), "family='xavier' must be one of xavier_normal"),
-    (lambda: Init(bias="ones"), "bias='ones' must be one of zeros, torch_uniform"),
-    (lambda: Scale(learned="matrix"), "learned='matrix' must be one of None, scalar, vector"),
-    (
-      lambda: dataclasses.replace(RECIPES["pre_ln"](DECODER).decoder, norm="batch_norm"),
-      "norm='batch_norm' must be one of layer_norm, rms_norm",
-    ),
-    (
-      lambda: recipes.per_layer(
-        Segment((Layer(Attention(skip=Scale((1.0, 2.0))), FeedForward()),), 3)
-      ),
-      "2 values for a segment of 3 repeats",
-    ),
-    (lambda: Segment((), 3), "pattern"),
-    (lambda: Segment((Layer(Attention(), FeedForward()),), 0), "repeats=0"),
-  ),
-)
-def test_unknown_names_and_lengths_raise(make, message):
-  with pytest.raises(ValueError, match=message):
-    make()

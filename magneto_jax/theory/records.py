@@ -1,0 +1,339 @@
+"""How a transformer is normalised, scaled and initialised, as data.
+
+A recipe is a function `Architecture -> Recipe` (`theory/recipes.py`). It returns a small frozen
+record that one residual rule reads (`layers/residual.py`):
+
+  x <- post(skip * x + branch * out(f(in_scale * in(x))))
+
+where f is self-attention, cross-attention or the feed-forward network; `in`, `out` and `post` are
+norms at those *sites*; and the site `mid` is a norm inside f, before its output projection.
+
+Structure and numbers are apart. The sites, what is learned, the head scale and the init families
+decide which parameters exist and are static; the fields marked `NUMBER` (scales and gains) may be
+a float, a tuple of one float a layer, or an array, and never change what is compiled.
+"""
+
+import dataclasses
+import math
+import typing
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+NUMBER = {"number": True}
+Number = float | tuple[float, ...] | Any
+
+SITES = ("in", "mid", "out", "post")
+FAMILIES = ("xavier_normal", "xavier_uniform", "normal", "torch_uniform")
+HEAD_SCALES = ("pre_out_proj", "post_out_proj_contiguous", "post_out_proj_interleaved")
+NORMS = ("layer_norm", "rms_norm")
+
+
+def _check(name: str, value, choices) -> None:
+  if value not in choices:
+    raise ValueError(f"{name}={value!r} must be one of {', '.join(map(str, choices))}")
+
+
+# ---------------------------------------------------------------------------------------------
+# Records
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+  """What the papers' formulae need to know of a model.
+
+  Attributes:
+    kind: `encoder`, `decoder` or `encoder_decoder`.
+    encoder_layers: N, the number of encoder layers (0 without an encoder).
+    decoder_layers: M, the number of decoder layers (0 without a decoder).
+    width: D, the width of the residual stream.
+    ffn_width: F, the width of the feed-forward network's hidden layer.
+    heads: the number of query heads.
+    dropout: the rate of the dropout after each sublayer.
+    token_correlation: the correlation of two tokens' features at the stack's input.
+  """
+
+  kind: str
+  encoder_layers: int = 0
+  decoder_layers: int = 0
+  width: int = 512
+  ffn_width: int = 2048
+  heads: int = 8
+  dropout: float = 0.0
+  token_correlation: float = 0.0
+
+  def __post_init__(self):
+    _check("kind", self.kind, ("encoder", "decoder", "encoder_decoder"))
+    for stack in ("encoder", "decoder"):
+      layers, present = getattr(self, f"{stack}_layers"), stack in self.kind.split("_")
+      if layers < 0 or (layers > 0) != present:
+        raise ValueError(f"kind={self.kind!r} does not go with {stack}_layers={layers}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+  """One of the residual rule's three scales: an initial value and what is learned.
+
+  Attributes:
+    value: the value, or the initial value if it is learned.
+    learned: None, `scalar` (one parameter) or `vector` (one parameter a channel).
+  """
+
+  value: Number = dataclasses.field(default=1.0, metadata=NUMBER)
+  learned: str | None = None
+
+  def __post_init__(self):
+    _check("learned", self.learned, (None, "scalar", "vector"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Init:
+  """How the kernel and the bias of one group of projections are drawn.
+
+  | family           | distribution of the kernel                 | standard deviation         |
+  |------------------|--------------------------------------------|----------------------------|
+  | `xavier_normal`  | normal                                     | gain sqrt(2 / (in + out))  |
+  | `xavier_uniform` | uniform on +-gain sqrt(6 / (in + out))     | gain sqrt(2 / (in + out))  |
+  | `torch_uniform`  | uniform on +-gain / sqrt(in)               | gain / sqrt(3 in)          |
+  | `normal`         | normal                                     | gain                       |
+
+  Attributes:
+    family: one of the four above; `in` and `out` are the kernel's fan-in and fan-out.
+    gain: multiplies the family's unit (for `normal` it is the standard deviation).
+    bias: `zeros`, or `torch_uniform`: uniform on +-bias_gain / sqrt(in).
+    bias_gain: multiplies the bias's unit.
+  """
+
+  family: str = "xavier_normal"
+  gain: Number = dataclasses.field(default=1.0, metadata=NUMBER)
+  bias: str = "zeros"
+  bias_gain: Number = dataclasses.field(default=1.0, metadata=NUMBER)
+
+  def __post_init__(self):
+    _check("family", self.family, FAMILIES)
+    _check("bias", self.bias, ("zeros", "torch_uniform"))
+
+  def std(self, fan_in: int, fan_out: int) -> Number:
+    """The standard deviation of a kernel with these fans."""
+    unit = {
+      "xavier_normal": math.sqrt(2 / (fan_in + fan_out)),
+      "xavier_uniform": math.sqrt(2 / (fan_in + fan_out)),
+      "torch_uniform": math.sqrt(1 / (3 * fan_in)),
+      "normal": 1.0,
+    }[self.family]
+    return unit * (np.asarray(self.gain) if isinstance(self.gain, tuple) else self.gain)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sublayer:
+  """Norm sites and residual scales of one sublayer; see the module's docstring for the rule."""
+
+  norms: frozenset[str] = frozenset({"in"})
+  skip: Scale = Scale()
+  branch: Scale = Scale()
+  in_scale: Scale = Scale()
+
+  def __post_init__(self):
+    for site in self.norms:
+      _check("norm site", site, SITES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention(Sublayer):
+  """An attention sublayer: its init groups and its head scale (None or one of HEAD_SCALES)."""
+
+  qk: Init = Init()
+  v: Init = Init()
+  out: Init = Init()
+  head_scale: str | None = None
+
+  def __post_init__(self):
+    super().__post_init__()
+    _check("head_scale", self.head_scale, (None, *HEAD_SCALES))
+
+
+@dataclasses.dataclass(frozen=True)
+class FeedForward(Sublayer):
+  """A feed-forward sublayer and its init groups: wi (D to F) and wo (F to D)."""
+
+  wi: Init = Init()
+  wo: Init = Init()
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+  """The sublayers of one layer, in their order; cross-attention only in encoder-decoders."""
+
+  self_attention: Attention
+  ffn: FeedForward
+  cross_attention: Attention | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+  """A pattern of layers, repeated: the unit that is scanned. Numbers hold one value a repeat."""
+
+  pattern: tuple[Layer, ...]
+  repeats: int
+
+  def __post_init__(self):
+    if self.pattern == () or self.repeats < 1:
+      raise ValueError(f"a segment needs layers: pattern={self.pattern}, repeats={self.repeats}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Embedding:
+  """Token and position tables; x_0 = scale * tokens[token] + positions[position]."""
+
+  tokens: Init
+  positions: Init
+  scale: Number = dataclasses.field(default=1.0, metadata=NUMBER)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+  """One stack of layers, from the embedding to the final norm.
+
+  Attributes:
+    segments: the layers, in order; one segment is the normal case.
+    embedding: the front end.
+    final_norm: whether a norm follows the last layer.
+    norm: `layer_norm` or `rms_norm`, everywhere in the stack.
+    width: D that the numbers were computed for; models of another width refuse the record.
+  """
+
+  segments: tuple[Segment, ...]
+  embedding: Embedding
+  final_norm: bool
+  norm: str = "layer_norm"
+  width: int | None = None
+
+  def __post_init__(self):
+    _check("norm", self.norm, NORMS)
+
+  @property
+  def num_layers(self) -> int:
+    return sum(len(segment.pattern) * segment.repeats for segment in self.segments)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """What a recipe function returns: its name and a record for each stack."""
+
+  name: str
+  encoder: Stack | None = None
+  decoder: Stack | None = None
+
+
+RECORDS = (Scale, Init, Sublayer, Attention, FeedForward, Layer, Segment, Embedding, Stack)
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading records
+# ---------------------------------------------------------------------------------------------
+
+
+def children(record: type) -> list[str]:
+  """Names of the fields that hold numbers or further records; all others are structure."""
+
+  def holds_record(annotation) -> bool:
+    return annotation in RECORDS or any(map(holds_record, typing.get_args(annotation)))
+
+  return [
+    field.name
+    for field in dataclasses.fields(record)
+    if field.metadata == NUMBER or holds_record(field.type)
+  ]
+
+
+def map_numbers(fn: Callable[[Number], Number], record):
+  """The same record with `fn` applied to every number in it."""
+  if isinstance(record, tuple):
+    return tuple(map_numbers(fn, item) for item in record)
+  if not dataclasses.is_dataclass(record):
+    return record
+  return dataclasses.replace(
+    record,
+    **{
+      field.name: (fn if field.metadata == NUMBER else lambda v: map_numbers(fn, v))(
+        getattr(record, field.name)
+      )
+      for field in dataclasses.fields(record)
+    },
+  )
+
+
+def _as_array(value: Number):
+  """Arrays, perhaps traced, pass; the rest keeps float64 until it meets the computation."""
+  return np.asarray(value, np.float64) if isinstance(value, float | int | tuple) else value
+
+
+def per_layer(segment: Segment) -> tuple[Layer, ...]:
+  """The segment's pattern with every number as an array of one value a repeat."""
+
+  def spread(value: Number):
+    array = _as_array(value)
+    if array.ndim and array.shape[0] != segment.repeats:
+      raise ValueError(f"{array.shape[0]} values for a segment of {segment.repeats} repeats")
+    return array * np.ones((segment.repeats,), array.dtype)
+
+  return map_numbers(spread, segment.pattern)
+
+
+def as_arrays(stack: Stack) -> Stack:
+  """The stack with every number as an array: its leaves are then fit to be traced or swept."""
+  embedding = map_numbers(_as_array, stack.embedding)
+  segments = tuple(Segment(per_layer(segment), segment.repeats) for segment in stack.segments)
+  return dataclasses.replace(stack, embedding=embedding, segments=segments)
+
+
+def sublayers(stack: Stack) -> Iterator[tuple[str, Sublayer]]:
+  """(name, record) of each different sublayer of the stack, numbers as they were given."""
+  hashable = lambda value: tuple(np.unique(np.asarray(value, np.float64)))
+  seen = set()
+  for segment in stack.segments:
+    for layer in segment.pattern:
+      for name in ("self_attention", "cross_attention", "ffn"):
+        sublayer = getattr(layer, name)
+        if sublayer is None:
+          continue
+        key = name, map_numbers(hashable, sublayer)
+        if key not in seen:
+          seen.add(key)
+          yield name, sublayer
+
+
+def _number_in_words(value: Number) -> str:
+  values = np.unique(np.asarray(value, np.float64))
+  return f"{values[0]:.4g}" if len(values) == 1 else f"{values[0]:.4g}..{values[-1]:.4g}"
+
+
+def _scaled_in_words(scale: Scale, operand: str) -> str:
+  number = _number_in_words(scale.value)
+  factor = f"learned[{number}]" if scale.learned else ("" if number == "1" else number)
+  return f"{factor} {operand}".strip()
+
+
+def describe(stack: Stack) -> list[str]:
+  """The stack in words: a line of equation and a line of inits for each kind of sublayer."""
+  norm = {"layer_norm": "LN", "rms_norm": "RMSNorm"}[stack.norm]
+  lines = []
+  for name, sub in sublayers(stack):
+    body = _scaled_in_words(sub.in_scale, f"{norm}(x)" if "in" in sub.norms else "x")
+    body = f"{name}({body})"
+    body = f"{norm}({body})" if "out" in sub.norms else body
+    rule = f"{_scaled_in_words(sub.skip, 'x')} + {_scaled_in_words(sub.branch, body)}"
+    rule = f"{norm}({rule})" if "post" in sub.norms else rule
+    extras = [f"inner {norm} before its output projection"] if "mid" in sub.norms else []
+    if getattr(sub, "head_scale", None):
+      extras.append(f"learned head scale ({sub.head_scale})")
+    groups = [f.name for f in dataclasses.fields(sub) if isinstance(getattr(sub, f.name), Init)]
+    inits = ", ".join(
+      f"{group} {getattr(sub, group).family} x {_number_in_words(getattr(sub, group).gain)}"
+      for group in groups
+    )
+    lines += [f"x <- {rule}" + "".join(f"; {extra}" for extra in extras), f"  init: {inits}"]
+  lines.append(f"final norm: {norm if stack.final_norm else 'none'}")
+  return lines

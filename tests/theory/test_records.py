@@ -1,0 +1,131 @@
+"""The records' rules, and how they are read."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from magneto_jax.theory import records
+from magneto_jax.theory.recipes import RECIPES
+from magneto_jax.theory.records import (
+  Architecture,
+  Attention,
+  FeedForward,
+  Init,
+  Layer,
+  Scale,
+  Segment,
+  Sublayer,
+)
+
+DECODER = Architecture("decoder", decoder_layers=6)
+BOTH = Architecture("encoder_decoder", encoder_layers=6, decoder_layers=4)
+
+# ---------------------------------------------------------------------------------------------
+# Numbers
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_mapping_numbers_keeps_the_structure(name):
+  stack = RECIPES[name](BOTH).decoder
+  assert records.map_numbers(lambda value: value, stack) == stack
+  doubled = records.map_numbers(lambda value: 2 * value, stack)
+  assert records.map_numbers(lambda value: value / 2, doubled) == stack
+  assert doubled != stack
+  assert (doubled.segments[0].repeats, doubled.norm) == (stack.segments[0].repeats, stack.norm)
+
+
+def test_mapping_reaches_every_number():
+  """3 scales a sublayer, a gain and a bias gain an init (3 an attention, 2 a ffn), 5 outside."""
+  visited = []
+  records.map_numbers(visited.append, RECIPES["deepnet"](BOTH).decoder)
+  assert len(visited) == 2 * (3 + 3 * 2) + (3 + 2 * 2) + 5
+  assert all(isinstance(value, float) for value in visited)
+
+
+def test_one_value_a_layer_stays_where_it_was():
+  layer = Layer(Attention(skip=Scale((1.0, 2.0, 3.0))), FeedForward(wi=Init(gain=0.5)))
+  (read,) = records.per_layer(Segment((layer,), 3))
+  np.testing.assert_array_equal(read.self_attention.skip.value, [1.0, 2.0, 3.0])
+  np.testing.assert_array_equal(read.ffn.wi.gain, [0.5, 0.5, 0.5])
+  arrays = []
+  records.map_numbers(arrays.append, (read,))
+  assert all(array.shape == (3,) for array in arrays)
+
+
+@pytest.mark.parametrize("value", (2.0, 2, (2.0, 2.0), np.float32(2), np.full(2, 2.0)))
+def test_a_number_may_be_held_in_any_way(value):
+  layer = Layer(Attention(branch=Scale(value)), FeedForward())
+  (read,) = records.per_layer(Segment((layer,), 2))
+  np.testing.assert_array_equal(read.self_attention.branch.value, [2.0, 2.0])
+
+
+def test_numbers_keep_double_precision():
+  """A float64 check of a whole model would otherwise end at 6e-8, the rounding of alpha."""
+  layer = Layer(Attention(skip=Scale(1 / 3)), FeedForward(skip=Scale((1 / 3, 1 / 7))))
+  (read,) = records.per_layer(Segment((layer,), 2))
+  np.testing.assert_array_equal(read.self_attention.skip.value, [1 / 3, 1 / 3])
+  np.testing.assert_array_equal(read.ffn.skip.value, [1 / 3, 1 / 7])
+
+
+def test_reading_numbers_twice_changes_nothing():
+  stack = RECIPES["deepnet"](DECODER).decoder
+  once = records.as_arrays(stack)
+  twice = records.as_arrays(once)
+  first, second = [], []
+  records.map_numbers(first.append, once)
+  records.map_numbers(second.append, twice)
+  assert len(first) == len(second) > 0
+  for a, b in zip(first, second, strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+# ---------------------------------------------------------------------------------------------
+# Errors
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  (
+    ({"kind": "decoders", "decoder_layers": 2}, "kind='decoders' must be one of encoder, decoder"),
+    ({"kind": "encoder"}, "kind='encoder' does not go with encoder_layers=0"),
+    ({"kind": "encoder", "encoder_layers": 2, "decoder_layers": 2}, "decoder_layers=2"),
+    ({"kind": "encoder_decoder", "encoder_layers": 2}, "decoder_layers=0"),
+    ({"kind": "decoder", "decoder_layers": -2}, "decoder_layers=-2"),
+    ({"kind": "decoder", "encoder_layers": -1, "decoder_layers": 2}, "encoder_layers=-1"),
+  ),
+)
+def test_contradictory_architectures_raise(arguments, message):
+  with pytest.raises(ValueError, match=message):
+    Architecture(**arguments)
+
+
+@pytest.mark.parametrize(
+  ("make", "message"),
+  (
+    (lambda: Sublayer(frozenset({"pre"})), "norm site='pre' must be one of in, mid, out, post"),
+    (lambda: FeedForward(frozenset({"before"})), "norm site='before'"),
+    (lambda: Attention(head_scale="after"), "head_scale='after' must be one of None, pre_out"),
+    (lambda: Attention(frozenset({"pre"})), "norm site='pre'"),
+    (lambda: Init("xavier"), "family='xavier' must be one of xavier_normal"),
+    (lambda: Init(bias="ones"), "bias='ones' must be one of zeros, torch_uniform"),
+    (lambda: Scale(learned="matrix"), "learned='matrix' must be one of None, scalar, vector"),
+    (
+      lambda: dataclasses.replace(RECIPES["pre_ln"](DECODER).decoder, norm="batch_norm"),
+      "norm='batch_norm' must be one of layer_norm, rms_norm",
+    ),
+    (
+      lambda: records.per_layer(
+        Segment((Layer(Attention(skip=Scale((1.0, 2.0))), FeedForward()),), 3)
+      ),
+      "2 values for a segment of 3 repeats",
+    ),
+    (lambda: Segment((), 3), "pattern"),
+    (lambda: Segment((Layer(Attention(), FeedForward()),), 0), "repeats=0"),
+  ),
+)
+def test_unknown_names_and_lengths_raise(make, message):
+  with pytest.raises(ValueError, match=message):
+    make()
