@@ -4,6 +4,8 @@ Nothing of magneto_jax is used but the names of its parameters. All is computed 
 parameters it is given: float64 for an exact check. `p` is the tree of one layer.
 """
 
+import inspect
+import itertools
 import math
 import operator
 
@@ -132,6 +134,68 @@ def normformer_interleaved(p, x, depth):
   return x + dense(ffn["wo"], layer_norm(ffn["mid_norm"], h))
 
 
+def sandwich_ln(p, x, depth):
+  """arXiv 2105.13290, section 2.4."""
+  att, ffn, ln = p["self_attention"], p["ffn"], _norms(p)
+  h = dense(att["out"], heads(att, ln("self_attention", "in", x)))
+  x = x + ln("self_attention", "out", h)
+  h = dense(ffn["wo"], gelu(dense(ffn["wi"], ln("ffn", "in", x))))
+  return x + ln("ffn", "out", h)
+
+
+def out_norm(p, x, depth):
+  """arXiv 2111.09883, section 3.2."""
+  att, ffn, ln = p["self_attention"], p["ffn"], _norms(p)
+  x = x + ln("self_attention", "out", dense(att["out"], heads(att, x)))
+  return x + ln("ffn", "out", dense(ffn["wo"], gelu(dense(ffn["wi"], x))))
+
+
+def layernorm_scaling(p, x, depth, layer):
+  """arXiv 2502.05795, equation 5: layer counts from 1."""
+  att, ffn, ln = p["self_attention"], p["ffn"], _norms(p)
+  x = x + dense(att["out"], heads(att, ln("self_attention", "in", x) / math.sqrt(layer)))
+  return x + dense(ffn["wo"], gelu(dense(ffn["wi"], ln("ffn", "in", x) / math.sqrt(layer))))
+
+
+def layer_scale(p, x, depth):
+  """arXiv 2103.17239, equation 4."""
+  att, ffn, ln = p["self_attention"], p["ffn"], _norms(p)
+  h = dense(att["out"], heads(att, ln("self_attention", "in", x)))
+  x = x + p["self_attention_residual"]["branch"] * h
+  h = dense(ffn["wo"], gelu(dense(ffn["wi"], ln("ffn", "in", x))))
+  return x + p["ffn_residual"]["branch"] * h
+
+
+def rezero(p, x, depth):
+  """arXiv 2003.04887, equation 1."""
+  att, ffn = p["self_attention"], p["ffn"]
+  x = x + p["self_attention_residual"]["branch"] * dense(att["out"], heads(att, x))
+  return x + p["ffn_residual"]["branch"] * dense(ffn["wo"], gelu(dense(ffn["wi"], x)))
+
+
+def depth_mup(p, x, depth):
+  """arXiv 2310.02244: branches times 1 / sqrt(L)."""
+  att, ffn, ln = p["self_attention"], p["ffn"], _norms(p)
+  x = x + dense(att["out"], heads(att, ln("self_attention", "in", x))) / math.sqrt(depth)
+  return x + dense(ffn["wo"], gelu(dense(ffn["wi"], ln("ffn", "in", x)))) / math.sqrt(depth)
+
+
+def completep(p, x, depth):
+  """arXiv 2505.01618: branches times 1 / L."""
+  att, ffn, ln = p["self_attention"], p["ffn"], _norms(p)
+  x = x + dense(att["out"], heads(att, ln("self_attention", "in", x))) / depth
+  return x + dense(ffn["wo"], gelu(dense(ffn["wi"], ln("ffn", "in", x)))) / depth
+
+
+def keel(p, x, depth):
+  """arXiv 2601.19895."""
+  att, ffn, ln, a = p["self_attention"], p["ffn"], _norms(p), 2 * depth
+  h = dense(att["out"], heads(att, ln("self_attention", "in", x)))
+  x = ln("self_attention", "post", a * x + h)
+  h = dense(ffn["wo"], gelu(dense(ffn["wi"], ln("ffn", "in", x))))
+  return ln("ffn", "post", a * x + h)
+
+
 def _norms(p):
   """LN of a sublayer at a site, by name."""
   return lambda sublayer, site, x: layer_norm(p[f"{sublayer}_residual"][f"{site}_norm"], x)
@@ -154,11 +218,15 @@ def stack(params, x, segments, *, final_norm):
   """
   repeats = [_length(params[f"segment_{i}"]) for i in range(len(segments))]
   depth = sum(n * len(layers) for n, layers in zip(repeats, segments, strict=True))
+  number = itertools.count(1)
   for i, layers in enumerate(segments):
     for repeat in range(repeats[i]):
       for j, layer in enumerate(layers):
         block = params[f"segment_{i}"][f"block_{j}"]
-        x = layer(jax.tree.map(operator.itemgetter(repeat), block), x, depth)
+        # Some papers' numbers depend on which layer it is.
+        which = {"layer": next(number)}
+        options = which if "layer" in inspect.signature(layer).parameters else {}
+        x = layer(jax.tree.map(operator.itemgetter(repeat), block), x, depth, **options)
   return final_norm(params["final_norm"], x) if final_norm else x
 
 

@@ -405,7 +405,11 @@ def test_the_optimizer_is_that_of_its_config():
     np.testing.assert_allclose(got, x, rtol=1e-4, atol=1e-6)  # float32
 
 
-@pytest.mark.parametrize("recipe", list(magneto_jax.RECIPES))
+FIRST = ("magneto", "post_ln", "normformer")
+LATER = [pytest.param(n, marks=pytest.mark.slow) for n in magneto_jax.RECIPES if n not in FIRST]
+
+
+@pytest.mark.parametrize("recipe", [*FIRST, *LATER])
 def test_every_recipe_lowers_the_loss_on_one_batch(recipe):
   config = tiny(recipe=recipe, model={**TINY["model"], "dropout": 0.0})
   task = TASKS[config.task]

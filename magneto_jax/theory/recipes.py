@@ -180,10 +180,152 @@ def normformer(architecture: Architecture, *, residual_scale: bool = False) -> R
   return _recipe("normformer", architecture, layer, final_norm=True)
 
 
+# ---------------------------------------------------------------------------------------------
+# Variants that papers compare with
+# ---------------------------------------------------------------------------------------------
+
+
+def _same(name: str, architecture: Architecture, sublayer, *, final_norm: bool) -> Recipe:
+  """One pair of `sublayer(depth of the stack) -> (Attention, FeedForward)` for every layer."""
+  depths = {"encoder": architecture.encoder_layers, "decoder": architecture.decoder_layers}
+
+  def layer(kind):
+    attention, ffn = sublayer(depths[kind])
+    return Layer(attention, ffn, _cross(architecture, kind, attention))
+
+  return _recipe(name, architecture, layer, final_norm=final_norm)
+
+
+def _branches(architecture: Architecture, kind: str) -> int:
+  """How many residual branches a stack has: two a layer, three with cross-attention."""
+  if kind == "encoder":
+    return 2 * architecture.encoder_layers
+  return (3 if architecture.kind == "encoder_decoder" else 2) * architecture.decoder_layers
+
+
+def _both(norms: frozenset[str], **fields) -> tuple[Attention, FeedForward]:
+  return Attention(norms, **fields), FeedForward(norms, **fields)
+
+
+def pre_ln_scaled_init(architecture: Architecture) -> Recipe:
+  """Pre-LN as GPT-2 and Megatron-LM draw it: N(0, 0.02^2), the last product of a branch smaller.
+
+  W_o and the FFN's second kernel have the deviation 0.02 / sqrt(R), with R branches in the stack:
+  2L, or 3M in the decoder of an encoder-decoder. Biases are zero.
+
+  Reference: GPT-2, section 2.3; Megatron-LM, arXiv 1909.08053, section 3.
+  """
+  draw = Init("normal", gain=0.02)
+
+  def layer(kind):
+    last = Init("normal", gain=0.02 / math.sqrt(_branches(architecture, kind)))
+    attention = Attention(PRE, qk=draw, v=draw, out=last)
+    ffn = FeedForward(PRE, wi=draw, wo=last)
+    return Layer(attention, ffn, _cross(architecture, kind, attention))
+
+  return _recipe("pre_ln_scaled_init", architecture, layer, final_norm=True)
+
+
+def sandwich_ln(architecture: Architecture) -> Recipe:
+  """Sandwich-LN: x <- x + LN(f(LN(x))), with a final LN.
+
+  Reference: CogView, arXiv 2105.13290, section 2.4.
+  """
+  sublayer = lambda depth: _both(PRE | {"out"})
+  return _same("sandwich_ln", architecture, sublayer, final_norm=True)
+
+
+def out_norm(architecture: Architecture) -> Recipe:
+  """Norm on the branch alone: x <- x + LN(f(x)), with a final LN.
+
+  Reference: Swin Transformer V2 (res-post-norm), arXiv 2111.09883, section 3.2; OLMo 2, arXiv
+  2501.00656, section 3, which takes RMSNorm and normalises queries and keys too.
+  """
+  sublayer = lambda depth: _both(frozenset({"out"}))
+  return _same("out_norm", architecture, sublayer, final_norm=True)
+
+
+def layernorm_scaling(architecture: Architecture) -> Recipe:
+  """LayerNorm Scaling: x <- x + f(LN(x) / sqrt(l)) in layer l = 1, 2, ..., with a final LN.
+
+  Reference: The Curse of Depth, arXiv 2502.05795, section 4.
+  """
+
+  def sublayer(depth):
+    return _both(PRE, in_scale=Scale(tuple((l + 1) ** -0.5 for l in range(depth))))
+
+  return _same("layernorm_scaling", architecture, sublayer, final_norm=True)
+
+
+def layer_scale(architecture: Architecture) -> Recipe:
+  """LayerScale: x <- x + s * f(LN(x)), s a learned vector over channels, with a final LN.
+
+  It starts at 0.1 up to 18 layers, at 1e-5 up to 24, and at 1e-6 beyond.
+
+  Reference: Going Deeper with Image Transformers (CaiT), arXiv 2103.17239, section 2.
+  """
+
+  def sublayer(depth):
+    start = 0.1 if depth <= 18 else 1e-5 if depth <= 24 else 1e-6
+    return _both(PRE, branch=Scale(start, "vector"))
+
+  return _same("layer_scale", architecture, sublayer, final_norm=True)
+
+
+def rezero(architecture: Architecture) -> Recipe:
+  """ReZero: x <- x + a f(x), a a learned number that starts at 0, without any norm.
+
+  Reference: ReZero is All You Need, arXiv 2003.04887, section 3.
+  """
+  sublayer = lambda depth: _both(frozenset(), branch=Scale(0.0, "scalar"))
+  return _same("rezero", architecture, sublayer, final_norm=False)
+
+
+def depth_mup(architecture: Architecture) -> Recipe:
+  """Depth-muP's residual multiplier: x <- x + f(LN(x)) / sqrt(L), with a final LN.
+
+  Reference: Feature Learning in Infinite-Depth Neural Networks, arXiv 2310.02244. Its rules for
+  the optimizer are not part of a recipe.
+  """
+  sublayer = lambda depth: _both(PRE, branch=Scale(depth**-0.5))
+  return _same("depth_mup", architecture, sublayer, final_norm=True)
+
+
+def completep(architecture: Architecture) -> Recipe:
+  """CompleteP's residual multiplier: x <- x + f(LN(x)) / L, with a final LN.
+
+  Reference: CompleteP, arXiv 2505.01618. Its rules for the optimizer are not part of a recipe.
+  """
+  sublayer = lambda depth: _both(PRE, branch=Scale(1.0 / depth))
+  return _same("completep", architecture, sublayer, final_norm=True)
+
+
+def keel(architecture: Architecture) -> Recipe:
+  """KEEL: x <- LN(a x + f(LN(x))), a the number of the stack's sublayers, without a final LN.
+
+  Reference: arXiv 2601.19895.
+  """
+
+  def layer(kind):
+    attention, ffn = _both(PRE | POST, skip=Scale(float(_branches(architecture, kind))))
+    return Layer(attention, ffn, _cross(architecture, kind, attention))
+
+  return _recipe("keel", architecture, layer, final_norm=False)
+
+
 RECIPES: dict[str, Callable[[Architecture], Recipe]] = {
   "pre_ln": pre_ln,
   "post_ln": post_ln,
   "magneto": magneto,
   "deepnet": deepnet,
   "normformer": normformer,
+  "pre_ln_scaled_init": pre_ln_scaled_init,
+  "sandwich_ln": sandwich_ln,
+  "out_norm": out_norm,
+  "layernorm_scaling": layernorm_scaling,
+  "layer_scale": layer_scale,
+  "rezero": rezero,
+  "depth_mup": depth_mup,
+  "completep": completep,
+  "keel": keel,
 }

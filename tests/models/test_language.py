@@ -54,7 +54,8 @@ def score(model, params, tokens, **inputs):
 # ---------------------------------------------------------------------------------------------
 
 WINDOWS = (None, (2, None), (0, None), (1, 5))
-REACHES = [(name, "sinusoidal", None) for name in RECIPES]
+MAIN = ("pre_ln", "post_ln", "magneto", "deepnet", "normformer")
+REACHES = [(name, "sinusoidal", None) for name in MAIN]
 REACHES += [("magneto", kind, None) for kind in position_layers.KINDS if kind != "sinusoidal"]
 REACHES += [("magneto", "rotary", (2, None)), ("magneto", "rotary", (1, 5))]
 ALL_REACHES = [
@@ -156,7 +157,13 @@ def decode(model, params, tokens, chunks, **inputs):
   return np.concatenate(logits, 1)
 
 
-SLOW_MODELS = {"one key head", "unrolled", "wide heads", "untied swiglu", "no positions"}
+SLOW_MODELS = {*RECIPES} - {*MAIN} | {
+  "one key head",
+  "unrolled",
+  "wide heads",
+  "untied swiglu",
+  "no positions",
+}
 
 
 @pytest.mark.parametrize("name", [slow(name) if name in SLOW_MODELS else name for name in MODELS])

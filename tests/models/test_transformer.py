@@ -84,6 +84,23 @@ PAPERS = {
   "magneto": (decoder("magneto"), [(reference.magneto,)], reference.layer_norm),
   "deepnet": (decoder("deepnet"), [(reference.deepnet,)], None),
   "normformer": (decoder("normformer"), [(reference.normformer,)], reference.layer_norm),
+  "pre_ln_scaled_init": (
+    decoder("pre_ln_scaled_init"),
+    [(reference.pre_ln,)],
+    reference.layer_norm,
+  ),
+  "sandwich_ln": (decoder("sandwich_ln"), [(reference.sandwich_ln,)], reference.layer_norm),
+  "out_norm": (decoder("out_norm"), [(reference.out_norm,)], reference.layer_norm),
+  "layernorm_scaling": (
+    decoder("layernorm_scaling", 3),
+    [(reference.layernorm_scaling,)],
+    reference.layer_norm,
+  ),
+  "layer_scale": (decoder("layer_scale"), [(reference.layer_scale,)], reference.layer_norm),
+  "rezero": (decoder("rezero"), [(reference.rezero,)], None),
+  "depth_mup": (decoder("depth_mup"), [(reference.depth_mup,)], reference.layer_norm),
+  "completep": (decoder("completep"), [(reference.completep,)], reference.layer_norm),
+  "keel": (decoder("keel"), [(reference.keel,)], None),
   "normformer with residual scale": (
     decoder("normformer", residual_scale=True),
     [(reference.normformer_residual_scale,)],
@@ -121,7 +138,17 @@ def test_every_recipe_is_held_against_its_paper():
   assert set(RECIPES) <= set(PAPERS)
 
 
-@pytest.mark.parametrize("name", PAPERS)
+# The rest of a table that `pytest -m slow` runs where one of each structure is enough.
+MAIN = ("pre_ln", "post_ln", "magneto", "deepnet", "normformer")
+
+
+def main_and_slow(table):
+  """The names of a table, the recipes but for MAIN for `pytest -m slow`."""
+  others = set(RECIPES) - set(MAIN)
+  return [pytest.param(n, marks=pytest.mark.slow) if n in others else n for n in table]
+
+
+@pytest.mark.parametrize("name", main_and_slow(PAPERS))
 def test_model_is_its_papers_in_float64(name):
   """float64, so that what differs is the formula: 1e-11 of logits of order 1 to 10.
 
@@ -154,8 +181,8 @@ def test_the_references_differ_from_each_other():
   record = decoder("normformer", residual_scale=True)
   everything = replace_layer(
     record,
-    self_attention={"norms": frozenset(records.SITES)},
-    ffn={"norms": frozenset(records.SITES)},
+    self_attention={"norms": frozenset(records.SITES), "branch": Scale(0.5, "vector")},
+    ffn={"norms": frozenset(records.SITES), "branch": Scale(0.5, "vector")},
   )
   params = reference.random_params(stack(), STREAM, everything, dtype=np.float64)
   run = functools.partial(reference.stack, params, STREAM.astype(np.float64), final_norm=None)
@@ -170,6 +197,13 @@ def test_the_references_differ_from_each_other():
       reference.normformer_residual_scale,
       reference.normformer_contiguous,
       reference.normformer_interleaved,
+      reference.sandwich_ln,
+      reference.out_norm,
+      reference.layer_scale,
+      reference.rezero,
+      reference.depth_mup,
+      reference.completep,
+      reference.keel,
     )
   ]
   for i, first in enumerate(streams):
@@ -203,9 +237,9 @@ def assert_std(array, std, rel=0.03):
 # Each paper's formula for the kernels of qk, v, out, wi and wo, in a stack of DEPTH layers.
 SQUARE, TO_FFN = math.sqrt(2 / (WIDE + WIDE)), math.sqrt(2 / (WIDE + WIDE_FFN))
 GAMMA, BETA = math.sqrt(math.log(2 * DEPTH)), (8 * DEPTH) ** -0.25
-STDS = {
-  "pre_ln": (SQUARE, SQUARE, SQUARE, TO_FFN, TO_FFN),
-  "post_ln": (SQUARE, SQUARE, SQUARE, TO_FFN, TO_FFN),
+LAST = 0.02 / math.sqrt(2 * DEPTH)
+STDS = dict.fromkeys(RECIPES, (SQUARE, SQUARE, SQUARE, TO_FFN, TO_FFN)) | {
+  "pre_ln_scaled_init": (0.02, 0.02, LAST, 0.02, LAST),
   "magneto": (SQUARE, GAMMA * SQUARE, GAMMA * SQUARE, GAMMA * TO_FFN, GAMMA * TO_FFN),
   "deepnet": (SQUARE, BETA * SQUARE, BETA * SQUARE, BETA * TO_FFN, BETA * TO_FFN),
   "normformer": (
@@ -218,7 +252,7 @@ STDS = {
 }
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", main_and_slow(RECIPES))
 def test_initial_kernels_have_the_papers_deviations(name):
   block = initial(name)["decoder"]["segment_0"]["block_0"]
   attention, ffn = block["self_attention"], block["ffn"]
@@ -235,14 +269,14 @@ def test_initial_kernels_have_the_papers_deviations(name):
       assert_std(layer, std)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", main_and_slow(RECIPES))
 def test_initial_embeddings_have_the_papers_deviations(name):
   params = initial(name)
   for table in ("token_embedding", "output_embedding", "position_embedding"):
     assert_std(params[table]["embedding"], WIDE**-0.5)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", main_and_slow(RECIPES))
 def test_initial_biases_are_the_papers(name):
   """Zero in the papers; fairseq's NormFormer leaves all but W_o's at torch's uniform default."""
   block = initial(name)["decoder"]["segment_0"]["block_0"]
@@ -264,7 +298,7 @@ def test_initial_biases_are_the_papers(name):
       assert not projection["bias"].any()
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", main_and_slow(RECIPES))
 def test_norms_and_learned_scales_start_at_identity(name):
   block = initial(name)["decoder"]["segment_0"]["block_0"]
 
@@ -277,7 +311,7 @@ def test_norms_and_learned_scales_start_at_identity(name):
   jax.tree_util.tree_map_with_path(check, block)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", main_and_slow(RECIPES))
 def test_layers_and_projections_are_drawn_independently(name):
   """Two kernels of one shape, or two layers of one kernel, have a correlation of 1 / 256."""
   attention = initial(name)["decoder"]["segment_0"]["block_0"]["self_attention"]

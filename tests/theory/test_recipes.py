@@ -41,6 +41,15 @@ SITES = {
   "magneto": (SUB_LN, PRE, SUB_LN, True),
   "deepnet": (POST, POST, POST, False),
   "normformer": (PRE | {"out"}, PRE, SUB_LN, True),
+  "pre_ln_scaled_init": (PRE, PRE, PRE, True),
+  "sandwich_ln": (PRE | {"out"}, PRE | {"out"}, PRE | {"out"}, True),
+  "out_norm": ({"out"}, {"out"}, {"out"}, True),
+  "layernorm_scaling": (PRE, PRE, PRE, True),
+  "layer_scale": (PRE, PRE, PRE, True),
+  "rezero": (frozenset(), frozenset(), frozenset(), False),
+  "depth_mup": (PRE, PRE, PRE, True),
+  "completep": (PRE, PRE, PRE, True),
+  "keel": (PRE | POST, PRE | POST, PRE | POST, False),
 }
 
 
@@ -187,6 +196,67 @@ def test_normformer_residual_scale_is_a_vector_on_the_ffn_alone():
   assert layer.self_attention.skip == Scale(1.0)
 
 
+def scales(name, architecture, stack):
+  """(in_scale, skip, branch) of the feed-forward network, which are those of every sublayer."""
+  layer = only_layer(getattr(RECIPES[name](architecture), stack))
+  found = {(s.in_scale, s.skip, s.branch) for s in (layer.self_attention, layer.ffn)}
+  if layer.cross_attention is not None:
+    cross = layer.cross_attention
+    found.add((cross.in_scale, cross.skip, cross.branch))
+  (only,) = found
+  return only
+
+
+def test_layernorm_scaling_counts_layers_from_one():
+  scale, skip, branch = scales("layernorm_scaling", BOTH, "decoder")
+  assert scale.value == pytest.approx([1, 1 / math.sqrt(2), 1 / math.sqrt(3), 1 / 2])
+  assert (skip, branch, scale.learned) == (Scale(), Scale(), None)
+
+
+@pytest.mark.parametrize(
+  "depth, start", ((1, 0.1), (18, 0.1), (19, 1e-5), (24, 1e-5), (25, 1e-6), (1000, 1e-6))
+)
+def test_layer_scale_starts_smaller_in_deeper_stacks(depth, start):
+  architecture = Architecture("encoder", encoder_layers=depth)
+  assert scales("layer_scale", architecture, "encoder")[2] == Scale(start, "vector")
+
+
+def test_rezero_starts_as_the_identity():
+  assert scales("rezero", DECODER, "decoder") == (Scale(), Scale(), Scale(0.0, "scalar"))
+
+
+@pytest.mark.parametrize("stack, depth", (("encoder", 6), ("decoder", 4)))
+def test_residual_multipliers_follow_the_stacks_depth(stack, depth):
+  assert scales("depth_mup", BOTH, stack)[2].value == pytest.approx(depth**-0.5)
+  assert scales("completep", BOTH, stack)[2].value == pytest.approx(1 / depth)
+
+
+def test_keel_weighs_the_stream_by_its_sublayers():
+  """Two a layer, three in the decoder of an encoder-decoder."""
+  for architecture, stack, alpha in (
+    (DECODER, "decoder", 12.0),
+    (ENCODER, "encoder", 12.0),
+    (BOTH, "encoder", 12.0),
+    (BOTH, "decoder", 12.0),
+  ):
+    assert scales("keel", architecture, stack) == (Scale(), Scale(alpha), Scale())
+
+
+def test_scaled_init_shrinks_the_last_product_of_each_branch():
+  for architecture, stack, branches in (
+    (DECODER, "decoder", 12),
+    (BOTH, "encoder", 12),
+    (Architecture("encoder_decoder", 6, 8), "decoder", 24),
+  ):
+    layer = only_layer(getattr(RECIPES["pre_ln_scaled_init"](architecture), stack))
+    last = Init("normal", pytest.approx(0.02 / math.sqrt(branches)))
+    assert (layer.self_attention.out, layer.ffn.wo) == (last, last)
+    plain = (layer.self_attention.qk, layer.self_attention.v, layer.ffn.wi)
+    assert plain == (Init("normal", 0.02),) * 3
+    if layer.cross_attention is not None:
+      assert layer.cross_attention == layer.self_attention
+
+
 @pytest.mark.parametrize(
   ("init", "std"),
   (
@@ -210,6 +280,14 @@ def test_std_of_a_gain_a_layer_is_one_a_layer():
 
 XAVIER_ATTENTION = "  init: qk xavier_normal x 1, v xavier_normal x {0}, out xavier_normal x {0}"
 XAVIER_FFN = "  init: wi xavier_normal x {0}, wo xavier_normal x {0}"
+
+
+def xavier(rule: str, final_norm: str) -> tuple[str, ...]:
+  """One rule for both sublayers, drawn with gain 1."""
+  attention, ffn = rule.format("self_attention"), rule.format("ffn")
+  return attention, XAVIER_ATTENTION.format("1"), ffn, XAVIER_FFN.format("1"), final_norm
+
+
 IN_WORDS = {
   "pre_ln": (
     "x <- x + self_attention(LN(x))",
@@ -246,6 +324,21 @@ IN_WORDS = {
     "  init: wi torch_uniform x 1, wo torch_uniform x 1",
     "final norm: LN",
   ),
+  "pre_ln_scaled_init": (
+    "x <- x + self_attention(LN(x))",
+    "  init: qk normal x 0.02, v normal x 0.02, out normal x 0.005774",
+    "x <- x + ffn(LN(x))",
+    "  init: wi normal x 0.02, wo normal x 0.005774",
+    "final norm: LN",
+  ),
+  "sandwich_ln": xavier("x <- x + LN({}(LN(x)))", "final norm: LN"),
+  "out_norm": xavier("x <- x + LN({}(x))", "final norm: LN"),
+  "layernorm_scaling": xavier("x <- x + {}(0.4082..1 LN(x))", "final norm: LN"),
+  "layer_scale": xavier("x <- x + learned[0.1] {}(LN(x))", "final norm: LN"),
+  "rezero": xavier("x <- x + learned[0] {}(x)", "final norm: none"),
+  "depth_mup": xavier("x <- x + 0.4082 {}(LN(x))", "final norm: LN"),
+  "completep": xavier("x <- x + 0.1667 {}(LN(x))", "final norm: LN"),
+  "keel": xavier("x <- LN(12 x + {}(LN(x)))", "final norm: none"),
 }
 
 
