@@ -230,10 +230,10 @@ def stack(params, x, segments, *, final_norm):
   return final_norm(params["final_norm"], x) if final_norm else x
 
 
-def causal_lm(params, tokens, segments, *, final_norm):
-  """Logits of a tied model with learned positions: sqrt(D) E[token] + P[position], stack, E^T."""
+def causal_lm(params, tokens, segments, *, final_norm, scale):
+  """Logits of a tied model with learned positions: scale E[token] + P[position], stack, E^T."""
   table, positions = params["token_embedding"]["embedding"], params["position_embedding"]
-  x = math.sqrt(table.shape[1]) * table[tokens] + positions["embedding"][: tokens.shape[1]]
+  x = scale * table[tokens] + positions["embedding"][: tokens.shape[1]]
   return stack(params["decoder"], x, segments, final_norm=final_norm) @ table.T
 
 

@@ -98,14 +98,7 @@ def magneto(architecture: Architecture) -> Recipe:
   Reference: Foundation Transformers, arXiv 2210.06423, equations 1-5 and figure 2.
   Differs from torchscale, which draws from torch.nn.Linear's uniform default and scales biases.
   """
-  n, m = architecture.encoder_layers, architecture.decoder_layers
-  if architecture.kind == "encoder_decoder":
-    gamma = {
-      "encoder": math.sqrt(math.log(3 * m) * math.log(2 * n) / 3),
-      "decoder": math.sqrt(math.log(3 * m)),
-    }
-  else:
-    gamma = {architecture.kind: math.sqrt(math.log(2 * (n + m)))}
+  gamma = _magneto_gains(architecture)
 
   def layer(kind):
     scaled = Init(gain=gamma[kind])
@@ -116,6 +109,17 @@ def magneto(architecture: Architecture) -> Recipe:
     )
 
   return _recipe("magneto", architecture, layer, final_norm=True)
+
+
+def _magneto_gains(architecture: Architecture) -> dict[str, float]:
+  """gamma of each stack."""
+  n, m = architecture.encoder_layers, architecture.decoder_layers
+  if architecture.kind != "encoder_decoder":
+    return {architecture.kind: math.sqrt(math.log(2 * (n + m)))}
+  return {
+    "encoder": math.sqrt(math.log(3 * m) * math.log(2 * n) / 3),
+    "decoder": math.sqrt(math.log(3 * m)),
+  }
 
 
 def deepnet(architecture: Architecture) -> Recipe:
@@ -132,14 +136,7 @@ def deepnet(architecture: Architecture) -> Recipe:
   Reference: DeepNet, arXiv 2203.00555, figure 2.
   Differs from torchscale, whose encoder gain in an encoder-decoder is 1.15 (N^4 M)^-1/16.
   """
-  n, m = architecture.encoder_layers, architecture.decoder_layers
-  if architecture.kind == "encoder_decoder":
-    depth = (n**4 * m) ** (1 / 16)
-    alpha = {"encoder": 0.81 * depth, "decoder": (3 * m) ** 0.25}
-    beta = {"encoder": 0.87 / depth, "decoder": (12 * m) ** -0.25}
-  else:
-    alpha = {architecture.kind: (2 * (n + m)) ** 0.25}
-    beta = {architecture.kind: (8 * (n + m)) ** -0.25}
+  alpha, beta = _deepnet_numbers(architecture, encoder_gain=0.87)
 
   def layer(kind):
     skip, scaled = Scale(alpha[kind]), Init(gain=beta[kind])
@@ -148,6 +145,21 @@ def deepnet(architecture: Architecture) -> Recipe:
     return Layer(attention, ffn, _cross(architecture, kind, attention))
 
   return _recipe("deepnet", architecture, layer, final_norm=False)
+
+
+def _deepnet_numbers(
+  architecture: Architecture, *, encoder_gain: float
+) -> tuple[dict[str, float], dict[str, float]]:
+  """alpha and beta of each stack; `encoder_gain` is beta's constant in an encoder-decoder."""
+  n, m = architecture.encoder_layers, architecture.decoder_layers
+  if architecture.kind != "encoder_decoder":
+    kind = architecture.kind
+    return {kind: (2 * (n + m)) ** 0.25}, {kind: (8 * (n + m)) ** -0.25}
+  depth = (n**4 * m) ** (1 / 16)
+  return (
+    {"encoder": 0.81 * depth, "decoder": (3 * m) ** 0.25},
+    {"encoder": encoder_gain / depth, "decoder": (12 * m) ** -0.25},
+  )
 
 
 def normformer(architecture: Architecture, *, residual_scale: bool = False) -> Recipe:
@@ -178,6 +190,75 @@ def normformer(architecture: Architecture, *, residual_scale: bool = False) -> R
     return Layer(attention, ffn, _cross(architecture, kind, plain))
 
   return _recipe("normformer", architecture, layer, final_norm=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# As torchscale's code has them
+# ---------------------------------------------------------------------------------------------
+
+
+def _torch_linear(gain: float = 1.0) -> Init:
+  """torch.nn.Linear's default, kernel and bias both multiplied."""
+  return Init("torch_uniform", gain=gain, bias="torch_uniform", bias_gain=gain)
+
+
+def _torchscale(name: str, architecture: Architecture, layer, *, final_norm: bool) -> Recipe:
+  """With torchscale's embeddings: tokens N(0, 1/D) unscaled, positions N(0, 1)."""
+  recipe = _recipe(name, architecture, layer, final_norm=final_norm)
+  tokens = Init("normal", gain=architecture.width**-0.5)
+  embedding = Embedding(tokens=tokens, positions=Init("normal", gain=1.0), scale=1.0)
+  stacks = {
+    kind: dataclasses.replace(stack, embedding=embedding)
+    for kind in ("encoder", "decoder")
+    if (stack := getattr(recipe, kind)) is not None
+  }
+  return dataclasses.replace(recipe, **stacks)
+
+
+def magneto_torchscale(architecture: Architecture) -> Recipe:
+  """Magneto as torchscale builds it: the paper's norms and gains on torch's default init.
+
+  Kernels and biases of v, out, wi and wo are uniform on +-gamma / sqrt(fan-in), those of q, k and
+  of cross-attention on +-1 / sqrt(fan-in), with the gamma of `magneto`. Tokens are N(0, 1/D) and
+  not scaled, positions N(0, 1).
+
+  Reference: microsoft/torchscale 4d1e0e8, architecture/encoder.py and decoder.py.
+  Differs from the paper, which draws Xavier normal kernels and does not speak of biases.
+  """
+  gamma = _magneto_gains(architecture)
+  plain = _torch_linear()
+
+  def layer(kind):
+    scaled = _torch_linear(gamma[kind])
+    return Layer(
+      Attention(SUB_LN, qk=plain, v=scaled, out=scaled),
+      FeedForward(SUB_LN, wi=scaled, wo=scaled),
+      _cross(architecture, kind, Attention(PRE, qk=plain, v=plain, out=plain)),
+    )
+
+  return _torchscale("magneto_torchscale", architecture, layer, final_norm=True)
+
+
+def deepnet_torchscale(architecture: Architecture) -> Recipe:
+  """DeepNet as torchscale builds it: the paper's alpha, and beta on torch's default init.
+
+  Kernels and biases of v, out, wi and wo (of cross-attention too) are uniform on +-beta /
+  sqrt(fan-in), those of q and k on +-1 / sqrt(fan-in). In an encoder-decoder the encoder's beta is
+  1.15 (N^4 M)^-1/16. Embeddings are those of `magneto_torchscale`.
+
+  Reference: microsoft/torchscale 4d1e0e8, architecture/encoder.py and decoder.py.
+  Differs from the paper, whose encoder has 0.87 where the code has 1.15, and see
+  `magneto_torchscale`.
+  """
+  alpha, beta = _deepnet_numbers(architecture, encoder_gain=1.15)
+
+  def layer(kind):
+    skip, plain, scaled = Scale(alpha[kind]), _torch_linear(), _torch_linear(beta[kind])
+    attention = Attention(POST, skip=skip, qk=plain, v=scaled, out=scaled)
+    ffn = FeedForward(POST, skip=skip, wi=scaled, wo=scaled)
+    return Layer(attention, ffn, _cross(architecture, kind, attention))
+
+  return _torchscale("deepnet_torchscale", architecture, layer, final_norm=False)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -319,6 +400,8 @@ RECIPES: dict[str, Callable[[Architecture], Recipe]] = {
   "magneto": magneto,
   "deepnet": deepnet,
   "normformer": normformer,
+  "magneto_torchscale": magneto_torchscale,
+  "deepnet_torchscale": deepnet_torchscale,
   "pre_ln_scaled_init": pre_ln_scaled_init,
   "sandwich_ln": sandwich_ln,
   "out_norm": out_norm,

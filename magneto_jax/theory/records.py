@@ -125,6 +125,13 @@ class Init:
     }[self.family]
     return unit * (np.asarray(self.gain) if isinstance(self.gain, tuple) else self.gain)
 
+  def bias_std(self, fan_in: int) -> Number:
+    """The standard deviation of the bias beside a kernel with this fan-in."""
+    if self.bias == "zeros":
+      return 0.0
+    gain = np.asarray(self.bias_gain) if isinstance(self.bias_gain, tuple) else self.bias_gain
+    return gain / math.sqrt(3 * fan_in)
+
 
 @dataclasses.dataclass(frozen=True)
 class Sublayer:

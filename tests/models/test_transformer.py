@@ -84,6 +84,12 @@ PAPERS = {
   "magneto": (decoder("magneto"), [(reference.magneto,)], reference.layer_norm),
   "deepnet": (decoder("deepnet"), [(reference.deepnet,)], None),
   "normformer": (decoder("normformer"), [(reference.normformer,)], reference.layer_norm),
+  "magneto_torchscale": (
+    decoder("magneto_torchscale"),
+    [(reference.magneto,)],
+    reference.layer_norm,
+  ),
+  "deepnet_torchscale": (decoder("deepnet_torchscale"), [(reference.deepnet,)], None),
   "pre_ln_scaled_init": (
     decoder("pre_ln_scaled_init"),
     [(reference.pre_ln,)],
@@ -148,31 +154,38 @@ def main_and_slow(table):
   return [pytest.param(n, marks=pytest.mark.slow) if n in others else n for n in table]
 
 
+def expected_logits(name, params):
+  """The paper's; torchscale does not scale its tokens unless told to."""
+  _, layers, final_norm = PAPERS[name]
+  scale = 1.0 if "torchscale" in name else math.sqrt(WIDTH)
+  return reference.causal_lm(params, TOKENS, layers, final_norm=final_norm, scale=scale)
+
+
 @pytest.mark.parametrize("name", main_and_slow(PAPERS))
 def test_model_is_its_papers_in_float64(name):
   """float64, so that what differs is the formula: 1e-11 of logits of order 1 to 10.
 
   Norm gains and biases, learned scales and projection biases are random: a misplaced one shows.
   """
-  record, layers, final_norm = PAPERS[name]
+  record, *_ = PAPERS[name]
   with jax.enable_x64(True):
     model = language_model(record, positions="learned", max_length=8, dtype=jnp.float64)
     params = reference.random_params(model, TOKENS, dtype=np.float64)
     logits = jax.jit(model.apply)({"params": params}, TOKENS)
     assert logits.dtype == jnp.float64
-  expected = reference.causal_lm(params, TOKENS, layers, final_norm=final_norm)
+  expected = expected_logits(name, params)
   np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("name", one_and_slow("normformer", RECIPES))
 def test_model_is_its_papers_in_float32(name):
   """float32: 2e-5 absolute is some hundred roundings of logits of order 1 to 10."""
-  record, layers, final_norm = PAPERS[name]
+  record, *_ = PAPERS[name]
   model = language_model(record, positions="learned", max_length=8)
   params = reference.random_params(model, TOKENS)
   logits = jax.jit(model.apply)({"params": params}, TOKENS)
   wide = jax.tree.map(np.float64, params)
-  expected = reference.causal_lm(wide, TOKENS, layers, final_norm=final_norm)
+  expected = expected_logits(name, wide)
   np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5)
 
 
@@ -238,8 +251,11 @@ def assert_std(array, std, rel=0.03):
 SQUARE, TO_FFN = math.sqrt(2 / (WIDE + WIDE)), math.sqrt(2 / (WIDE + WIDE_FFN))
 GAMMA, BETA = math.sqrt(math.log(2 * DEPTH)), (8 * DEPTH) ** -0.25
 LAST = 0.02 / math.sqrt(2 * DEPTH)
+TORCH, TORCH_WO = 1 / math.sqrt(3 * WIDE), 1 / math.sqrt(3 * WIDE_FFN)
 STDS = dict.fromkeys(RECIPES, (SQUARE, SQUARE, SQUARE, TO_FFN, TO_FFN)) | {
   "pre_ln_scaled_init": (0.02, 0.02, LAST, 0.02, LAST),
+  "magneto_torchscale": (TORCH, *3 * (GAMMA * TORCH,), GAMMA * TORCH_WO),
+  "deepnet_torchscale": (TORCH, *3 * (BETA * TORCH,), BETA * TORCH_WO),
   "magneto": (SQUARE, GAMMA * SQUARE, GAMMA * SQUARE, GAMMA * TO_FFN, GAMMA * TO_FFN),
   "deepnet": (SQUARE, BETA * SQUARE, BETA * SQUARE, BETA * TO_FFN, BETA * TO_FFN),
   "normformer": (
@@ -272,25 +288,31 @@ def test_initial_kernels_have_the_papers_deviations(name):
 @pytest.mark.parametrize("name", main_and_slow(RECIPES))
 def test_initial_embeddings_have_the_papers_deviations(name):
   params = initial(name)
-  for table in ("token_embedding", "output_embedding", "position_embedding"):
+  for table in ("token_embedding", "output_embedding"):
     assert_std(params[table]["embedding"], WIDE**-0.5)
+  positions = 1.0 if "torchscale" in name else WIDE**-0.5
+  assert_std(params["position_embedding"]["embedding"], positions)
 
 
 @pytest.mark.parametrize("name", main_and_slow(RECIPES))
 def test_initial_biases_are_the_papers(name):
-  """Zero in the papers; fairseq's NormFormer leaves all but W_o's at torch's uniform default."""
+  """Zero in the papers; of torch's uniform default, times the kernel's gain, in some code.
+
+  fairseq's NormFormer has the default but for W_o, torchscale everywhere.
+  """
   block = initial(name)["decoder"]["segment_0"]["block_0"]
   attention, ffn = block["self_attention"], block["ffn"]
-  assert not attention["out"]["bias"].any()
-  for projection, fan_in in (
-    (attention["query"], WIDE),
-    (attention["key"], WIDE),
-    (attention["value"], WIDE),
-    (ffn["wi"], WIDE),
-    (ffn["wo"], WIDE_FFN),
+  gain = {"magneto_torchscale": GAMMA, "deepnet_torchscale": BETA}.get(name, 1.0)
+  for projection, fan_in, times in (
+    (attention["query"], WIDE, 1.0),
+    (attention["key"], WIDE, 1.0),
+    (attention["value"], WIDE, gain),
+    (attention["out"], WIDE, 0.0 if name == "normformer" else gain),
+    (ffn["wi"], WIDE, gain),
+    (ffn["wo"], WIDE_FFN, gain),
   ):
-    if name == "normformer":
-      bound = 1 / math.sqrt(fan_in)
+    if times and (name == "normformer" or "torchscale" in name):
+      bound = times / math.sqrt(fan_in)
       # 4 layers of 256 numbers and more: 5 % is 3.5 deviations of the deviation.
       assert projection["bias"].std() == pytest.approx(bound / math.sqrt(3), rel=0.05)
       assert 0.98 * bound < np.abs(projection["bias"]).max() <= bound
@@ -421,19 +443,19 @@ def test_recipes_of_different_structure_compile_anew():
   def outline(record):
     return jax.eval_shape(language_model(record).init, jax.random.key(0), TOKENS)
 
-  records = [decoder(name) for name in ("pre_ln", "post_ln", "magneto", "normformer")]
-  records.append(replace_layer(decoder("pre_ln"), ffn={"skip": Scale(1.0, "vector")}))
-  records.append(dataclasses.replace(decoder("pre_ln"), norm="rms_norm"))
-  structures = {jax.tree.structure(records.as_arrays(record)) for record in records}
-  assert len(structures) == len(records)
-  trees = [jax.tree.structure(outline(record)) for record in records]
-  assert len(set(trees)) == len(records)
+  stacks = [decoder(name) for name in ("pre_ln", "post_ln", "magneto", "normformer")]
+  stacks.append(replace_layer(decoder("pre_ln"), ffn={"skip": Scale(1.0, "vector")}))
+  stacks.append(dataclasses.replace(decoder("pre_ln"), norm="rms_norm"))
+  structures = {jax.tree.structure(records.as_arrays(record)) for record in stacks}
+  assert len(structures) == len(stacks)
+  trees = [jax.tree.structure(outline(record)) for record in stacks]
+  assert len(set(trees)) == len(stacks)
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_numbers_do_not_change_the_structure(name):
   record = decoder(name)
-  scaled = records.map_numbers(lambda value: 3 * value, record)
+  scaled = records.map_numbers(lambda value: 3 * np.asarray(value), record)
   one, other = records.as_arrays(record), records.as_arrays(scaled)
   assert jax.tree.structure(one) == jax.tree.structure(other)
   assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(one))

@@ -1,6 +1,8 @@
 """Recipes as data: the papers' numbers, the records' rules, and how they are read."""
 
+import json
 import math
+import pathlib
 
 import numpy as np
 import pytest
@@ -41,6 +43,8 @@ SITES = {
   "magneto": (SUB_LN, PRE, SUB_LN, True),
   "deepnet": (POST, POST, POST, False),
   "normformer": (PRE | {"out"}, PRE, SUB_LN, True),
+  "magneto_torchscale": (SUB_LN, PRE, SUB_LN, True),
+  "deepnet_torchscale": (POST, POST, POST, False),
   "pre_ln_scaled_init": (PRE, PRE, PRE, True),
   "sandwich_ln": (PRE | {"out"}, PRE | {"out"}, PRE | {"out"}, True),
   "out_norm": ({"out"}, {"out"}, {"out"}, True),
@@ -87,12 +91,62 @@ def test_a_recipe_is_hashable_and_reproducible(name):
   assert RECIPES[name](BOTH) == RECIPES[name](BOTH)
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_stream_starts_with_unit_variance(name):
+@pytest.mark.parametrize("name", [name for name in RECIPES if "torchscale" not in name])
+def test_tokens_and_positions_start_with_unit_variance(name):
   embedding = RECIPES[name](Architecture("decoder", decoder_layers=2, width=256)).decoder.embedding
   assert embedding.tokens == Init("normal", gain=1 / 16)
   assert embedding.positions == Init("normal", gain=1 / 16)
   assert embedding.scale == 16.0
+
+
+TESTDATA = pathlib.Path(__file__).resolve().parents[1] / "testdata"
+TORCHSCALE = json.loads((TESTDATA / "torchscale_init_stats.json").read_text())
+GROUPS = {
+  "q_proj": "qk",
+  "k_proj": "qk",
+  "v_proj": "v",
+  "out_proj": "out",
+  "fc1": "wi",
+  "fc2": "wo",
+}
+SUBLAYERS = {"self_attn": "self_attention", "encoder_attn": "cross_attention", "ffn": "ffn"}
+
+
+@pytest.mark.parametrize("case", TORCHSCALE["stats"])
+def test_torchscale_recipes_have_the_deviations_of_its_code(case):
+  """Every parameter that torchscale draws, measured right after it was built.
+
+  A deviation of n uniform or normal numbers is off by 1 / sqrt(2n) at most: 5 of those, and 1e-3
+  for the mean that is subtracted from the few.
+  """
+  kind, paper, *depths = case.split("_")
+  kind = {"encdec": "encoder_decoder"}.get(kind, kind)
+  stacks = kind.split("_")
+  layers = {f"{stack}_layers": int(n) for stack, n in zip(stacks, depths, strict=True)}
+  sizes = {"width": TORCHSCALE["width"], "ffn_width": TORCHSCALE["ffn_width"]}
+  name = {"subln": "magneto_torchscale", "deepnorm": "deepnet_torchscale"}[paper]
+  recipe = RECIPES[name](Architecture(kind, **layers, **sizes))
+  checked = 0
+  for path, measured in TORCHSCALE["stats"][case].items():
+    *_, module, leaf = parts = path.split(".")
+    stack = getattr(recipe, parts[0] if parts[0] in stacks else stacks[0])
+    if module in ("embed_tokens", "output_projection"):
+      std = stack.embedding.tokens.gain
+    elif module == "embed_positions":
+      std = stack.embedding.positions.gain
+    elif module in GROUPS:
+      sublayer = getattr(only_layer(stack), SUBLAYERS[parts[-3]])
+      init = getattr(sublayer, GROUPS[module])
+      fan_in = sizes["ffn_width" if module == "fc2" else "width"]
+      fan_out = sizes["ffn_width" if module == "fc1" else "width"]
+      std = init.std(fan_in, fan_out) if leaf == "weight" else init.bias_std(fan_in)
+    else:
+      assert "norm" in module or module.endswith("_ln")
+      std = 0.0
+    rel = 1e-3 + 5 / math.sqrt(2 * measured["count"])
+    assert measured["std"] == pytest.approx(std, rel=rel, abs=1e-12), path
+    checked += 1
+  assert checked == len(TORCHSCALE["stats"][case]) > 15
 
 
 def scaled_gains(layer: Layer):
@@ -323,6 +377,20 @@ IN_WORDS = {
     "x <- x + ffn(LN(x)); inner LN before its output projection",
     "  init: wi torch_uniform x 1, wo torch_uniform x 1",
     "final norm: LN",
+  ),
+  "magneto_torchscale": (
+    "x <- x + self_attention(LN(x)); inner LN before its output projection",
+    "  init: qk torch_uniform x 1, v torch_uniform x 1.576, out torch_uniform x 1.576",
+    "x <- x + ffn(LN(x)); inner LN before its output projection",
+    "  init: wi torch_uniform x 1.576, wo torch_uniform x 1.576",
+    "final norm: LN",
+  ),
+  "deepnet_torchscale": (
+    "x <- LN(1.861 x + self_attention(x))",
+    "  init: qk torch_uniform x 1, v torch_uniform x 0.3799, out torch_uniform x 0.3799",
+    "x <- LN(1.861 x + ffn(x))",
+    "  init: wi torch_uniform x 0.3799, wo torch_uniform x 0.3799",
+    "final norm: none",
   ),
   "pre_ln_scaled_init": (
     "x <- x + self_attention(LN(x))",
