@@ -58,4 +58,5 @@ def test_the_command_samples_as_its_flags_say(tmp_path):
   result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
   assert result.returncode == 2
   message = r"error: the checkpoint .*/5 cannot be read: delete it to go on from step 4 \("
-  assert re.match(message, result.stderr), result.stderr
+  # Among what TensorStore's threads may say of it.
+  assert re.search(message, result.stderr), result.stderr
