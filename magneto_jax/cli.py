@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
+import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -30,8 +31,10 @@ def define_config_flag() -> flags.FlagHolder:
 
 def typed_config(flag: flags.FlagHolder) -> TrainConfig:
   """The typed record of the parsed config flag; ConfigError if it cannot be run."""
-  if flag.value is None:
+  if not flag.present:
     raise ConfigError(f"give --config, e.g. --config=configs/gpt.py:tiny ({_shipped()})")
+  if not isinstance(flag.value, ml_collections.ConfigDict | dict):
+    raise ConfigError(f"the config file must return a config, not {flag.value!r}")
   return from_config_dict(flag.value)
 
 
@@ -54,7 +57,7 @@ def run(main: Callable[[], None]) -> None:
     except (ConfigError, FloatingPointError, OSError) as error:
       fail(str(error))
     except KeyboardInterrupt:
-      fail("interrupted; the same command goes on from the newest checkpoint", INTERRUPTED)
+      fail("interrupted; what is saved stays, and the same command goes on from it", INTERRUPTED)
 
   for stream in (sys.stdout, sys.stderr):
     # A sample may hold any character, a terminal may not.
@@ -70,7 +73,7 @@ def fail(message: str, code: int = USAGE_EXIT_CODE) -> None:
 
 def _parse(argv: Sequence[str]) -> Sequence[str]:
   try:
-    argv = [_resolved(argument) for argument in argv]
+    argv = [_resolved(argument) for argument in _joined(argv)]
     _check_overrides(argv)
     return flags.FLAGS(argv)
   except flags.UnrecognizedFlagError as error:
@@ -96,6 +99,17 @@ def _parse_error(error: Exception) -> str:
   line = getattr(error, "lineno", None) or frames[-1].lineno
   file = getattr(error, "filename", None) or frames[-1].filename
   return f"the config file cannot be run: {type(error).__name__}: {text} ({file}:{line})"
+
+
+def _joined(argv: Sequence[str]) -> list[str]:
+  """`--config FILE` as `--config=FILE`."""
+  joined = []
+  for argument in argv:
+    if joined and joined[-1] in ("--config", "-config"):
+      joined[-1] += f"={argument}"
+    else:
+      joined.append(argument)
+  return joined
 
 
 def _resolved(argument: str) -> str:

@@ -227,6 +227,7 @@ RESUMABLE = (
   # Moved, perhaps; the texts themselves are compared.
   "data.train_files",
   "data.validation_files",
+  "data.tokenizer_file",
 )
 
 

@@ -77,10 +77,18 @@ def _write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
   files.write_durably(path, (json.dumps(values, indent=2, allow_nan=False) + "\n").encode())
 
 
+def remove_summary(workdir: pathlib.Path) -> None:
+  """What an earlier, shorter run left is not this one's."""
+  (workdir / "summary.json").unlink(missing_ok=True)
+
+
 def read_summary(workdir: str | pathlib.Path) -> dict[str, Any] | None:
   """The summary of the run in a workdir; None if it has not come to its end."""
   path = pathlib.Path(workdir) / "summary.json"
-  return json.loads(path.read_text()) if path.exists() else None
+  try:
+    return json.loads(path.read_text())
+  except (FileNotFoundError, ValueError):
+    return None
 
 
 def last_step(workdir: str | pathlib.Path) -> int:
@@ -106,7 +114,8 @@ def read_record(workdir: str | pathlib.Path) -> Record | None:
       return None
     return Record(from_config_dict(values["config"]), values["data"], values["facts"])
   except (ValueError, KeyError, TypeError) as error:
-    raise ConfigError(f"{path} is not the config of a run: {error}") from None
+    held = path if path.exists() else checkpoints_in(workdir)
+    raise ConfigError(f"{held} does not hold the config of a run: {error}") from None
 
 
 def resumable(workdir: str | pathlib.Path, config: TrainConfig) -> Record | None:

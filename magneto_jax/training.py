@@ -262,6 +262,8 @@ def dry_run(config: TrainConfig, workdir: str | os.PathLike) -> None:
   with tempfile.TemporaryDirectory() as scratch:
     earlier = runs.resumable(workdir, config)
     job = prepare(config, runs.data_in(workdir if earlier else scratch), earlier)
+    if earlier:
+      runs.refuse_if_different(workdir, earlier, job.record)
     _print(console, _overview(job))
     console.print(reporting.parameter_table(job.abstract_state.params))
     _print(console, _first_batch(next(job.batches), job.data))
@@ -288,14 +290,15 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict:
 
   # ------------------------------------------------------------------------ Where the run stands
   # Before the data is read: with other data settings, reading it would fail less clearly.
-  start = runs.last_step(workdir)
   earlier = runs.resumable(workdir, config)
+  start = runs.last_step(workdir)
   if start > config.steps:
     raise ConfigError(
-      f"{workdir} is at step {start} already: set steps to more than {config.steps}, or use another"
+      f"{workdir} is at step {start} already: set steps to more than {start}, or use another"
       " workdir"
     )
-  if start == config.steps and (summary := runs.read_summary(workdir)):
+  summary = runs.read_summary(workdir)
+  if start == config.steps and summary and summary["steps"] == start:
     _print(console, [f"{workdir} is finished: to go on, set steps to more than {config.steps}"])
     _print(console, _closing(summary, workdir))
     return summary
@@ -320,16 +323,23 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict:
     return job.task.metrics(*totals, job.data, whole=not config.eval_batches)
 
   # ------------------------------------------------------------------- Checkpoints and resuming
-  checkpointer = Checkpointer(runs.checkpoints_in(workdir), keep=config.keep_checkpoints)
-  if start:
-    parts = checkpointer.restore(start, job.abstract_state.parts(), job.batches)
-    state = TrainState.from_parts(parts)
-    _print(console, [f"resumed at step {start:,}"])
-  else:
-    state = jax.jit(job.init)(parameter_key)
-    console.print(reporting.parameter_table(state.params))
-  runs.write_record(workdir, job.record)
-  writer = reporting.MetricWriter(workdir, after_step=start)
+  with contextlib.ExitStack() as opened:
+    # Closing waits for the last checkpoint, also when the run fails.
+    checkpointer = Checkpointer(runs.checkpoints_in(workdir), keep=config.keep_checkpoints)
+    opened.callback(checkpointer.close)
+    if start:
+      parts = checkpointer.restore(start, job.abstract_state.parts(), job.batches)
+      state = TrainState.from_parts(parts)
+      _print(console, [f"resumed at step {start:,}"])
+    else:
+      state = jax.jit(job.init)(parameter_key)
+      console.print(reporting.parameter_table(state.params))
+    runs.write_record(workdir, job.record)
+    runs.remove_summary(workdir)
+    writer = opened.enter_context(
+      contextlib.closing(reporting.MetricWriter(workdir, after_step=start))
+    )
+    opened = opened.pop_all()
 
   def save(step: int) -> None:
     checkpointer.save(step, state.parts(), job.batches, runs.as_json(job.record))
@@ -363,11 +373,7 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict:
         terminal=False,
       )
 
-  with (
-    contextlib.closing(checkpointer),  # Waits for the last checkpoint, also when the run fails.
-    contextlib.closing(writer),
-    reporting.Progress(console, start=start, total=config.steps) as progress,
-  ):
+  with opened, reporting.Progress(console, start=start, total=config.steps) as progress:
     unread = None
     for step in range(start + 1, config.steps + 1):
       state, metrics = job.step(state, next(job.batches), dropout_key)
@@ -503,7 +509,7 @@ def _sample(job: Job, params, key: jax.Array) -> str | None:
   prompt = [tokenizer.bos_id, *tokenizer.encode(config.sample_prompt)]
   new_tokens, longest = config.sample_tokens, job.model.longest
   if longest is not None:  # A table of positions ends somewhere.
-    prompt = prompt[: longest - 1]
+    prompt = [prompt[0], *prompt[1:][-(longest - 2) :]]
     new_tokens = min(new_tokens, longest - len(prompt))
   (tokens,) = decoding.generate(
     job.model,

@@ -1,5 +1,8 @@
 """Every notebook runs from its first cell to its last."""
 
+import ast
+import contextlib
+import importlib
 import pathlib
 
 import nbclient
@@ -19,6 +22,33 @@ def test_notebooks_carry_no_output():
   for path in NOTEBOOKS:
     for cell in nbformat.read(path, as_version=4).cells:
       assert not cell.get("outputs") and not cell.get("execution_count"), path
+
+
+def test_notebooks_use_names_that_exist():
+  """What they import of this package, and the attributes of what they imported, without running."""
+  for path in NOTEBOOKS:
+    cells = [c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+    code = "\n".join(line for cell in cells for line in cell.splitlines() if "%pip" not in line)
+    tree = ast.parse(code.replace('if importlib.util.find_spec("magneto_jax") is None:', ""))
+    names = {}
+    for node in ast.walk(tree):
+      if isinstance(node, ast.ImportFrom) and node.module.startswith("magneto_jax"):
+        package = importlib.import_module(node.module)
+        for alias in node.names:
+          with contextlib.suppress(ModuleNotFoundError):
+            importlib.import_module(f"{node.module}.{alias.name}")
+          names[alias.name] = getattr(package, alias.name)
+      elif isinstance(node, ast.Import):
+        ours = [alias.name for alias in node.names if alias.name == "magneto_jax"]
+        names |= {name: importlib.import_module(name) for name in ours}
+    used = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and dotted(n.value) in names]
+    assert used
+    for node in used:
+      assert hasattr(names[node.value.id], node.attr), f"{path}: {ast.unparse(node)}"
+
+
+def dotted(node) -> str:
+  return node.id if isinstance(node, ast.Name) else ""
 
 
 @pytest.mark.ci

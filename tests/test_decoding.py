@@ -122,6 +122,7 @@ def test_samples_have_the_tempered_and_filtered_probabilities(options, kept):
     (dict(prompts=[[]]), "at least one token"),
     (dict(max_new_tokens=0), "max_new_tokens=0"),
     (dict(top_p=0.0), "top_p=0.0"),
+    (dict(temperature=float("nan")), "temperature=nan"),
     (dict(temperature=1.0), "give a key"),
   ],
 )

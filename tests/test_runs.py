@@ -16,7 +16,7 @@ def test_a_record_is_read_as_it_was_written(tmp_path):
   runs.write_record(tmp_path, record(tokenizer="byte", seq_length=8))
   assert runs.read_record(tmp_path) == record(tokenizer="byte", seq_length=8)
   (tmp_path / "config.json").write_text("{}")
-  with pytest.raises(ConfigError, match="is not the config of a run"):
+  with pytest.raises(ConfigError, match="does not hold the config of a run"):
     runs.read_record(tmp_path)
 
 

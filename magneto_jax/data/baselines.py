@@ -21,9 +21,11 @@ def bits_per_byte(train: Iterable[str], validation: Iterable[str]) -> dict[str, 
     validation: the validation documents.
 
   Returns:
-    {"unigram", "bigram", "xz"}: bits a byte.
+    {"unigram", "bigram", "xz"}: bits a byte; nothing for a validation text of one byte or none.
   """
   train, validation = ("\n\n".join(texts).encode() for texts in (train, validation))
+  if len(validation) < 2:
+    return {}
   x, y = (np.frombuffer(text, np.uint8).astype(np.int64) for text in (train, validation))
   single = 1.0 + np.bincount(x, minlength=256)
   pairs = 1.0 + np.bincount(256 * x[:-1] + x[1:], minlength=256 * 256).reshape(256, 256)

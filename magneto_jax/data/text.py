@@ -84,10 +84,14 @@ def load_text(
   for part, texts in (("train", train), ("validation", validation)):
     if expected is not None and expected[part] != json.loads(json.dumps(dict(texts.identity))):
       raise ValueError(
-        f"the {part} text is not the one that {workdir} was made with: bring that back, or use"
+        f"the {part} text is not the one that this run was started with: bring that back, or use"
         " another workdir"
       )
-  made = TOKENIZERS[tokenizer](train, pathlib.Path(workdir), vocab_size, tokenizer_file)
+  kept = pathlib.Path(workdir) / TOKENIZER_FILE
+  if expected is not None and tokenizer == "sentencepiece" and kept.exists():
+    made = _kept(kept, tokenizer_file)
+  else:
+    made = TOKENIZERS[tokenizer](train, pathlib.Path(workdir), vocab_size, tokenizer_file)
   cache = cache_dir or pathlib.Path(workdir) / "cache"
   train_stream = packing.tokenize(train, made, cache)
   validation_stream = packing.tokenize(validation, made, cache)
@@ -107,6 +111,16 @@ def load_text(
       "seq_length": seq_length,
     },
   )
+
+
+def _kept(kept: pathlib.Path, tokenizer_file: str) -> tokenizers.Tokenizer:
+  """The tokenizer that a run keeps; the file it came from may be gone, but not be another."""
+  loaded = tokenizers.SentencePieceTokenizer.load(kept)
+  if tokenizer_file and os.path.exists(tokenizer_file):
+    given = tokenizers.SentencePieceTokenizer.load(tokenizer_file)
+    if given.identity != loaded.identity:
+      raise ValueError(f"{tokenizer_file=} is not the one that this run was started with")
+  return loaded
 
 
 def _byte(
@@ -135,8 +149,9 @@ def _sentencepiece(
     return tokenizers.SentencePieceTokenizer.train(train, vocab_size, model)
   if not note.exists() or json.loads(note.read_bytes()) != trained_on:
     raise ValueError(
-      f"{model} was trained on other text or with another vocab_size than {trained_on}: choose "
-      f"another workdir, or set tokenizer_file={str(model)!r} to use it as it is"
+      f"{model} was trained on other text or with another vocab_size than {vocab_size}: delete it"
+      f" if nothing needs it, choose another workdir, or set tokenizer_file={str(model)!r} to use"
+      " it as it is"
     )
   return tokenizers.SentencePieceTokenizer.load(model)
 

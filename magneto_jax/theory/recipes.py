@@ -295,6 +295,7 @@ def pre_ln_scaled_init(architecture: Architecture) -> Recipe:
   2L, or 3M in the decoder of an encoder-decoder. Biases are zero.
 
   Reference: GPT-2, section 2.3; Megatron-LM, arXiv 1909.08053, section 3.
+  Differs from both in the embedding, which is that of the other recipes.
   """
   draw = Init("normal", gain=0.02)
 

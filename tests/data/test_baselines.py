@@ -27,6 +27,10 @@ def test_baselines_are_their_definitions():
   assert got["xz"] == (size(x + y) - size(x)) / len(y)
 
 
+def test_too_little_text_has_no_baselines():
+  assert bits_per_byte(["abc"], ["a"]) == {}
+
+
 def test_baselines_of_the_embedded_text():
   got = bits_per_byte(*load_documents("embedded"))
   assert {name: round(value, 2) for name, value in got.items()} == {

@@ -86,6 +86,23 @@ def test_other_texts_are_refused_before_anything_is_written(tmp_path, loaded):
   assert _load(tmp_path / "a", expected=loaded.identity).identity == loaded.identity
 
 
+def test_a_runs_tokenizer_outlives_its_file_and_is_not_replaced(tmp_path, loaded):
+  _load(tmp_path / "a")
+  file, other = tmp_path / "own.model", tmp_path / "other"
+  (tmp_path / "a" / "tokenizer.model").rename(file)
+  run = lambda: _load(tmp_path / "b", tokenizer_file=str(file), expected=loaded.identity)
+  kept = tmp_path / "b" / "tokenizer.model"
+  run()
+  before = kept.read_bytes()
+  file.unlink()
+  assert run().identity == loaded.identity
+  _load(other, vocab_size=513)
+  (other / "tokenizer.model").rename(file)
+  with pytest.raises(ValueError, match="is not the one that this run was started with"):
+    run()
+  assert kept.read_bytes() == before
+
+
 def test_a_tokenizer_file_is_used_as_it_is(tmp_path, loaded):
   _load(tmp_path / "a")
   file = tmp_path / "a" / "tokenizer.model"

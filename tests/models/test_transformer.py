@@ -161,7 +161,7 @@ def expected_logits(name, params):
   return reference.causal_lm(params, TOKENS, layers, final_norm=final_norm, scale=scale)
 
 
-@pytest.mark.parametrize("name", main_and_slow(PAPERS))
+@pytest.mark.parametrize("name", PAPERS)
 def test_model_is_its_papers_in_float64(name):
   """float64, so that what differs is the formula: 1e-11 of logits of order 1 to 10.
 
@@ -498,7 +498,7 @@ def test_scan_matches_loop(name):
 
   The stream is not bit-equal: XLA fuses across unrolled layers, and then rounds sums otherwise.
   """
-  record = decoder(name)
+  record = records.as_arrays(decoder(name))
   with jax.enable_x64(True):
     module, loop = stack(dtype=jnp.float64), stack(dtype=jnp.float64, unroll=-1)
     params = reference.random_params(module, STREAM, record, dtype=np.float64)
@@ -511,11 +511,12 @@ def test_scan_matches_loop(name):
 
 @pytest.mark.parametrize("name", one_and_slow("magneto", RECIPES))
 def test_gradients_through_scan_match_loop(name):
-  """float32, relative to the largest of each array."""
-  record = decoder(name)
+  """float32, relative to the largest of each array; without norms, errors grow along the stack."""
+  record, rel = records.as_arrays(decoder(name)), 1e-5 if name == "rezero" else 2e-6
   y, gradients = forward_and_backward(stack(), record)
   y_loop, gradients_loop = forward_and_backward(stack(unroll=-1), record)
-  jax.tree.map(assert_close_to_largest, (y, gradients), (y_loop, gradients_loop))
+  close = functools.partial(assert_close_to_largest, rel=rel)
+  jax.tree.map(close, (y, gradients), (y_loop, gradients_loop))
 
 
 def assert_close_to_largest(actual, expected, rel=2e-6):
