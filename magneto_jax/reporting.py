@@ -66,7 +66,7 @@ def duration(seconds: float) -> str:
 def make_console() -> rich.console.Console:
   """The terminal, or a page wide enough for the tables where there is none."""
   console = rich.console.Console()
-  return console if console.is_terminal else rich.console.Console(width=100)
+  return console if console.is_terminal else rich.console.Console(width=120)
 
 
 def parameter_table(params) -> rich.table.Table:
