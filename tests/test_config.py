@@ -137,6 +137,7 @@ EARLY = [
   (["--confg.steps=3"], "did you mean --config.steps?"),
   (["steps=3"], "'steps=3' is not a flag"),
   (["--config=configs/gpt.py:huge"], "has no 'huge', only tiny, magneto_24"),
+  (["--config", "configs/gpt.py:huge"], "has no 'huge', only tiny, magneto_24"),
   (["--config=configs/gtp.py"], "config file configs/gtp.py does not exist"),
   (["--config.data.name=embeded"], "no data set is called 'embeded'; nearest names: ['embedded'"),
   (["--config.data.name=text_files"], "train_files is empty"),
@@ -152,7 +153,7 @@ LATE = [
 def test_the_command_ends_in_one_line(flags, message, tmp_path):
   """Exit code 2, one line, no traceback."""
   command = [sys.executable, "-m", "magneto_jax.train", f"--workdir={tmp_path / 'run'}"]
-  if not any(flag.startswith("--config=") for flag in flags):
+  if not any(flag.partition("=")[0] == "--config" for flag in flags):
     command.append("--config=configs/gpt.py:tiny")
   result = subprocess.run([*command, *flags], capture_output=True, text=True, cwd=tmp_path)
   assert result.returncode == 2, result.stderr

@@ -67,6 +67,12 @@ def test_top_k_one_is_greedy(model_and_variables):
   assert best.tolist() == top.tolist()
 
 
+def test_more_tokens_than_positions_are_refused(model_and_variables):
+  model = model_and_variables[0].clone(positions="learned", max_length=6)
+  with pytest.raises(ValueError, match="3 tokens of prompt and max_new_tokens=4 .* model's 6"):
+    generate(model, {}, [[1], [1, 2, 3]], max_new_tokens=4, temperature=0)
+
+
 @pytest.mark.parametrize(
   "top_k, top_p",
   [(0, None), (3, None), (20, None), (0, 0.6), (0, 1e-6), (0, 1.0), (4, 0.9)],

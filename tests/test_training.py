@@ -228,6 +228,10 @@ def test_a_finished_run_is_reported_again_as_it_was(tmp_path, capsys):
   assert {path: path.stat().st_mtime_ns for path in files} == files
   printed = capsys.readouterr().out
   assert "is finished: to go on, set steps to more than 2" in printed
+  # The summary of a shorter run, left by one that was stopped before it wrote its own, is not it.
+  runs.write_summary(tmp_path, {**summary, "steps": 1})
+  again = training.train(tiny(steps=2), tmp_path)
+  assert (again["steps"], again["resumed_at_step"], again["tokens_per_second"]) == (2, 2, None)
   assert f"{summary['validation_loss_nats_per_token']:.4f} nats a token" in printed
 
 
