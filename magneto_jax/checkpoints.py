@@ -19,8 +19,8 @@ class Checkpointer:
   `optimizer`, `data` (the iterator's place) and `config` (JSON). Parts are separate so that a
   reader of the weights needs to know nothing of the optimizer.
 
-  Saving is asynchronous: `save` returns when the arrays are copied; the next `save`, `wait` and
-  `close` wait for the files. A step whose files are incomplete is never listed.
+  Saving is asynchronous: `save` returns when the arrays are copied; the next `save` and `close`
+  wait for the files. A step whose files are incomplete is never listed.
   """
 
   def __init__(
@@ -88,16 +88,18 @@ class Checkpointer:
       then = f"to go on from step {max(others)}" if others else "to begin anew"
       raise CheckpointError(
         f"the checkpoint {folder} cannot be read: delete it {then}"
-        f" ({type(error).__name__}: {str(error).splitlines()[0]:.200})"
+        f" ({type(error).__name__}: {str(error):.200})"
       ) from error
-
-  def wait(self) -> None:
-    """Waits until everything saved is on disk."""
-    self._manager.wait_until_finished()
 
   def close(self) -> None:
     """Waits, then releases the directory."""
     self._manager.close()
+
+  def __enter__(self) -> "Checkpointer":
+    return self
+
+  def __exit__(self, *exc_info) -> None:
+    self.close()
 
 
 def abstract_like(tree):

@@ -6,7 +6,6 @@
 <workdir>/metrics.jsonl, tensorboard/, learning_curve.png, summary.json
 """
 
-import contextlib
 import dataclasses
 import json
 import pathlib
@@ -95,7 +94,7 @@ def last_step(workdir: str | pathlib.Path) -> int:
   """The newest step with a complete checkpoint; 0 if there is none."""
   if not checkpoints_in(workdir).exists():
     return 0
-  with contextlib.closing(Checkpointer(checkpoints_in(workdir), read_only=True)) as checkpointer:
+  with Checkpointer(checkpoints_in(workdir), read_only=True) as checkpointer:
     return max(checkpointer.steps, default=0)
 
 
@@ -106,9 +105,7 @@ def read_record(workdir: str | pathlib.Path) -> Record | None:
     if path.exists():
       values = json.loads(path.read_text())
     elif step := last_step(workdir):
-      with contextlib.closing(
-        Checkpointer(checkpoints_in(workdir), read_only=True)
-      ) as checkpointer:
+      with Checkpointer(checkpoints_in(workdir), read_only=True) as checkpointer:
         values = checkpointer.config(step)
     else:
       return None
@@ -179,8 +176,7 @@ def load(workdir: str | pathlib.Path, *, step: int | None = None) -> Run:
   record = _read(workdir)
   task = TASKS[record.config.task]
   model = task.build_model(record.config, record.facts)
-  checkpointer = Checkpointer(checkpoints_in(workdir), read_only=True)
-  try:
+  with Checkpointer(checkpoints_in(workdir), read_only=True) as checkpointer:
     steps = checkpointer.steps
     step = max(steps, default=None) if step is None else step
     if step not in steps:
@@ -190,8 +186,6 @@ def load(workdir: str | pathlib.Path, *, step: int | None = None) -> Run:
     inputs = task.dummy_inputs(record.config)
     abstract = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
     params = checkpointer.restore(step, {part: abstract_like(abstract)})[part]
-  finally:
-    checkpointer.close()
   return Run(model, {"params": params})
 
 

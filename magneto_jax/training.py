@@ -325,8 +325,9 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict:
   # ------------------------------------------------------------------- Checkpoints and resuming
   with contextlib.ExitStack() as opened:
     # Closing waits for the last checkpoint, also when the run fails.
-    checkpointer = Checkpointer(runs.checkpoints_in(workdir), keep=config.keep_checkpoints)
-    opened.callback(checkpointer.close)
+    checkpointer = opened.enter_context(
+      Checkpointer(runs.checkpoints_in(workdir), keep=config.keep_checkpoints)
+    )
     if start:
       parts = checkpointer.restore(start, job.abstract_state.parts(), job.batches)
       state = TrainState.from_parts(parts)

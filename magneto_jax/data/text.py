@@ -82,16 +82,14 @@ def load_text(
     raise ValueError(f"{tokenizer=} must be one of {sorted(TOKENIZERS)}")
   train, validation = sources.load_documents(name, **source_options)
   for part, texts in (("train", train), ("validation", validation)):
-    if expected is not None and expected[part] != json.loads(json.dumps(dict(texts.identity))):
+    if expected is not None and files.digest(expected[part]) != files.digest(dict(texts.identity)):
       raise ValueError(
         f"the {part} text is not the one that this run was started with: bring that back, or use"
         " another workdir"
       )
-  kept = pathlib.Path(workdir) / TOKENIZER_FILE
-  if expected is not None and tokenizer == "sentencepiece" and kept.exists():
-    made = _kept(kept, tokenizer_file)
-  else:
-    made = TOKENIZERS[tokenizer](train, pathlib.Path(workdir), vocab_size, tokenizer_file)
+  made = TOKENIZERS[tokenizer](
+    train, pathlib.Path(workdir), vocab_size, tokenizer_file, expected is not None
+  )
   cache = cache_dir or pathlib.Path(workdir) / "cache"
   train_stream = packing.tokenize(train, made, cache)
   validation_stream = packing.tokenize(validation, made, cache)
@@ -124,19 +122,29 @@ def _kept(kept: pathlib.Path, tokenizer_file: str) -> tokenizers.Tokenizer:
 
 
 def _byte(
-  train: documents.Documents, workdir: pathlib.Path, vocab_size: int, tokenizer_file: str
+  train: documents.Documents,
+  workdir: pathlib.Path,
+  vocab_size: int,
+  tokenizer_file: str,
+  resumed: bool,
 ) -> tokenizers.Tokenizer:
-  del train, workdir, vocab_size  # nothing to train
+  del train, workdir, vocab_size, resumed  # nothing to train
   if tokenizer_file:
     raise ValueError(f"{tokenizer_file=} is a sentencepiece model: set tokenizer='sentencepiece'")
   return tokenizers.ByteTokenizer()
 
 
 def _sentencepiece(
-  train: documents.Documents, workdir: pathlib.Path, vocab_size: int, tokenizer_file: str
+  train: documents.Documents,
+  workdir: pathlib.Path,
+  vocab_size: int,
+  tokenizer_file: str,
+  resumed: bool,
 ) -> tokenizers.Tokenizer:
   """The user's model, of which the run keeps a copy; or the run's own; or one trained for it."""
   model, note = workdir / TOKENIZER_FILE, workdir / "tokenizer.json"
+  if resumed and model.exists():
+    return _kept(model, tokenizer_file)
   if tokenizer_file:
     loaded = tokenizers.SentencePieceTokenizer.load(tokenizer_file)
     files.write_durably(model, loaded.model)

@@ -56,17 +56,27 @@ def _cross(architecture: Architecture, kind: str, sublayer: Attention) -> Attent
   return sublayer if (architecture.kind, kind) == ("encoder_decoder", "decoder") else None
 
 
+def _same(name: str, architecture: Architecture, sublayer, *, final_norm: bool) -> Recipe:
+  """One pair of `sublayer(depth of the stack) -> (Attention, FeedForward)` for every layer."""
+  depths = {"encoder": architecture.encoder_layers, "decoder": architecture.decoder_layers}
+
+  def layer(kind):
+    attention, ffn = sublayer(depths[kind])
+    return Layer(attention, ffn, _cross(architecture, kind, attention))
+
+  return _recipe(name, architecture, layer, final_norm=final_norm)
+
+
+def _both(norms: frozenset[str], **fields) -> tuple[Attention, FeedForward]:
+  return Attention(norms, **fields), FeedForward(norms, **fields)
+
+
 def pre_ln(architecture: Architecture) -> Recipe:
   """Pre-LN: x <- x + f(LN(x)), with a final LN; Xavier init with gain 1.
 
   Reference: On Layer Normalization in the Transformer Architecture, arXiv 2002.04745.
   """
-
-  def layer(kind):
-    cross = _cross(architecture, kind, Attention(PRE))
-    return Layer(Attention(PRE), FeedForward(PRE), cross)
-
-  return _recipe("pre_ln", architecture, layer, final_norm=True)
+  return _same("pre_ln", architecture, lambda depth: _both(PRE), final_norm=True)
 
 
 def post_ln(architecture: Architecture) -> Recipe:
@@ -74,12 +84,7 @@ def post_ln(architecture: Architecture) -> Recipe:
 
   Reference: Attention Is All You Need, arXiv 1706.03762, section 3.1.
   """
-
-  def layer(kind):
-    cross = _cross(architecture, kind, Attention(POST))
-    return Layer(Attention(POST), FeedForward(POST), cross)
-
-  return _recipe("post_ln", architecture, layer, final_norm=False)
+  return _same("post_ln", architecture, lambda depth: _both(POST), final_norm=False)
 
 
 def magneto(architecture: Architecture) -> Recipe:
@@ -266,26 +271,11 @@ def deepnet_torchscale(architecture: Architecture) -> Recipe:
 # ---------------------------------------------------------------------------------------------
 
 
-def _same(name: str, architecture: Architecture, sublayer, *, final_norm: bool) -> Recipe:
-  """One pair of `sublayer(depth of the stack) -> (Attention, FeedForward)` for every layer."""
-  depths = {"encoder": architecture.encoder_layers, "decoder": architecture.decoder_layers}
-
-  def layer(kind):
-    attention, ffn = sublayer(depths[kind])
-    return Layer(attention, ffn, _cross(architecture, kind, attention))
-
-  return _recipe(name, architecture, layer, final_norm=final_norm)
-
-
 def _branches(architecture: Architecture, kind: str) -> int:
   """How many residual branches a stack has: two a layer, three with cross-attention."""
   if kind == "encoder":
     return 2 * architecture.encoder_layers
   return (3 if architecture.kind == "encoder_decoder" else 2) * architecture.decoder_layers
-
-
-def _both(norms: frozenset[str], **fields) -> tuple[Attention, FeedForward]:
-  return Attention(norms, **fields), FeedForward(norms, **fields)
 
 
 def pre_ln_scaled_init(architecture: Architecture) -> Recipe:
