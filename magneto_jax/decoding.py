@@ -43,8 +43,7 @@ def _decode(
   """The loop behind `generate`: left-padded prompts in, [B, steps] tokens out."""
   batch, width = prompt_BT.shape
   padding_B = width - lengths_B
-  segment_ids_BT = (jnp.arange(width)[None] >= padding_B[:, None]).astype(jnp.int32)
-  positions_BT = jnp.maximum(jnp.arange(width)[None] - padding_B[:, None], 0)
+  mask_BT = jnp.arange(width)[None] >= padding_B[:, None]
 
   def choose(logits_BV, step):
     if greedy:
@@ -58,16 +57,13 @@ def _decode(
     step, state, logits_BV, tokens_BS, done_B = carry
     token_B = jnp.where(done_B, pad_id, choose(logits_BV, step))
     tokens_BS = jax.lax.dynamic_update_slice(tokens_BS, token_B[:, None], (0, step))
-    logits_B1V, state = model.apply(
-      variables, token_B[:, None], positions_BT=(lengths_B + step)[:, None], state=state
-    )
+    logits_B1V, state = model.apply(variables, token_B[:, None], state=state)
     return step + 1, state, logits_B1V[:, 0], tokens_BS, done_B | (token_B == eos_id)
 
   logits_BTV, state = model.apply(
     variables,
     prompt_BT,
-    positions_BT=positions_BT,
-    segment_ids_BT=segment_ids_BT,
+    mask_BT=mask_BT,
     state=model.init_state(batch, width + steps),
   )
   empty_BS = jnp.full((batch, steps), pad_id, jnp.int32)

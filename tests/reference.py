@@ -234,7 +234,7 @@ def causal_lm(params, tokens, segments, *, final_norm, scale):
   """Logits of a tied model with learned positions: scale E[token] + P[position], stack, E^T."""
   table, positions = params["token_embedding"]["embedding"], params["position_embedding"]
   x = scale * table[tokens] + positions["embedding"][: tokens.shape[1]]
-  return stack(params["decoder"], x, segments, final_norm=final_norm) @ table.T
+  return stack(params["stack"], x, segments, final_norm=final_norm) @ table.T
 
 
 def _length(tree):

@@ -14,7 +14,9 @@ from magneto_jax.decoding import filter_logits, generate
 @pytest.fixture(scope="module")
 def model_and_variables():
   recipe = RECIPES["magneto"](Architecture("decoder", decoder_layers=2, width=32)).decoder
-  model = CausalLM(recipe, vocab_size=50, width=32, num_heads=4, ffn_width=64, positions="rotary")
+  model = CausalLM(
+    recipe=recipe, vocab_size=50, width=32, num_heads=4, ffn_width=64, positions="rotary"
+  )
   variables = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
   # Sharper than at the start, so that float32 noise cannot turn the best token.
   return model, jax.tree.map(lambda leaf: 2.0 * leaf, variables)

@@ -86,6 +86,22 @@ class RelativeBias:
   bidirectional: bool = True
   max_distance: int = 128
 
+  def materialize(self, T: int, S: int, q_offset: int | jax.Array = 0) -> jax.Array:
+    """The bias [1, N, T, S] of queries q_offset .. q_offset + T - 1 and keys 0 .. S - 1."""
+    num_buckets, N = self.table.shape
+    # It depends on s - t alone: look up its T + S - 1 values, then slide a window of S over them.
+    # Backwards, the table then sees T + S - 1 updates instead of T S.
+    relative_position = jnp.arange(1 - T, S) - q_offset
+    buckets = relative_buckets(
+      relative_position, num_buckets, self.bidirectional, self.max_distance
+    )
+    values_NL = self.table[buckets].T
+
+    def row_NS(t):
+      return jax.lax.dynamic_slice(values_NL, (0, T - 1 - t), (N, S))
+
+    return jax.vmap(row_NS, out_axes=1)(jnp.arange(T))[None]
+
 
 def attention(
   q_BTNH: jax.Array,
@@ -119,7 +135,7 @@ def attention(
   if logits_soft_cap is not None:
     logits_BNTS = logits_soft_cap * jnp.tanh(logits_BNTS / logits_soft_cap)
   if isinstance(bias, RelativeBias):
-    bias = _relative_bias(bias, T, S, q_offset)
+    bias = bias.materialize(T, S, q_offset)
   if bias is not None:
     logits_BNTS += bias.astype(dtype)
   mask = _mask(T, S, q_segment_ids, kv_segment_ids, kv_lengths, window, q_offset)
@@ -144,21 +160,6 @@ def attention(
   out_BKRH = jnp.einsum("BKRS,BKSH->BKRH", weights_BKRS, v_BKSH, preferred_element_type=dtype)
   out_BNTH = (out_BKRH.reshape(B, N, T, H) / sum_BNT1).astype(q_BTNH.dtype)
   return out_BNTH.swapaxes(1, 2), lse_BNT1[..., 0].swapaxes(1, 2)
-
-
-def _relative_bias(bias: RelativeBias, T: int, S: int, q_offset: int | jax.Array) -> jax.Array:
-  """The bias [1, N, T, S] of a table."""
-  num_buckets, N = bias.table.shape
-  # It depends on s - t alone: look up its T + S - 1 values, then slide a window of S over them.
-  # Backwards, the table then sees T + S - 1 updates instead of T S.
-  relative_position = jnp.arange(1 - T, S) - q_offset
-  buckets = relative_buckets(relative_position, num_buckets, bias.bidirectional, bias.max_distance)
-  values_NL = bias.table[buckets].T
-
-  def row_NS(t):
-    return jax.lax.dynamic_slice(values_NL, (0, T - 1 - t), (N, S))
-
-  return jax.vmap(row_NS, out_axes=1)(jnp.arange(T))[None]
 
 
 def _mask(T, S, q_segment_ids, kv_segment_ids, kv_lengths, window, q_offset) -> jax.Array | None:

@@ -3,8 +3,10 @@
 from magneto_jax.layers.attention import Attention, KVCache
 from magneto_jax.layers.feed_forward import FeedForward
 from magneto_jax.layers.initializers import DenseInit, bias_init, dense_init, kernel_init
+from magneto_jax.layers.multiway import Multiway, multiway
 from magneto_jax.layers.norms import norm_factory
-from magneto_jax.layers.positions import rotary, sinusoidal
+from magneto_jax.layers.patches import PatchEmbedding
+from magneto_jax.layers.positions import ROTATIONS, rotary, sinusoidal, xpos
 from magneto_jax.layers.residual import Residual, drop_path
 
 __all__ = [
@@ -12,12 +14,17 @@ __all__ = [
   "DenseInit",
   "FeedForward",
   "KVCache",
+  "Multiway",
+  "PatchEmbedding",
+  "ROTATIONS",
   "Residual",
   "bias_init",
   "dense_init",
   "drop_path",
   "kernel_init",
+  "multiway",
   "norm_factory",
   "rotary",
   "sinusoidal",
+  "xpos",
 ]

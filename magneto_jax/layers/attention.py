@@ -11,7 +11,7 @@ from flax import linen as nn
 from magneto_jax import kernels
 from magneto_jax.layers.initializers import DenseInit
 from magneto_jax.layers.norms import NormFactory
-from magneto_jax.layers.positions import rotary
+from magneto_jax.layers.positions import Rotation
 from magneto_jax.theory import records
 
 
@@ -70,13 +70,16 @@ class Attention(nn.Module):
     v_init: init functions of the value projection.
     out_init: init functions of the output projection.
     mid_norm: factory `(name=...) -> norm` of the norm over the heads before W_o, or None.
+    qk_norm: factory of the norms of queries and of keys, before the rotation; None for no norms.
+    qk_norm_scope: `head` (each head by itself, one gain for all) or `width` (all heads of a token).
     head_scale: a learned factor for each head: None, `pre_out_proj` (on the head's output), or one
       of fairseq's two forms after W_o, on contiguous or interleaved channels (see `records`).
     dense: factory of the projections, called as nn.DenseGeneral is.
+    is_cross: whether keys and values come from a memory, as in an encoder-decoder's decoder.
     is_causal: whether position t attends to positions <= t only.
     window: (left, right) reach of the attention, None for no bound on a side.
     logits_soft_cap: c in logits <- c tanh(logits / c), or None.
-    rotary: whether queries and keys are rotated by their positions.
+    rotation: `(queries, keys, positions) -> (queries, keys)`, as in `positions.ROTATIONS`, or None.
     dropout_rate: of the attention probabilities.
     dtype: of the computation; parameters are float32.
     implementation: of `kernels.dot_product_attention`; None chooses.
@@ -91,13 +94,16 @@ class Attention(nn.Module):
   v_init: DenseInit = DenseInit()
   out_init: DenseInit = DenseInit()
   mid_norm: NormFactory | None = None
+  qk_norm: NormFactory | None = None
+  qk_norm_scope: str = "head"
   head_scale: str | None = None
   dense: Callable[..., nn.Module] = nn.DenseGeneral
   use_bias: bool = True
+  is_cross: bool = False
   is_causal: bool = False
   window: tuple[int | None, int | None] | None = None
   logits_soft_cap: float | None = None
-  rotary: bool = False
+  rotation: Rotation | None = None
   dropout_rate: float = 0.0
   dtype: jnp.dtype | None = None
   implementation: str | None = None
@@ -106,37 +112,40 @@ class Attention(nn.Module):
   def __call__(
     self,
     x_BTD: jax.Array,
+    memory_BSD: jax.Array | None = None,
     *,
     positions_BT: jax.Array | None = None,
     segment_ids: tuple[jax.Array, jax.Array] | None = None,
+    bias: jax.Array | kernels.RelativeBias | None = None,
+    q_offset: int | jax.Array | None = None,
     cache: KVCache | None = None,
     deterministic: bool = True,
   ) -> tuple[jax.Array, KVCache | None]:
-    """Self-attention.
+    """Attends from x to itself, or to a memory.
 
     Args:
-      x_BTD: the input.
+      x_BTD: what the queries are made of; in self-attention keys and values too.
+      memory_BSD: what keys and values are made of in cross-attention. May be left out once a cache
+        holds them.
       positions_BT: positions for the rotation; by default 0 .. T-1, counted on from the cache's
         length.
       segment_ids: integers [B, T] of the queries and [B, S] of the keys: a query attends to keys
         of its own segment only (packed documents; padding is a segment of its own).
-      cache: earlier keys and values (`KVCache.empty` at first), for causal attention; the new ones
-        are written behind them.
+      bias: added to the logits; see `kernels.dot_product_attention`. -inf forbids a pair.
+      q_offset: how many positions lie before x; by default the cache's length in self-attention.
+        Read by causality, window and a relative bias.
+      cache: earlier keys and values (`KVCache.empty` at first). Self-attention, which must be
+        causal, writes the new ones behind them; cross-attention writes those of the memory, in
+        whose place later calls give none.
       deterministic: False drops probabilities and needs an rng named `dropout`.
 
     Returns:
-      [B, T, D] and the extended cache (None without one).
+      [B, T, D] and the cache, with what was written (None without one).
     """
+    self._check(x_BTD, memory_BSD, cache)
     width = x_BTD.shape[-1]
     heads, kv_heads = self.num_heads, self.num_kv_heads or self.num_heads
-    if self.head_dim is None and width % heads:
-      raise ValueError(f"num_heads={heads} must divide {width=}; or give head_dim")
     head_dim = self.head_dim or width // heads
-    if self.head_scale not in (None, *records.HEAD_SCALES):
-      choices = ", ".join(map(str, (None, *records.HEAD_SCALES)))
-      raise ValueError(f"head_scale={self.head_scale!r} must be one of {choices}")
-    if self.head_scale not in (None, "pre_out_proj") and width % heads:
-      raise ValueError(f"num_heads={heads} must divide {width=} for {self.head_scale!r}")
 
     def dense(x, features, init, name):
       axes = tuple(range(2, x.ndim))
@@ -151,24 +160,36 @@ class Attention(nn.Module):
       )
       return project(x)
 
-    q_BTNH = dense(x_BTD, (heads, head_dim), self.qk_init, "query")
-    k_BTKH = dense(x_BTD, (kv_heads, head_dim), self.qk_init, "key")
-    v_BTKH = dense(x_BTD, (kv_heads, head_dim), self.v_init, "value")
-    if self.rotary:
+    def normed(x_BTNH, name):
+      if self.qk_norm is None:
+        return x_BTNH
+      shape = x_BTNH.shape if self.qk_norm_scope == "head" else (*x_BTNH.shape[:2], -1)
+      return self.qk_norm(name=name)(x_BTNH.reshape(shape)).reshape(x_BTNH.shape)
+
+    q_BTNH = normed(dense(x_BTD, (heads, head_dim), self.qk_init, "query"), "query_norm")
+    source_BSD = memory_BSD if self.is_cross else x_BTD
+    if source_BSD is not None:
+      k_BSKH = normed(dense(source_BSD, (kv_heads, head_dim), self.qk_init, "key"), "key_norm")
+      v_BSKH = dense(source_BSD, (kv_heads, head_dim), self.v_init, "value")
+    if q_offset is None:
+      q_offset = 0 if cache is None or self.is_cross else cache.length
+    if self.rotation is not None:
       if positions_BT is None:
-        positions_BT = jnp.arange(x_BTD.shape[1])[None] + (0 if cache is None else cache.length)
-      q_BTNH, k_BTKH = rotary(q_BTNH, positions_BT), rotary(k_BTKH, positions_BT)
-    q_offset = 0
+        positions_BT = jnp.arange(x_BTD.shape[1])[None] + q_offset
+      q_BTNH, k_BSKH = self.rotation(q_BTNH, k_BSKH, positions_BT)
     if cache is not None:
-      q_offset = cache.length
-      cache = cache.extend(k_BTKH, v_BTKH)
-      k_BTKH, v_BTKH = cache.read()
+      if self.is_cross:
+        cache = cache._replace(length=jnp.zeros_like(cache.length))
+      if source_BSD is not None:
+        cache = cache.extend(k_BSKH, v_BSKH)
+      k_BSKH, v_BSKH = cache.read()
 
     dropout_rate = 0.0 if deterministic else self.dropout_rate
     o_BTNH = kernels.dot_product_attention(
       q_BTNH,
-      k_BTKH.astype(q_BTNH.dtype),
-      v_BTKH.astype(q_BTNH.dtype),
+      k_BSKH.astype(q_BTNH.dtype),
+      v_BSKH.astype(q_BTNH.dtype),
+      bias,
       q_segment_ids=None if segment_ids is None else segment_ids[0],
       kv_segment_ids=None if segment_ids is None else segment_ids[1],
       is_causal=self.is_causal,
@@ -191,6 +212,25 @@ class Attention(nn.Module):
     if self.head_scale not in (None, "pre_out_proj"):
       y_BTD = _scale_blocks(y_BTD, gamma_N, self.head_scale)
     return y_BTD, cache
+
+  def _check(self, x_BTD, memory_BSD, cache):
+    """Raises where attributes and arguments contradict each other."""
+    width, heads = x_BTD.shape[-1], self.num_heads
+    if self.head_dim is None and width % heads:
+      raise ValueError(f"num_heads={heads} must divide {width=}; or give head_dim")
+    if self.head_scale not in (None, *records.HEAD_SCALES):
+      choices = ", ".join(map(str, (None, *records.HEAD_SCALES)))
+      raise ValueError(f"head_scale={self.head_scale!r} must be one of {choices}")
+    if self.head_scale not in (None, "pre_out_proj") and width % heads:
+      raise ValueError(f"num_heads={heads} must divide {width=} for {self.head_scale!r}")
+    if self.qk_norm_scope not in records.QK_NORMS:
+      raise ValueError(f"{self.qk_norm_scope=} must be one of {', '.join(records.QK_NORMS)}")
+    if self.is_cross and (self.is_causal or self.rotation is not None):
+      raise ValueError("is_cross goes with neither is_causal nor a rotation: both read positions")
+    if not self.is_cross and memory_BSD is not None:
+      raise ValueError("a memory needs is_cross=True: this attention is to x itself")
+    if self.is_cross and memory_BSD is None and cache is None:
+      raise ValueError("cross-attention needs a memory, or a cache that holds one")
 
 
 def _typed(key: jax.Array) -> jax.Array:

@@ -14,6 +14,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
   "gelu": functools.partial(jax.nn.gelu, approximate=False),
   "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
   "relu": jax.nn.relu,
+  "silu": jax.nn.silu,
   "relu_squared": lambda x: jnp.square(jax.nn.relu(x)),
   "swiglu": jax.nn.silu,
 }

@@ -1,6 +1,23 @@
 """Whole models, built from a recipe and sizes."""
 
-from magneto_jax.models.language import CausalLM, DecodingState
-from magneto_jax.models.transformer import Block, Context, Stack, init_caches
+from magneto_jax.models.encoder import Encoder
+from magneto_jax.models.encoder_decoder import EncoderDecoder
+from magneto_jax.models.language import CausalLM, DecodingState, MaskedLM
+from magneto_jax.models.multimodal import BEiT3
+from magneto_jax.models.transformer import Block, Context, Stack, StackOutput, init_caches
+from magneto_jax.models.vision import VisionEncoder
 
-__all__ = ["Block", "CausalLM", "Context", "DecodingState", "Stack", "init_caches"]
+__all__ = [
+  "BEiT3",
+  "Block",
+  "CausalLM",
+  "Context",
+  "DecodingState",
+  "Encoder",
+  "EncoderDecoder",
+  "MaskedLM",
+  "Stack",
+  "StackOutput",
+  "VisionEncoder",
+  "init_caches",
+]

@@ -1,12 +1,15 @@
 """Block, Stack and its caches: a recipe's layers, scanned over depth."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from magneto_jax.kernels import RelativeBias
 from magneto_jax.layers.attention import KVCache
 from magneto_jax.layers.initializers import dense_init
 from magneto_jax.layers.norms import NormFactory, norm_factory
@@ -22,24 +25,50 @@ REMAT = {
 
 
 class Context(NamedTuple):
-  """What every layer is given beside the stream; see `Attention.__call__`."""
+  """What every layer is given beside the stream; see `Attention.__call__`.
+
+  Attributes:
+    positions_BT, segment_ids, bias, q_offset: of the self-attention.
+    memory_BSD, memory_segment_ids, memory_bias: of the cross-attention.
+  """
 
   positions_BT: jax.Array | None = None
   segment_ids: tuple[jax.Array, jax.Array] | None = None
+  bias: jax.Array | RelativeBias | None = None
+  q_offset: jax.Array | None = None
+  memory_BSD: jax.Array | None = None
+  memory_segment_ids: tuple[jax.Array, jax.Array] | None = None
+  memory_bias: jax.Array | RelativeBias | None = None
+
+
+class BlockCaches(NamedTuple):
+  """The caches of a block's attentions; None where there is no cross-attention."""
+
+  self_attention: KVCache
+  cross_attention: KVCache | None = None
+
+  def at(self, layer: jax.Array) -> "BlockCaches":
+    """The caches with their slice set: `layer` of the scanned segment."""
+    return BlockCaches(*(None if cache is None else cache._replace(layer=layer) for cache in self))
+
+
+Caches = tuple[tuple[BlockCaches, ...], ...]
 
 
 class Block(nn.Module):
-  """One layer: self-attention, then the feed-forward network, each under the residual rule.
+  """One layer: the record's sublayers in their order, each under the residual rule.
 
   Attributes:
-    attention: factory of the attention; called with inits, norm, head scale and name.
+    attention: factory of the self-attention; called with inits, norms, head scale and name.
     feed_forward: factory of the feed-forward network; called with inits, norm and name.
+    cross_attention: factory of the cross-attention, likewise; None if no layer has one.
     norm: factory of all norms.
-    dropout_rate: of both branches.
+    dropout_rate: of all branches.
   """
 
   attention: Callable[..., nn.Module]
   feed_forward: Callable[..., nn.Module]
+  cross_attention: Callable[..., nn.Module] | None = None
   norm: NormFactory = norm_factory("layer_norm")
   dropout_rate: float = 0.0
 
@@ -50,43 +79,67 @@ class Block(nn.Module):
     layer: records.Layer,
     context: Context = Context(),
     *,
-    cache: KVCache | None = None,
+    caches: BlockCaches | None = None,
     drop_path_rate: jax.Array | float | None = None,
     deterministic: bool = True,
-  ) -> tuple[jax.Array, KVCache | None]:
+  ) -> tuple[jax.Array, BlockCaches | None]:
     """Runs the layer that the record describes; its numbers are scalars, perhaps traced."""
-    if layer.cross_attention is not None:
-      raise ValueError("this block has no cross-attention: the record is of an encoder-decoder")
+    arguments = {
+      "self_attention": {
+        "positions_BT": context.positions_BT,
+        "segment_ids": context.segment_ids,
+        "bias": context.bias,
+      },
+      "cross_attention": {
+        "memory_BSD": context.memory_BSD,
+        "segment_ids": context.memory_segment_ids,
+        "bias": context.memory_bias,
+      },
+    }
+    for name, sublayer in layer.sublayers.items():
+      if name == "ffn":
+        ffn = self._feed_forward(sublayer)
+        f = lambda h, ffn=ffn: (ffn(h, deterministic=deterministic), None)
+      else:
+        f = functools.partial(
+          self._attention(name, sublayer),
+          **arguments[name],
+          q_offset=context.q_offset,
+          cache=None if caches is None else getattr(caches, name),
+          deterministic=deterministic,
+        )
+      x_BTD, cache = Residual(self.norm, self.dropout_rate, name=f"{name}_residual")(
+        x_BTD, f, sublayer, drop_path_rate=drop_path_rate, deterministic=deterministic
+      )
+      if cache is not None:
+        caches = caches._replace(**{name: cache})
+    return x_BTD, caches
 
-    def residual(name, f, x, sublayer):
-      rule = Residual(self.norm, self.dropout_rate, name=f"{name}_residual")
-      options = {"drop_path_rate": drop_path_rate, "deterministic": deterministic}
-      return rule(x, f, sublayer, **options)
-
-    def inner(sublayer):
-      return self.norm if "mid" in sublayer.norms else None
-
-    sub = layer.self_attention
-    attention = self.attention(
-      qk_init=dense_init(sub.qk),
-      v_init=dense_init(sub.v),
-      out_init=dense_init(sub.out),
-      mid_norm=inner(sub),
-      head_scale=sub.head_scale,
-      name="self_attention",
+  def _attention(self, name: str, sublayer: records.Attention) -> nn.Module:
+    make = self.attention if name == "self_attention" else self.cross_attention
+    if make is None:
+      raise ValueError(f"this block has no {name}: the record is of an encoder-decoder")
+    return make(
+      qk_init=dense_init(sublayer.qk),
+      v_init=dense_init(sublayer.v),
+      out_init=dense_init(sublayer.out),
+      mid_norm=self._inner(sublayer),
+      qk_norm=self.norm if sublayer.qk_norm else None,
+      qk_norm_scope=sublayer.qk_norm or "head",
+      head_scale=sublayer.head_scale,
+      name=name,
     )
 
-    def attend(h):
-      return attention(h, **context._asdict(), cache=cache, deterministic=deterministic)
-
-    x_BTD, cache = residual("self_attention", attend, x_BTD, sub)
-
-    sub = layer.ffn
-    ffn = self.feed_forward(
-      wi_init=dense_init(sub.wi), wo_init=dense_init(sub.wo), mid_norm=inner(sub), name="ffn"
+  def _feed_forward(self, sublayer: records.FeedForward) -> nn.Module:
+    return self.feed_forward(
+      wi_init=dense_init(sublayer.wi),
+      wo_init=dense_init(sublayer.wo),
+      mid_norm=self._inner(sublayer),
+      name="ffn",
     )
-    x_BTD, _ = residual("ffn", lambda h: (ffn(h, deterministic=deterministic), None), x_BTD, sub)
-    return x_BTD, cache
+
+  def _inner(self, sublayer: records.Sublayer) -> NormFactory | None:
+    return self.norm if "mid" in sublayer.norms else None
 
 
 class _Repeat(nn.Module):
@@ -94,27 +147,44 @@ class _Repeat(nn.Module):
 
   block: Callable[..., Block]
   deterministic: bool
+  return_hidden_states: bool
 
   @nn.compact
   def __call__(self, carry, repeat, context: Context):
     x_BTD, caches = carry
     pattern, drop_path_rates, index = repeat
-    updated = []
+    updated, streams = [], []
     for i, layer in enumerate(pattern):
-      cache = None if caches is None else caches[i]._replace(layer=index)
-      x_BTD, cache = self.block(name=f"block_{i}")(
+      x_BTD, extended = self.block(name=f"block_{i}")(
         x_BTD,
         layer,
         context,
-        cache=cache,
+        caches=None if caches is None else caches[i].at(index),
         drop_path_rate=None if drop_path_rates is None else drop_path_rates[i],
         deterministic=self.deterministic,
       )
-      # Every repeat writes its own layer, behind the same rows.
-      if cache is not None:
-        cache = cache._replace(layer=caches[i].layer, length=caches[i].length)
-      updated.append(cache)
-    return (x_BTD, None if caches is None else tuple(updated)), None
+      streams.append(x_BTD)
+      if caches is not None:
+        # Every repeat writes its own layer, behind the same rows.
+        own = extended.self_attention._replace(length=caches[i].self_attention.length)
+        updated.append(extended._replace(self_attention=own).at(caches[i].self_attention.layer))
+    carry = x_BTD, None if caches is None else tuple(updated)
+    return carry, jnp.stack(streams) if self.return_hidden_states else None
+
+
+class StackOutput(NamedTuple):
+  """What a stack returns.
+
+  Attributes:
+    x_BTD: the stream after the final norm.
+    caches: extended by T rows; None without caches.
+    hidden_LBTD: the stream before the first layer and after each one, L + 1 in all and without the
+      final norm; None unless asked for.
+  """
+
+  x_BTD: jax.Array
+  caches: Caches | None
+  hidden_LBTD: jax.Array | None
 
 
 class Stack(nn.Module):
@@ -144,20 +214,19 @@ class Stack(nn.Module):
     recipe: records.Stack,
     context: Context = Context(),
     *,
-    caches: tuple[tuple[KVCache, ...], ...] | None = None,
+    caches: Caches | None = None,
+    return_hidden_states: bool = False,
     deterministic: bool = True,
-  ) -> tuple[jax.Array, tuple[tuple[KVCache, ...], ...] | None]:
+  ) -> StackOutput:
     """Runs all layers.
 
     Args:
       x_BTD: the stream after the embedding.
       recipe: the stack's record; its numbers may be traced (`records.as_arrays`).
-      context: positions and segment ids.
+      context: positions, segment ids, biases and memory.
       caches: one a block of each segment's pattern (`init_caches`), or None.
+      return_hidden_states: whether the stream after each layer is kept.
       deterministic: False needs an rng named `dropout`.
-
-    Returns:
-      The stream [B, T, D] and the caches, extended by T rows.
     """
     if self.remat not in REMAT:
       raise ValueError(f"remat={self.remat!r} must be one of {', '.join(REMAT)}")
@@ -165,7 +234,7 @@ class Stack(nn.Module):
     if self.remat != "none":
       body = nn.remat(body, prevent_cse=False, policy=REMAT[self.remat])
     rates = iter(np.linspace(0.0, self.drop_path_rate, recipe.num_layers, dtype=np.float32))
-    updated = []
+    updated, streams = [], [x_BTD[None]]
     for i, segment in enumerate(recipe.segments):
       drop_path_rates = None
       if self.drop_path_rate:
@@ -178,30 +247,51 @@ class Stack(nn.Module):
         in_axes=(0, nn.broadcast),
         length=segment.repeats,
         unroll=segment.repeats if self.unroll == -1 else self.unroll,
-      )(self.block, deterministic, name=f"segment_{i}")
+      )(self.block, deterministic, return_hidden_states, name=f"segment_{i}")
       carry = (x_BTD, None if caches is None else caches[i])
       repeat = (records.per_layer(segment), drop_path_rates, np.arange(segment.repeats))
-      (x_BTD, extended), _ = run(carry, repeat, context)
+      (x_BTD, extended), hidden = run(carry, repeat, context)
       updated.append(extended)
+      if return_hidden_states:
+        streams.append(hidden.reshape(-1, *x_BTD.shape))
     if recipe.final_norm:
       x_BTD = self.norm(name="final_norm")(x_BTD)
-    return x_BTD, None if caches is None else _advance(tuple(updated), x_BTD.shape[1])
+    return StackOutput(
+      x_BTD,
+      None if caches is None else _advance(tuple(updated), x_BTD.shape[1]),
+      jnp.concatenate(streams) if return_hidden_states else None,
+    )
 
 
-def _advance(caches, steps: int):
-  is_cache = lambda node: isinstance(node, KVCache)
-  advance = lambda cache: cache._replace(length=cache.length + steps)
-  return jax.tree.map(advance, caches, is_leaf=is_cache)
+def _advance(caches: Caches, steps: int) -> Caches:
+  def advance(block: BlockCaches) -> BlockCaches:
+    own = block.self_attention
+    return block._replace(self_attention=own._replace(length=own.length + steps))
+
+  return tuple(tuple(map(advance, blocks)) for blocks in caches)
 
 
 def init_caches(
-  recipe: records.Stack, *, batch: int, length: int, kv_heads: int, head_dim: int, dtype
-) -> tuple[tuple[KVCache, ...], ...]:
-  """Empty caches for `length` tokens, one a block of each segment's pattern."""
+  recipe: records.Stack,
+  *,
+  batch: int,
+  length: int,
+  kv_heads: int,
+  head_dim: int,
+  dtype,
+  memory_length: int | None = None,
+) -> Caches:
+  """Empty caches for `length` tokens and a memory, one a block of each segment's pattern."""
 
-  def empty(layers):
-    return KVCache.empty(batch, length, kv_heads, head_dim, layers=layers, dtype=dtype)
+  def empty(layer: records.Layer, layers: int) -> BlockCaches:
+    make = functools.partial(KVCache.empty, batch, layers=layers, dtype=dtype)
+    sizes = {"kv_heads": kv_heads, "head_dim": head_dim}
+    if layer.cross_attention is None:
+      return BlockCaches(make(length=length, **sizes))
+    if memory_length is None:
+      raise ValueError("a decoder with cross-attention needs the memory_length")
+    return BlockCaches(make(length=length, **sizes), make(length=memory_length, **sizes))
 
   return tuple(
-    tuple(empty(segment.repeats) for _ in segment.pattern) for segment in recipe.segments
+    tuple(empty(layer, segment.repeats) for layer in segment.pattern) for segment in recipe.segments
   )

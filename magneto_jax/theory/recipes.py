@@ -28,7 +28,7 @@ SUB_LN = frozenset({"in", "mid"})
 def _embedding(architecture: Architecture) -> Embedding:
   """Tables of N(0, 1/D) with tokens scaled by sqrt(D): unit variance into the stack."""
   table = Init("normal", gain=architecture.width**-0.5)
-  return Embedding(tokens=table, positions=table, scale=math.sqrt(architecture.width))
+  return Embedding(table, positions=table, relative=table, scale=math.sqrt(architecture.width))
 
 
 def _recipe(name: str, architecture: Architecture, layer, *, final_norm: bool) -> Recipe:
@@ -49,6 +49,13 @@ def _recipe(name: str, architecture: Architecture, layer, *, final_norm: bool) -
     encoder=stack("encoder", architecture.encoder_layers),
     decoder=stack("decoder", architecture.decoder_layers),
   )
+
+
+def _with(recipe: Recipe, **fields) -> Recipe:
+  """The recipe with these fields in each of its stacks."""
+  stacks = {"encoder": recipe.encoder, "decoder": recipe.decoder}
+  changed = {kind: dataclasses.replace(s, **fields) for kind, s in stacks.items() if s is not None}
+  return dataclasses.replace(recipe, **changed)
 
 
 def _cross(architecture: Architecture, kind: str, sublayer: Attention) -> Attention | None:
@@ -167,31 +174,48 @@ def _deepnet_numbers(
   )
 
 
-def normformer(architecture: Architecture, *, residual_scale: bool = False) -> Recipe:
+def normformer(
+  architecture: Architecture,
+  *,
+  head_scale: str | None = "pre_out_proj",
+  residual_scale: str | None = None,
+  attention_residual_scale: str | None = None,
+) -> Recipe:
   """NormFormer: Pre-LN with a head scale and two more norms, and a final LN.
 
-    x <- x + LN(W_o concat_i(gamma_i head_i(LN(x))))
+    x <- mu * x + LN(W_o concat_i(gamma_i head_i(LN(x))))
     x <- lambda * x + W_2 LN(act(W_1 LN(x)))
 
-  gamma has one value a head and lambda one a channel; both are learned and start at 1. The init
-  is the released code's: q, k, v Xavier uniform with gain 1/sqrt(2) and torch's uniform bias,
-  out Xavier uniform with a zero bias, wi and wo torch's uniform default for kernel and bias.
+  gamma has one value a head and, where they exist, lambda and mu one a channel; all are learned
+  and start at 1. The init is the released code's: q, k, v Xavier uniform with gain 1/sqrt(2) and
+  torch's uniform bias, out Xavier uniform with a zero bias, wi and wo torch's uniform default for
+  kernel and bias.
 
   Args:
     architecture: the model's sizes.
-    residual_scale: whether lambda exists; the paper uses it for the 125M and 355M models only.
+    head_scale: where gamma is applied, one of `records.HEAD_SCALES`, or None for no gamma, as in
+      the released masked language model.
+    residual_scale: lambda: None, `vector` or `scalar` (one a layer, as early code could); the paper
+      has a vector in the 125M and 355M models only.
+    attention_residual_scale: mu, likewise; only the released masked language model has it.
 
   Reference: NormFormer, arXiv 2110.09456, section 2.
-  Differs from fairseq, which applies gamma after W_o (`head_scale="post_out_proj_contiguous"`).
+  Differs from fairseq, which applies gamma after W_o: `post_out_proj_contiguous`, and before
+  November 2021, in the paper's own runs, `post_out_proj_interleaved`.
   """
   qkv = Init("xavier_uniform", gain=2**-0.5, bias="torch_uniform")
   dense = Init("torch_uniform", bias="torch_uniform")
-  scale = Scale(1.0, "vector") if residual_scale else Scale()
+  scale = lambda learned: Scale(1.0, learned)
 
   def layer(kind):
     plain = Attention(PRE, qk=qkv, v=qkv, out=Init("xavier_uniform"))
-    attention = dataclasses.replace(plain, norms=PRE | {"out"}, head_scale="pre_out_proj")
-    ffn = FeedForward(SUB_LN, skip=scale, wi=dense, wo=dense)
+    attention = dataclasses.replace(
+      plain,
+      norms=PRE | {"out"},
+      head_scale=head_scale,
+      skip=scale(attention_residual_scale),
+    )
+    ffn = FeedForward(SUB_LN, skip=scale(residual_scale), wi=dense, wo=dense)
     return Layer(attention, ffn, _cross(architecture, kind, plain))
 
   return _recipe("normformer", architecture, layer, final_norm=True)
@@ -208,16 +232,11 @@ def _torch_linear(gain: float = 1.0) -> Init:
 
 
 def _torchscale(name: str, architecture: Architecture, layer, *, final_norm: bool) -> Recipe:
-  """With torchscale's embeddings: tokens N(0, 1/D) unscaled, positions N(0, 1)."""
+  """With torchscale's embeddings: tokens N(0, 1/D) unscaled, positions and biases N(0, 1)."""
   recipe = _recipe(name, architecture, layer, final_norm=final_norm)
-  tokens = Init("normal", gain=architecture.width**-0.5)
-  embedding = Embedding(tokens=tokens, positions=Init("normal", gain=1.0), scale=1.0)
-  stacks = {
-    kind: dataclasses.replace(stack, embedding=embedding)
-    for kind in ("encoder", "decoder")
-    if (stack := getattr(recipe, kind)) is not None
-  }
-  return dataclasses.replace(recipe, **stacks)
+  tokens, unit = Init("normal", gain=architecture.width**-0.5), Init("normal")
+  embedding = Embedding(tokens, positions=unit, relative=unit, patches=_torch_linear())
+  return _with(recipe, embedding=embedding)
 
 
 def magneto_torchscale(architecture: Architecture) -> Recipe:
@@ -307,11 +326,39 @@ def sandwich_ln(architecture: Architecture) -> Recipe:
   return _same("sandwich_ln", architecture, sublayer, final_norm=True)
 
 
+def peri_ln(architecture: Architecture) -> Recipe:
+  """Peri-LN: x <- x + LN(f(LN(x))), with an LN after the embedding and a final LN.
+
+  Reference: Peri-LN, arXiv 2502.02732.
+  """
+  sandwich = sandwich_ln(architecture)
+  embedding = dataclasses.replace(_embedding(architecture), norm=True)
+  return dataclasses.replace(_with(sandwich, embedding=embedding), name="peri_ln")
+
+
+def olmo2(architecture: Architecture) -> Recipe:
+  """OLMo 2: x <- x + RMSNorm(f(x)), queries and keys normalised over all heads, N(0, 0.02^2).
+
+  A final norm follows. Biases, where the model has them, are zero.
+
+  Reference: OLMo 2, arXiv 2501.00656, section 3.
+  """
+  draw, branch = Init("normal", gain=0.02), frozenset({"out"})
+
+  def layer(kind):
+    attention = Attention(branch, qk=draw, v=draw, out=draw, qk_norm="width")
+    ffn = FeedForward(branch, wi=draw, wo=draw)
+    return Layer(attention, ffn, _cross(architecture, kind, attention))
+
+  recipe = _recipe("olmo2", architecture, layer, final_norm=True)
+  embedding = Embedding(tokens=draw, positions=draw, relative=draw)
+  return _with(recipe, norm="rms_norm", embedding=embedding)
+
+
 def out_norm(architecture: Architecture) -> Recipe:
   """Norm on the branch alone: x <- x + LN(f(x)), with a final LN.
 
-  Reference: Swin Transformer V2 (res-post-norm), arXiv 2111.09883, section 3.2; OLMo 2, arXiv
-  2501.00656, section 3, which takes RMSNorm and normalises queries and keys too.
+  Reference: Swin Transformer V2 (res-post-norm), arXiv 2111.09883, section 3.2.
   """
   sublayer = lambda depth: _both(frozenset({"out"}))
   return _same("out_norm", architecture, sublayer, final_norm=True)
@@ -395,7 +442,9 @@ RECIPES: dict[str, Callable[[Architecture], Recipe]] = {
   "deepnet_torchscale": deepnet_torchscale,
   "pre_ln_scaled_init": pre_ln_scaled_init,
   "sandwich_ln": sandwich_ln,
+  "peri_ln": peri_ln,
   "out_norm": out_norm,
+  "olmo2": olmo2,
   "layernorm_scaling": layernorm_scaling,
   "layer_scale": layer_scale,
   "rezero": rezero,

@@ -27,6 +27,7 @@ Number = float | tuple[float, ...] | Any
 SITES = ("in", "mid", "out", "post")
 FAMILIES = ("xavier_normal", "xavier_uniform", "normal", "torch_uniform")
 HEAD_SCALES = ("pre_out_proj", "post_out_proj_contiguous", "post_out_proj_interleaved")
+QK_NORMS = ("head", "width")
 NORMS = ("layer_norm", "rms_norm")
 
 
@@ -149,16 +150,25 @@ class Sublayer:
 
 @dataclasses.dataclass(frozen=True)
 class Attention(Sublayer):
-  """An attention sublayer: its init groups and its head scale (None or one of HEAD_SCALES)."""
+  """An attention sublayer: its init groups, head scale and norm of queries and keys.
+
+  Attributes:
+    qk, v, out: the init groups.
+    head_scale: None or one of HEAD_SCALES: where a learned factor a head is applied.
+    qk_norm: None or one of QK_NORMS: whether queries and keys are normalised before the product,
+      each head by itself or all heads of a token together.
+  """
 
   qk: Init = Init()
   v: Init = Init()
   out: Init = Init()
   head_scale: str | None = None
+  qk_norm: str | None = None
 
   def __post_init__(self):
     super().__post_init__()
     _check("head_scale", self.head_scale, (None, *HEAD_SCALES))
+    _check("qk_norm", self.qk_norm, (None, *QK_NORMS))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,11 +181,17 @@ class FeedForward(Sublayer):
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-  """The sublayers of one layer, in their order; cross-attention only in encoder-decoders."""
+  """The sublayers of one layer; cross-attention only in the decoder of an encoder-decoder."""
 
   self_attention: Attention
   ffn: FeedForward
   cross_attention: Attention | None = None
+
+  @property
+  def sublayers(self) -> dict[str, Sublayer]:
+    """The sublayers there are, in the order in which they run."""
+    names = ("self_attention", "cross_attention", "ffn")
+    return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,11 +208,22 @@ class Segment:
 
 @dataclasses.dataclass(frozen=True)
 class Embedding:
-  """Token and position tables; x_0 = scale * tokens[token] + positions[position]."""
+  """The front end: x_0 = norm(scale * tokens[token] + positions[position]).
+
+  Attributes:
+    tokens, positions: of the two tables.
+    relative: of the table of relative position biases, where the model has one.
+    patches: of the projection of image patches, where the model has one.
+    scale: of the tokens.
+    norm: whether there is a norm.
+  """
 
   tokens: Init
   positions: Init
+  relative: Init
+  patches: Init = Init()
   scale: Number = dataclasses.field(default=1.0, metadata=NUMBER)
+  norm: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -302,14 +329,35 @@ def sublayers(stack: Stack) -> Iterator[tuple[str, Sublayer]]:
   seen = set()
   for segment in stack.segments:
     for layer in segment.pattern:
-      for name in ("self_attention", "cross_attention", "ffn"):
-        sublayer = getattr(layer, name)
-        if sublayer is None:
-          continue
+      for name, sublayer in layer.sublayers.items():
         key = name, map_numbers(hashable, sublayer)
         if key not in seen:
           seen.add(key)
           yield name, sublayer
+
+
+def has_cross_attention(stack: Stack) -> bool:
+  """Whether a layer of the stack attends to a memory."""
+  return any(name == "cross_attention" for name, _ in sublayers(stack))
+
+
+def with_qk_norm(stack: Stack, scope: str | None) -> Stack:
+  """The stack with queries and keys of every attention normalised over `scope`; see `Attention`.
+
+  Reference: Query-Key Normalization, arXiv 2010.04245; Scaling ViT to 22 Billion Parameters, arXiv
+  2302.05442 (a head at a time); OLMo 2, arXiv 2501.00656 (all heads together).
+  """
+
+  def layer(record: Layer) -> Layer:
+    attentions = {
+      name: dataclasses.replace(sublayer, qk_norm=scope)
+      for name, sublayer in record.sublayers.items()
+      if isinstance(sublayer, Attention)
+    }
+    return dataclasses.replace(record, **attentions)
+
+  segments = (Segment(tuple(map(layer, s.pattern)), s.repeats) for s in stack.segments)
+  return dataclasses.replace(stack, segments=tuple(segments))
 
 
 def _number_in_words(value: Number) -> str:
@@ -336,11 +384,15 @@ def describe(stack: Stack) -> list[str]:
     extras = [f"inner {norm} before its output projection"] if "mid" in sub.norms else []
     if getattr(sub, "head_scale", None):
       extras.append(f"learned head scale ({sub.head_scale})")
+    if getattr(sub, "qk_norm", None):
+      extras.append(f"{norm} of queries and keys (each {sub.qk_norm})")
     groups = [f.name for f in dataclasses.fields(sub) if isinstance(getattr(sub, f.name), Init)]
     inits = ", ".join(
       f"{group} {getattr(sub, group).family} x {_number_in_words(getattr(sub, group).gain)}"
       for group in groups
     )
     lines += [f"x <- {rule}" + "".join(f"; {extra}" for extra in extras), f"  init: {inits}"]
+  if stack.embedding.norm:
+    lines.append(f"embedding norm: {norm}")
   lines.append(f"final norm: {norm if stack.final_norm else 'none'}")
   return lines

@@ -10,6 +10,7 @@ import pytest
 from magneto_jax.layers.attention import Attention, KVCache
 from magneto_jax.layers.initializers import DenseInit
 from magneto_jax.layers.norms import norm_factory
+from magneto_jax.layers.positions import ROTATIONS
 from magneto_jax.theory.records import HEAD_SCALES
 from tests import reference
 
@@ -103,11 +104,11 @@ def test_inits_read_flattened_fans():
 
 @pytest.mark.parametrize("kv_heads", (1, 2))
 def test_grouped_queries_are_repeated_key_heads(kv_heads):
-  grouped = Attention(N, num_kv_heads=kv_heads, is_causal=True, rotary=True)
+  grouped = Attention(N, num_kv_heads=kv_heads, is_causal=True, rotation=ROTATIONS["rotary"])
   params = params_of(grouped)
   repeat = lambda leaf: np.repeat(leaf, N // kv_heads, axis=-2)
   repeated = params | {name: jax.tree.map(repeat, params[name]) for name in ("key", "value")}
-  full = Attention(N, is_causal=True, rotary=True)
+  full = Attention(N, is_causal=True, rotation=ROTATIONS["rotary"])
   np.testing.assert_allclose(attend(grouped, params), attend(full, repeated), rtol=0, atol=1e-5)
 
 
@@ -163,7 +164,7 @@ def test_soft_cap_bounds_logits():
 
 def test_rotation_is_by_the_given_positions():
   """Relative positions alone count: a shift changes nothing, a stretch does."""
-  layer = Attention(N, rotary=True)
+  layer = Attention(N, rotation=ROTATIONS["rotary"])
   params = params_of(layer)
   plain = attend(layer, params)
   shifted, stretched = (
@@ -190,10 +191,10 @@ def test_cache_writes_its_layer_behind_its_length():
   assert (extended.layer, extended.length) == (1, 7)
 
 
-@pytest.mark.parametrize("rotary", (False, True))
-def test_cached_calls_match_one_call(rotary):
+@pytest.mark.parametrize("rotation", (None, *ROTATIONS))
+def test_cached_calls_match_one_call(rotation):
   """The layer by itself: the cache that a call returns is what the next one takes."""
-  layer = Attention(N, num_kv_heads=2, is_causal=True, rotary=rotary)
+  layer = Attention(N, num_kv_heads=2, is_causal=True, rotation=ROTATIONS.get(rotation))
   params = params_of(layer)
   cache, parts = KVCache.empty(B, T, 2, D // N, dtype=jnp.float32), []
   for start, stop in ((0, 3), (3, 4), (4, T)):
@@ -238,7 +239,7 @@ def test_projections_may_go_without_bias():
   (
     ({"num_heads": 3}, "num_heads=3 must divide width=16; or give head_dim"),
     ({"num_heads": 4, "num_kv_heads": 3}, "N=4 query heads must be a multiple of K=3"),
-    ({"num_heads": 4, "head_dim": 3, "rotary": True}, "head_dim=3 must be even"),
+    ({"num_heads": 4, "head_dim": 3, "rotation": ROTATIONS["rotary"]}, "head_dim=3 must be even"),
     ({"num_heads": 4, "head_scale": "after"}, "head_scale='after' must be one of None, pre_out"),
     (
       {"num_heads": 3, "head_dim": 4, "head_scale": "post_out_proj_contiguous"},

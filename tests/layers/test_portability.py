@@ -13,6 +13,7 @@ from flax.nnx import bridge
 from magneto_jax.layers.attention import Attention
 from magneto_jax.layers.feed_forward import FeedForward
 from magneto_jax.layers.norms import norm_factory
+from magneto_jax.layers.positions import rotate_both
 from magneto_jax.layers.residual import Residual
 from magneto_jax.models.language import CausalLM
 from magneto_jax.theory.recipes import RECIPES
@@ -34,7 +35,7 @@ class Wrapped(nn.Module):
 
 LAYERS = {
   "attention": functools.partial(
-    Attention, 2, head_scale="pre_out_proj", mid_norm=norm_factory("layer_norm"), rotary=True
+    Attention, 2, head_scale="pre_out_proj", mid_norm=norm_factory("layer_norm"), rotation=rotate_both
   ),
   "feed_forward": functools.partial(FeedForward, 16, "swiglu", mid_norm=norm_factory("rms_norm")),
   "residual": Wrapped,
@@ -148,7 +149,9 @@ SLOW_RECIPES = [pytest.param(n, marks=pytest.mark.slow) for n in RECIPES if n !=
 @pytest.mark.parametrize("name", ["normformer", *SLOW_RECIPES])
 def test_model_runs_through_the_nnx_bridge(name):
   recipe = RECIPES[name](Architecture("decoder", 0, 2, 8, 16, 2)).decoder
-  model = CausalLM(recipe, 11, 8, 2, 16, dropout_rate=0.1)
+  model = CausalLM(
+    recipe=recipe, vocab_size=11, width=8, num_heads=2, ffn_width=16, dropout_rate=0.1
+  )
   tokens = jnp.arange(6).reshape(2, 3)
   module = bridge.ToNNX(model, rngs=nnx.Rngs(0, dropout=1))
   bridge.lazy_init(module, tokens)

@@ -26,7 +26,9 @@ def decoder(name="magneto", layers=2):
 
 def language_model(name="magneto", **options) -> CausalLM:
   record = name if not isinstance(name, str) else decoder(name)
-  return CausalLM(record, VOCAB, WIDTH, HEADS, FFN, **options)
+  return CausalLM(
+    recipe=record, vocab_size=VOCAB, width=WIDTH, num_heads=HEADS, ffn_width=FFN, **options
+  )
 
 
 def several_segments(*patterns):
@@ -270,7 +272,7 @@ def test_stream_starts_as_scaled_tokens_and_positions():
   positions = np.concatenate([np.sin(angles), np.cos(angles)], axis=-1)
   x = math.sqrt(WIDTH) * table[TOKENS] + positions
   stream = reference.stack(
-    params["decoder"], x, [(reference.pre_ln,)], final_norm=reference.layer_norm
+    params["stack"], x, [(reference.pre_ln,)], final_norm=reference.layer_norm
   )
   np.testing.assert_allclose(score(model, params, TOKENS), stream @ table.T, rtol=0, atol=2e-5)
 
@@ -330,7 +332,7 @@ def test_embedding_is_dropped():
   model = language_model(dataclasses.replace(record, final_norm=False), dropout_rate=0.5)
   params = reference.random_params(model, TOKENS)
   for layer, projection in (("self_attention", "out"), ("ffn", "wo")):
-    block = params["decoder"]["segment_0"]["block_0"][layer]
+    block = params["stack"]["segment_0"]["block_0"][layer]
     block[projection] = jax.tree.map(np.zeros_like, block[projection])
   params["token_embedding"]["embedding"] = np.eye(VOCAB, WIDTH, dtype=np.float32)
   model = model.clone(positions="none")
@@ -360,7 +362,7 @@ def test_bfloat16_model_keeps_float32_parameters_and_logits(kind):
   assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables))
   assert jax.eval_shape(model.apply, variables, TOKENS).dtype == jnp.float32
   state = model.init_state(2, LENGTH)
-  assert state.caches[0][0].k_LBKSH.dtype == jnp.bfloat16
+  assert state.caches[0][0].self_attention.k_LBKSH.dtype == jnp.bfloat16
   step = functools.partial(model.apply, state=state)
   logits, after = jax.eval_shape(step, variables, TOKENS)
   assert logits.dtype == jnp.float32
@@ -397,7 +399,7 @@ def test_wrong_options_raise(options, message):
 
 
 def test_heads_that_do_not_divide_the_width_raise():
-  model = CausalLM(decoder(), VOCAB, WIDTH, 5, FFN)
+  model = language_model(num_heads=5)
   with pytest.raises(ValueError, match="num_heads=5 must divide width=32; or give head_dim"):
     jax.eval_shape(model.init, jax.random.key(0), TOKENS)
 

@@ -31,7 +31,9 @@ def decoder(name, layers=2, **options) -> records.Stack:
 
 
 def language_model(recipe, **options) -> CausalLM:
-  return CausalLM(recipe, 17, WIDTH, HEADS, FFN, **options)
+  return CausalLM(
+    recipe=recipe, vocab_size=17, width=WIDTH, num_heads=HEADS, ffn_width=FFN, **options
+  )
 
 
 def stack(*, dtype=jnp.float32, dropout_rate=0.0, **options) -> Stack:
@@ -108,7 +110,7 @@ PAPERS = {
   "completep": (decoder("completep"), [(reference.completep,)], reference.layer_norm),
   "keel": (decoder("keel"), [(reference.keel,)], None),
   "normformer with residual scale": (
-    decoder("normformer", residual_scale=True),
+    decoder("normformer", residual_scale="vector"),
     [(reference.normformer_residual_scale,)],
     reference.layer_norm,
   ),
@@ -191,7 +193,7 @@ def test_model_is_its_papers_in_float32(name):
 
 def test_the_references_differ_from_each_other():
   """Else agreeing with one of them would say nothing: each moves the stream by more than 0.1."""
-  record = decoder("normformer", residual_scale=True)
+  record = decoder("normformer", residual_scale="vector")
   everything = replace_layer(
     record,
     self_attention={"norms": frozenset(records.SITES), "branch": Scale(0.5, "vector")},
@@ -235,7 +237,13 @@ WIDE, WIDE_FFN, DEPTH = 256, 512, 4
 def initial(name):
   architecture = Architecture("decoder", 0, DEPTH, WIDE, WIDE_FFN, HEADS)
   model = CausalLM(
-    RECIPES[name](architecture).decoder, 300, WIDE, HEADS, WIDE_FFN, tied=False, positions="learned"
+    recipe=RECIPES[name](architecture).decoder,
+    vocab_size=300,
+    width=WIDE,
+    num_heads=HEADS,
+    ffn_width=WIDE_FFN,
+    tied=False,
+    positions="learned",
   )
   params = jax.jit(model.init)(jax.random.key(0), TOKENS)["params"]
   return jax.tree.map(np.asarray, params)
@@ -270,7 +278,7 @@ STDS = dict.fromkeys(RECIPES, (SQUARE, SQUARE, SQUARE, TO_FFN, TO_FFN)) | {
 
 @pytest.mark.parametrize("name", main_and_slow(RECIPES))
 def test_initial_kernels_have_the_papers_deviations(name):
-  block = initial(name)["decoder"]["segment_0"]["block_0"]
+  block = initial(name)["stack"]["segment_0"]["block_0"]
   attention, ffn = block["self_attention"], block["ffn"]
   qk, v, out, wi, wo = STDS[name]
   for kernel, std in (
@@ -300,7 +308,7 @@ def test_initial_biases_are_the_papers(name):
 
   fairseq's NormFormer has the default but for W_o, torchscale everywhere.
   """
-  block = initial(name)["decoder"]["segment_0"]["block_0"]
+  block = initial(name)["stack"]["segment_0"]["block_0"]
   attention, ffn = block["self_attention"], block["ffn"]
   gain = {"magneto_torchscale": GAMMA, "deepnet_torchscale": BETA}.get(name, 1.0)
   for projection, fan_in, times in (
@@ -322,7 +330,7 @@ def test_initial_biases_are_the_papers(name):
 
 @pytest.mark.parametrize("name", main_and_slow(RECIPES))
 def test_norms_and_learned_scales_start_at_identity(name):
-  block = initial(name)["decoder"]["segment_0"]["block_0"]
+  block = initial(name)["stack"]["segment_0"]["block_0"]
 
   def check(path, leaf):
     if "norm" in path[-2].key:
@@ -336,7 +344,7 @@ def test_norms_and_learned_scales_start_at_identity(name):
 @pytest.mark.parametrize("name", main_and_slow(RECIPES))
 def test_layers_and_projections_are_drawn_independently(name):
   """Two kernels of one shape, or two layers of one kernel, have a correlation of 1 / 256."""
-  attention = initial(name)["decoder"]["segment_0"]["block_0"]["self_attention"]
+  attention = initial(name)["stack"]["segment_0"]["block_0"]["self_attention"]
   kernels = [attention[which]["kernel"].reshape(DEPTH, -1) for which in ("query", "key", "value")]
   correlations = np.corrcoef(np.concatenate(kernels))
   assert np.abs(correlations - np.eye(len(correlations))).max() < 0.02
@@ -353,7 +361,7 @@ def test_each_init_group_draws_its_own_projections():
   )
   model = language_model(record, activation="swiglu")
   params = jax.jit(model.init)(jax.random.key(0), TOKENS)["params"]
-  block = params["decoder"]["segment_0"]["block_0"]
+  block = params["stack"]["segment_0"]["block_0"]
   projections = dict(query="qk", key="qk", value="v", out="out", wi="wi", wi_gate="wi", wo="wo")
   for name, group in projections.items():
     projection = (block["self_attention"] | block["ffn"])[name]
@@ -483,7 +491,7 @@ def forward_and_backward(module, record):
   """Stream and gradients of a fixed function of it, jitted as one."""
 
   def loss(params, x):
-    y, _ = module.apply({"params": params}, x, record)
+    y, *_ = module.apply({"params": params}, x, record)
     return jnp.sum(jnp.sin(y)), y
 
   grad = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
@@ -653,7 +661,7 @@ def test_layers_drop_differently(unroll):
   rngs = {"dropout": jax.random.key(0)}
   x = jnp.zeros_like(STREAM)
   run = jax.jit(lambda: module.apply({"params": params}, x, bare, deterministic=False, rngs=rngs))
-  y, _ = run()
+  y, *_ = run()
   # 2 [kept in the first] + 6 [kept in the second]: all four cases occur, each in about a quarter.
   values, counts = np.unique(np.asarray(y), return_counts=True)
   np.testing.assert_array_equal(values, [0.0, 2.0, 6.0, 8.0])
@@ -691,7 +699,7 @@ def test_bfloat16_is_near_float32(name):
   record = records.as_arrays(record)
   module = stack(dtype=jnp.bfloat16)
   params = reference.random_params(module, STREAM, record)
-  rounded, _ = jax.jit(module.apply)({"params": params}, STREAM.astype(jnp.bfloat16), record)
+  rounded, *_ = jax.jit(module.apply)({"params": params}, STREAM.astype(jnp.bfloat16), record)
   exact = reference.stack(params, STREAM, layers, final_norm=final_norm)
   error = np.asarray(rounded, np.float32) - exact
   assert np.sqrt(np.mean(error**2)) < 0.03 * exact.std()
@@ -714,6 +722,6 @@ def test_context_reaches_every_layer():
   params = reference.random_params(stack(), STREAM, record)
   ids = jnp.arange(8)[None] * jnp.ones((2, 1), jnp.int32)
   apply = jax.jit(stack().apply)
-  apart, _ = apply({"params": params}, STREAM, record, Context(segment_ids=(ids, ids)))
-  alone, _ = apply({"params": params}, STREAM.reshape(16, 1, WIDTH), record)
+  apart, *_ = apply({"params": params}, STREAM, record, Context(segment_ids=(ids, ids)))
+  alone, *_ = apply({"params": params}, STREAM.reshape(16, 1, WIDTH), record)
   np.testing.assert_allclose(apart, alone.reshape(apart.shape), rtol=0, atol=1e-5)  # float32

@@ -1,0 +1,69 @@
+"""Images as sequences of patches."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from magneto_jax.layers.initializers import DenseInit
+
+
+class PatchEmbedding(nn.Module):
+  """Cuts images into patches of p x p pixels, projects each, and puts a class token before them.
+
+  Attributes:
+    width: D.
+    patch_size: p.
+    init: init functions of the projection.
+    class_token: whether there is a class token.
+    mask_token: whether patches can be masked.
+    dtype: of the computation; parameters are float32.
+
+  Reference: An Image is Worth 16x16 Words, arXiv 2010.11929, section 3.1; BEiT, arXiv 2106.08254,
+  section 2.3 (the mask token).
+  """
+
+  width: int
+  patch_size: int
+  init: DenseInit = DenseInit()
+  class_token: bool = True
+  mask_token: bool = True
+  dtype: jnp.dtype | None = None
+
+  @nn.compact
+  def __call__(self, images_BHWC: jax.Array, masked_BP: jax.Array | None = None) -> jax.Array:
+    """Embeds images.
+
+    Args:
+      images_BHWC: pixels; height and width are multiples of p.
+      masked_BP: True where a patch, of those read row by row, is replaced by the mask token.
+
+    Returns:
+      [B, 1 + P, D] with P = HW / p^2 patches; [B, P, D] without a class token.
+    """
+    batch, height, width, channels = images_BHWC.shape
+    p = self.patch_size
+    if height % p or width % p:
+      raise ValueError(f"images of {height} x {width} pixels are not whole patches of {p} x {p}")
+    x_BHWD = nn.Conv(
+      self.width,
+      (p, p),
+      strides=(p, p),
+      padding="VALID",
+      kernel_init=self.init.kernel,
+      bias_init=self.init.bias(p * p * channels),
+      dtype=self.dtype,
+      name="projection",
+    )(images_BHWC)
+    x_BPD = x_BHWD.reshape(batch, -1, self.width)
+    if self.mask_token:
+      token_D = self.param("mask_token", nn.initializers.zeros, (self.width,))
+      if masked_BP is not None:
+        token = token_D.astype(x_BPD.dtype).reshape(1, 1, -1)
+        x_BPD = jnp.where(jnp.asarray(masked_BP, bool)[..., None], token, x_BPD)
+    elif masked_BP is not None:
+      raise ValueError("masked patches need mask_token=True")
+    if self.class_token:
+      token_D = self.param("class_token", nn.initializers.zeros, (self.width,))
+      first_B1D = jnp.broadcast_to(token_D.astype(x_BPD.dtype), (batch, 1, self.width))
+      x_BPD = jnp.concatenate([first_B1D, x_BPD], axis=1)
+    return x_BPD

@@ -1,0 +1,235 @@
+"""What every model made of a recipe's stack shares: sizes, the front end, masks, the stack."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from magneto_jax.kernels import RelativeBias
+from magneto_jax.layers import positions as position_layers
+from magneto_jax.layers.attention import Attention
+from magneto_jax.layers.feed_forward import FeedForward
+from magneto_jax.layers.initializers import kernel_init
+from magneto_jax.layers.norms import norm_factory
+from magneto_jax.models.transformer import Block, Caches, Context, Stack, StackOutput
+from magneto_jax.theory import records
+
+
+class Backbone(nn.Module, kw_only=True):
+  """The sizes and choices of one stack; `CausalLM` and `Encoder` add what goes in and comes out.
+
+  Attributes:
+    recipe: the stack's record, e.g. `RECIPES["magneto"](architecture).decoder`; its numbers are
+      floats or tuples, as modules must be hashable.
+    width: D; num_heads: N; ffn_width: F.
+    num_kv_heads: K, a divisor of N; N by default.
+    head_dim: H; D / N by default.
+    activation: of the feed-forward network.
+    positions: `learned`, `sinusoidal`, `rotary`, `xpos` or `none`.
+    max_length: how many positions the learned table holds.
+    position_offset: the row (or the angle) of position 0; torchscale's learned positions and
+      fairseq's of both kinds start at 2.
+    xpos_scale_base: see `layers.xpos`.
+    relative_buckets: rows of the table of relative position biases that all layers share, as in
+      T5; 0 for no such bias.
+    relative_max_distance: from which on all distances share a row.
+    relative_bidirectional: whether keys ahead have rows of their own; None: unless causal.
+    relative_cross: whether cross-attention has such a table too.
+    window, logits_soft_cap: of the self-attention; see `Attention`.
+    dropout_rate: of the embedding and of every branch.
+    attention_dropout_rate: of the attention probabilities.
+    activation_dropout_rate: of the feed-forward network's hidden layer.
+    drop_path_rate, remat, unroll: see `Stack`.
+    norm_epsilon: added to the variance in every norm.
+    dtype: of the computation; parameters, norm statistics and logits are float32.
+    attention_implementation: see `kernels.dot_product_attention`.
+  """
+
+  recipe: records.Stack
+  width: int
+  num_heads: int
+  ffn_width: int
+  num_kv_heads: int | None = None
+  head_dim: int | None = None
+  activation: str = "gelu"
+  positions: str = "sinusoidal"
+  max_length: int = 1024
+  position_offset: int = 0
+  xpos_scale_base: float = 512.0
+  relative_buckets: int = 0
+  relative_max_distance: int = 128
+  relative_bidirectional: bool | None = None
+  relative_cross: bool = False
+  window: tuple[int | None, int | None] | None = None
+  logits_soft_cap: float | None = None
+  dropout_rate: float = 0.0
+  attention_dropout_rate: float = 0.0
+  activation_dropout_rate: float = 0.0
+  drop_path_rate: float = 0.0
+  remat: str = "none"
+  unroll: int = 1
+  norm_epsilon: float = 1e-5
+  dtype: jnp.dtype = jnp.float32
+  attention_implementation: str | None = None
+
+  @property
+  def longest(self) -> int | None:
+    """How many tokens the model can read at most; None where there is no bound."""
+    return self.max_length if self.positions == "learned" else None
+
+  def _check_length(self, length: int):
+    """Raises if the learned table is too short: a look-up outside it would be NaN."""
+    if self.longest is not None and length > self.longest:
+      raise ValueError(f"{length} positions do not fit the learned table of {self.max_length=}")
+
+  def _checked(self, recipe: records.Stack | None) -> records.Stack:
+    """The record to run, if it has the parameters of the model's own."""
+    recipe = self.recipe if recipe is None else recipe
+    for record in (self.recipe, recipe):
+      if not isinstance(record, records.Stack):
+        raise TypeError(f"recipe must be a Stack, as `Recipe.decoder` is, not {record!r:.60}")
+      if record.width not in (None, self.width):
+        raise ValueError(f"recipe is for width {record.width}, the model has {self.width=}")
+    own, other = (jax.tree.structure(records.as_arrays(r)) for r in (self.recipe, recipe))
+    if own != other:
+      raise ValueError(
+        "the recipe given to the call is of another structure than the model's: only numbers may"
+        " differ; for other norms, learned scales, inits or depths build another model"
+      )
+    return recipe
+
+  def _start(
+    self, x_BTD, positions_BT, recipe: records.Stack, norm, mask_BT=None, *, deterministic
+  ) -> jax.Array:
+    """The stream's start: embeddings with positions, then norm, dropout and, if given, a mask."""
+    if self.positions not in position_layers.KINDS:
+      raise ValueError(f"{self.positions=} must be one of {', '.join(position_layers.KINDS)}")
+    if self.positions in ("sinusoidal", "learned"):
+      rows_BT = jnp.maximum(positions_BT, 0) + self.position_offset
+      if self.positions == "sinusoidal":
+        encoding_BTD = position_layers.sinusoidal(rows_BT, self.width)
+      else:
+        table = nn.Embed(
+          self.max_length + self.position_offset,
+          self.width,
+          embedding_init=kernel_init(recipe.embedding.positions),
+          name="position_embedding",
+        )
+        encoding_BTD = table(rows_BT)
+      x_BTD += jnp.where(positions_BT[..., None] < 0, 0.0, encoding_BTD)
+    x_BTD = x_BTD.astype(self.dtype)
+    if recipe.embedding.norm:
+      x_BTD = norm(name="embedding_norm")(x_BTD)
+    x_BTD = nn.Dropout(self.dropout_rate)(x_BTD, deterministic=deterministic)
+    return x_BTD if mask_BT is None else jnp.where(mask_BT[..., None], x_BTD, 0)
+
+  def _relative_bias(self, init: records.Init, name: str, *, is_causal: bool):
+    """T5's bias from a table of this model; None if it has none."""
+    if not self.relative_buckets:
+      return None
+    both = self.relative_bidirectional
+    return RelativeBias(
+      self.param(name, kernel_init(init), (self.relative_buckets, self.num_heads)),
+      bidirectional=not is_causal if both is None else both,
+      max_distance=self.relative_max_distance,
+    )
+
+  def _norm(self, wrap: Callable = lambda factory: factory):
+    return wrap(norm_factory(self.recipe.norm, epsilon=self.norm_epsilon, dtype=self.dtype))
+
+  def _run(
+    self,
+    x_BTD: jax.Array,
+    recipe: records.Stack,
+    context: Context,
+    *,
+    is_causal: bool,
+    wrap: Callable[[Callable], Callable] = lambda factory: factory,
+    caches: Caches | None = None,
+    return_hidden_states: bool = False,
+    deterministic: bool = True,
+  ) -> StackOutput:
+    """The stack; `wrap` turns the factories of projections and norms into multiway ones."""
+    attention = functools.partial(
+      Attention,
+      num_heads=self.num_heads,
+      num_kv_heads=self.num_kv_heads,
+      head_dim=self.head_dim,
+      dense=wrap(nn.DenseGeneral),
+      logits_soft_cap=self.logits_soft_cap,
+      dropout_rate=self.attention_dropout_rate,
+      dtype=self.dtype,
+      implementation=self.attention_implementation,
+    )
+    rotation = position_layers.ROTATIONS.get(self.positions)
+    if self.positions == "xpos":
+      rotation = functools.partial(rotation, scale_base=self.xpos_scale_base)
+    norm = self._norm(wrap)
+    block = functools.partial(
+      Block,
+      attention=functools.partial(
+        attention, is_causal=is_causal, window=self.window, rotation=rotation
+      ),
+      cross_attention=functools.partial(attention, is_cross=True),
+      feed_forward=functools.partial(
+        FeedForward,
+        ffn_width=self.ffn_width,
+        activation=self.activation,
+        dense=wrap(nn.DenseGeneral),
+        dropout_rate=self.activation_dropout_rate,
+        dtype=self.dtype,
+      ),
+      norm=norm,
+      dropout_rate=self.dropout_rate,
+    )
+    relative = recipe.embedding.relative
+    bias = self._relative_bias(relative, "relative_bias", is_causal=is_causal)
+    if bias is not None and context.bias is not None:
+      bias = bias.materialize(x_BTD.shape[1], context.bias.shape[-1]) + context.bias
+    if bias is not None:
+      context = context._replace(bias=bias)
+    if self.relative_cross and records.has_cross_attention(recipe):
+      bias = self._relative_bias(relative, "cross_relative_bias", is_causal=False)
+      context = context._replace(memory_bias=bias)
+    stack = Stack(block, norm, self.drop_path_rate, self.remat, self.unroll, name="stack")
+    return stack(
+      x_BTD,
+      recipe,
+      context,
+      caches=caches,
+      return_hidden_states=return_hidden_states,
+      deterministic=deterministic,
+    )
+
+
+def token_embedding(vocab_size: int, width: int, init: records.Init, **kwargs) -> nn.Embed:
+  """A table of token embeddings, drawn as the record says."""
+  return nn.Embed(vocab_size, width, embedding_init=kernel_init(init), **kwargs)
+
+
+def padding_mask(mask_BT, segment_ids_BT) -> jax.Array | None:
+  """True for tokens: as it is given, or else where the segment ids are positive."""
+  if mask_BT is not None:
+    return jnp.asarray(mask_BT, bool)
+  return None if segment_ids_BT is None else segment_ids_BT > 0
+
+
+def visibility(shape, mask_BT, segment_ids_BT) -> tuple[jax.Array, jax.Array] | None:
+  """Segment ids of queries and of keys; None if every query sees every key.
+
+  Padding is a segment that no query is in: padded tokens are seen by nobody, and without segments
+  of its own see the real ones.
+  """
+  if mask_BT is None:
+    return None
+  ids_BT = jnp.ones(shape, jnp.int32) if segment_ids_BT is None else segment_ids_BT
+  return ids_BT, jnp.where(mask_BT, ids_BT, -1)
+
+
+def positions_of(shape, mask_BT, start=0) -> jax.Array:
+  """Positions of tokens: how many real ones lie before each; -1 for padding."""
+  if mask_BT is None:
+    return jnp.arange(shape[1])[None] + start
+  return jnp.where(mask_BT, jnp.cumsum(mask_BT, axis=1) - 1 + start, -1)

@@ -1,0 +1,108 @@
+"""BEiT-3: one encoder of images, texts and pairs of both."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from magneto_jax.layers.initializers import dense_init, kernel_init
+from magneto_jax.layers.patches import PatchEmbedding
+from magneto_jax.models.backbone import token_embedding
+from magneto_jax.models.encoder import Encoder
+
+
+class BEiT3(nn.Module, kw_only=True):
+  """A multiway encoder of images, texts and pairs: joint attention, an expert a modality.
+
+  Attributes:
+    encoder: with `experts=("vision", "text")`, no vocabulary and `positions="none"`, as each
+      modality has positions of its own here.
+    vocab_size: V of the texts.
+    num_patches: P, patches an image.
+    patch_size: p, pixels on a patch's side.
+    max_text_length: how many tokens a text may have.
+    position_offset: rows of both position tables before position 0; 2 in the released models.
+
+  Reference: BEiT-3 (Image as a Foreign Language), arXiv 2208.10442, section 2.1.
+  """
+
+  encoder: Encoder
+  vocab_size: int
+  num_patches: int
+  patch_size: int = 16
+  max_text_length: int = 1024
+  position_offset: int = 0
+
+  def setup(self):
+    width, embedding = self.encoder.width, self.encoder.recipe.embedding
+    if self.encoder.experts != ("vision", "text") or self.encoder.positions != "none":
+      raise ValueError('BEiT3 needs an encoder with experts=("vision", "text"), positions="none"')
+    self.text_embedding = token_embedding(self.vocab_size, width, embedding.tokens)
+    self.patch_embedding = PatchEmbedding(
+      width, self.patch_size, init=dense_init(embedding.patches), dtype=self.encoder.dtype
+    )
+    rows = {"vision": 1 + self.num_patches, "text": self.max_text_length}
+    self.position_embeddings = {
+      name: nn.Embed(
+        self.position_offset + length, width, embedding_init=kernel_init(embedding.positions)
+      )
+      for name, length in rows.items()
+    }
+
+  def __call__(
+    self,
+    images_BHWC: jax.Array | None = None,
+    tokens_BT: jax.Array | None = None,
+    *,
+    mask_BT: jax.Array | None = None,
+    masked_BP: jax.Array | None = None,
+    **kwargs,
+  ):
+    """Encodes images, texts, or pairs of both.
+
+    Args:
+      images_BHWC: pixels; None for texts alone.
+      tokens_BT: integers in [0, V); None for images alone.
+      mask_BT: True for the text's tokens, False for its padding.
+      masked_BP: True for the patches, read row by row, that the mask token replaces.
+      **kwargs: `attention_mask`, `return_hidden_states`, `deterministic`, `recipe` of `Encoder`.
+
+    Returns:
+      [B, 1 + P + T, D]: the class token, the patches and the text, of those that are there; if
+      asked for, then also the stream.
+    """
+    parts = self.embed(images_BHWC, tokens_BT, masked_BP=masked_BP)
+    if self.is_initializing() and None in (images_BHWC, tokens_BT):
+      raise ValueError("initialise BEiT3 with an image and a text: both have parameters")
+    embeddings, masks = [], []
+    for name, part_BTD in parts.items():
+      batch, length, _ = part_BTD.shape
+      table = self.position_embeddings[name]
+      if length > table.num_embeddings - self.position_offset:
+        raise ValueError(f"{length} positions do not fit the table of {name}, {table.num_embeddings}")
+      embeddings.append(part_BTD + table(jnp.arange(length) + self.position_offset)[None])
+      is_text = name == "text" and mask_BT is not None
+      masks.append(jnp.asarray(mask_BT, bool) if is_text else jnp.ones((batch, length), bool))
+    return self.encoder(
+      embeddings_BTD=jnp.concatenate(embeddings, axis=1),
+      mask_BT=None if mask_BT is None else jnp.concatenate(masks, axis=1),
+      lengths=tuple(parts[n].shape[1] if n in parts else 0 for n in self.encoder.experts),
+      **kwargs,
+    )
+
+  def embed(
+    self,
+    images_BHWC: jax.Array | None = None,
+    tokens_BT: jax.Array | None = None,
+    *,
+    masked_BP: jax.Array | None = None,
+  ) -> dict[str, jax.Array]:
+    """Embeddings [B, T, D] without positions, of `vision` and `text`, those that are there."""
+    parts = {}
+    if images_BHWC is not None:
+      parts["vision"] = self.patch_embedding(images_BHWC, masked_BP)
+    if tokens_BT is not None:
+      scale = self.encoder.recipe.embedding.scale
+      parts["text"] = (self.text_embedding(tokens_BT) * scale).astype(self.encoder.dtype)
+    if not parts:
+      raise ValueError("give images, tokens, or both")
+    return parts
