@@ -35,10 +35,9 @@ class Encoder(Backbone, kw_only=True):
   experts: tuple[str, ...] = ()
 
   def setup(self):
+    init = self._checked(None).embedding.tokens
     if self.vocab_size is not None:
-      self.token_embedding = token_embedding(
-        self.vocab_size, self.width, self.recipe.embedding.tokens
-      )
+      self.token_embedding = token_embedding(self.vocab_size, self.width, init)
 
   @nn.compact
   def __call__(

@@ -66,7 +66,7 @@ class CausalLM(Backbone, kw_only=True):
   tied: bool = True
 
   def setup(self):
-    init = self.recipe.embedding.tokens
+    init = self._checked(None).embedding.tokens
     self.token_embedding = token_embedding(self.vocab_size, self.width, init)
     if not self.tied:
       self.output_embedding = token_embedding(self.vocab_size, self.width, init)
