@@ -28,6 +28,7 @@ LEVELS = {
   "models": 2,
   "tasks": 3,
   "decoding": 3,
+  "convert": 3,
   # What the commands share.
   "cli": 4,
   "runs": 4,

@@ -1,0 +1,1 @@
+"""Checkpoints of other libraries, to and from this one's parameters."""
