@@ -35,7 +35,7 @@ def to_nnx(module: nn.Module, *args, rngs, variables: Mapping[str, Any] | None =
   if variables is None:
     variables = module.init(rngs.params(), *args, **kwargs)
   elif args or kwargs:
-    raise TypeError(f"example inputs {(*args, *kwargs)} beside variables: give one of the two")
+    raise TypeError("example inputs beside variables: give one of the two")
   wrapped = nnx.bridge.ToNNX(module, rngs)
   # Kernels that are annotated with axes (nn.with_partitioning) would ask for a mesh.
   with nnx.use_eager_sharding(False):
