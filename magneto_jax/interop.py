@@ -43,5 +43,5 @@ def to_nnx(module: nn.Module, *args, rngs, variables: Mapping[str, Any] | None =
   if taken := [name for name in attributes if hasattr(nnx.bridge.ToNNX, name)]:
     raise ValueError(f"an NNX module has attributes of its own named {', '.join(taken)}; rename")
   for name, value in attributes.items():
-    setattr(wrapped, name, nnx.data(value))
+    setattr(wrapped, name, value)
   return wrapped
