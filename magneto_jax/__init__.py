@@ -5,7 +5,8 @@ Importing this package is cheap: what reads data sets or checkpoints is imported
 
 import importlib.metadata
 
-from magneto_jax import kernels, layers, models
+from magneto_jax import interop, kernels, layers, models
+from magneto_jax.layers import initializers
 from magneto_jax.models.language import CausalLM
 from magneto_jax.theory.recipes import RECIPES
 from magneto_jax.theory.records import Architecture, Recipe
@@ -17,6 +18,8 @@ __all__ = [
   "Architecture",
   "CausalLM",
   "Recipe",
+  "initializers",
+  "interop",
   "kernels",
   "layers",
   "load",

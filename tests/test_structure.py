@@ -20,6 +20,7 @@ LEVELS = {
   "theory": 0,
   "kernels": 0,
   "layers": 1,
+  "interop": 1,
   "optimizers": 1,
   "checkpoints": 1,
   "data": 1,
@@ -237,7 +238,7 @@ def test_no_text_names_a_machine():
 
 def test_import_is_light():
   """`import magneto_jax` stays quick: what only some users need is imported where it is used."""
-  heavy = ["tensorflow_datasets", "orbax", "tensorflow", "torch", "matplotlib"]
+  heavy = ["tensorflow_datasets", "orbax", "tensorflow", "torch", "matplotlib", "flax.nnx"]
   code = f"import sys, magneto_jax; print([m for m in {heavy} if m in sys.modules])"
   result = subprocess.run(
     [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT

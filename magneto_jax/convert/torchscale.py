@@ -212,9 +212,9 @@ class _Reader:
     if buckets and not self.get("max_rel_pos"):
       raise ConversionError("the configuration must give max_rel_pos: no tensor shows it")
     rows = self.shape(f"{prefix}embed_positions.weight")[0] if has("embed_positions.weight") else 0
-    positions = ("learned",) if rows else (self.config.get("positions_without_table", "none"),)
+    kinds = ["learned"] if rows else []
     if self.has(f"{first}self_attn.xpos.scale") or self.config.get("xpos_rel_pos"):
-      positions += ("xpos",)
+      kinds.append("xpos")
     activation = self.get("activation_fn")
     if activation not in ACTIVATIONS:
       raise ConversionError(f"activation_fn={activation!r} must be one of {', '.join(ACTIVATIONS)}")
@@ -234,7 +234,7 @@ class _Reader:
       "num_heads": architecture.heads,
       "ffn_width": architecture.ffn_width,
       "activation": ACTIVATIONS[activation],
-      "positions": positions[0] if len(positions) == 1 else positions,
+      "positions": tuple(kinds) if len(kinds) > 1 else "".join(kinds) or "none",
       "max_length": rows - OFFSET if rows else 1024,
       "position_offset": OFFSET,
       "xpos_scale_base": float(self.get("xpos_scale_base")),
@@ -411,7 +411,8 @@ def _inputs(model: nn.Module) -> tuple[tuple, dict]:
   return (tokens,), {}
 
 
-def _places(model: nn.Module) -> list[layout.Place]:
+def places(model: nn.Module) -> list[layout.Place]:
+  """Where each tensor of torchscale lies in the model's parameters."""
   args, kwargs = _inputs(model)
   shapes = layout.shapes_of(model, *args, **kwargs)
   return layout.places(shapes, functools.partial(_name, model=_class(model)))
@@ -482,7 +483,7 @@ def read(state_dict, config=None) -> tuple[nn.Module, dict[str, Any], dict[str, 
   model = build(tensors, config or {})
   buffers = _buffers(model, tensors)
   params, rest = layout.read(
-    _places(model), tensors, copies=_copies(model), known=buffers.__contains__
+    places(model), tensors, copies=_copies(model), known=buffers.__contains__
   )
   for name, tensor in rest.items():
     if not np.allclose(tensor, buffers[name], rtol=1e-5):
@@ -496,5 +497,5 @@ def to_torchscale(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, n
   Raises:
     ConversionError: if torchscale has no such model, or no name for one of the parameters.
   """
-  tensors = layout.write(_places(model), variables["params"], copies=_copies(model))
+  tensors = layout.write(places(model), variables["params"], copies=_copies(model))
   return tensors | _buffers(model, tensors)

@@ -113,10 +113,10 @@ class Backbone(nn.Module, kw_only=True):
     self, x_BTD, positions_BT, recipe: records.Stack, norm, mask_BT=None, *, deterministic
   ) -> jax.Array:
     """The stream's start: embeddings with positions, then norm, dropout and, if given, a mask."""
-    rows_BT = jnp.maximum(positions_BT, 0) + self.position_offset
-    encodings = []
+    rows_BT = jnp.maximum(positions_BT + self.position_offset, 0)
     if "sinusoidal" in self._positions:
-      encodings.append(position_layers.sinusoidal(rows_BT, self.width))
+      encoding_BTD = position_layers.sinusoidal(rows_BT, self.width)
+      x_BTD += jnp.where(positions_BT[..., None] < 0, 0.0, encoding_BTD)
     if "learned" in self._positions:
       table = nn.Embed(
         self.max_length + self.position_offset,
@@ -124,9 +124,7 @@ class Backbone(nn.Module, kw_only=True):
         embedding_init=kernel_init(recipe.embedding.positions),
         name="position_embedding",
       )
-      encodings.append(table(rows_BT))
-    for encoding_BTD in encodings:
-      x_BTD += jnp.where(positions_BT[..., None] < 0, 0.0, encoding_BTD)
+      x_BTD += table(rows_BT)
     x_BTD = x_BTD.astype(self.dtype)
     if recipe.embedding.norm:
       x_BTD = norm(name="embedding_norm")(x_BTD)
