@@ -29,6 +29,8 @@ ACTIVATIONS = {
   "relu": "relu",
   "relu_squared": "relu_squared",
 }
+# fairseq's defaults of what the tensors do not show; RoBERTa's embeddings are not scaled.
+DEFAULTS = {"no_scale_embedding": False, "no_token_positional_embeddings": False}
 PREFIXES = {"decoder": "decoder.", "encoder": "encoder.sentence_encoder."}
 
 LAYER = {
@@ -138,11 +140,6 @@ class _Reader:
     if f"{self.first}encoder_attn.q_proj.weight" in tensors:
       raise ConversionError("decoders with cross-attention are not supported")
 
-  @property
-  def legacy(self) -> bool:
-    """Whether the FFN's residual scale has its name of before November 2021."""
-    return f"{self.first}alpha2" in self.tensors
-
   def has(self, name: str) -> bool:
     return self.prefix + name in self.tensors
 
@@ -250,14 +247,19 @@ class _Reader:
     return bool(self.config.get("share_decoder_input_output_embed", same))
 
 
-def build(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> tuple[nn.Module, bool]:
-  """The model that a state dict is of, and whether its scales have their old names."""
+def is_legacy(tensors: Mapping[str, np.ndarray]) -> bool:
+  """Whether the scales of the FFN's residual have their name of before November 2021."""
+  return any(name.endswith(".alpha2") for name in tensors)
+
+
+def build(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> nn.Module:
+  """The model that a state dict is of; `config` has the names of fairseq's arguments."""
   reader = _Reader(tensors, config)
   if reader.kind == "decoder":
     tied = reader.tied("decoder.output_projection.weight")
-    return CausalLM(**reader.fields(), tied=tied), reader.legacy
+    return CausalLM(**reader.fields(), tied=tied)
   tied = reader.tied("encoder.lm_head.weight")
-  return MaskedLM(encoder=Encoder(**reader.fields()), head="dense", tied=tied), reader.legacy
+  return MaskedLM(encoder=Encoder(**reader.fields()), head="dense", tied=tied)
 
 
 def places(model: nn.Module, legacy: bool) -> list[layout.Place]:
@@ -314,9 +316,9 @@ def from_fairseq(
 def read(state_dict, config=None) -> tuple[nn.Module, dict[str, Any], dict[str, np.ndarray]]:
   """`from_fairseq`, and third the known tensors that are no parameters of the model."""
   tensors = dict(state_dict)
-  model, legacy = build(tensors, config or {})
+  model = build(tensors, config or {})
   params, rest = layout.read(
-    places(model, legacy), tensors, copies=_copies(model), known=_is_known
+    places(model, is_legacy(tensors)), tensors, copies=_copies(model), known=_is_known
   )
   return model, {"params": params}, rest
 
