@@ -35,7 +35,11 @@ class Wrapped(nn.Module):
 
 LAYERS = {
   "attention": functools.partial(
-    Attention, 2, head_scale="pre_out_proj", mid_norm=norm_factory("layer_norm"), rotation=rotate_both
+    Attention,
+    2,
+    head_scale="pre_out_proj",
+    mid_norm=norm_factory("layer_norm"),
+    rotation=rotate_both,
   ),
   "feed_forward": functools.partial(FeedForward, 16, "swiglu", mid_norm=norm_factory("rms_norm")),
   "residual": Wrapped,
