@@ -13,7 +13,7 @@ class PatchEmbedding(nn.Module):
   Attributes:
     width: D.
     patch_size: p.
-    init: init functions of the projection.
+    projection_init: init functions of the projection.
     class_token: whether there is a class token.
     mask_token: whether patches can be masked.
     dtype: of the computation; parameters are float32.
@@ -24,7 +24,7 @@ class PatchEmbedding(nn.Module):
 
   width: int
   patch_size: int
-  init: DenseInit = DenseInit()
+  projection_init: DenseInit = DenseInit()
   class_token: bool = True
   mask_token: bool = True
   dtype: jnp.dtype | None = None
@@ -49,8 +49,8 @@ class PatchEmbedding(nn.Module):
       (p, p),
       strides=(p, p),
       padding="VALID",
-      kernel_init=self.init.kernel,
-      bias_init=self.init.bias(p * p * channels),
+      kernel_init=self.projection_init.kernel,
+      bias_init=self.projection_init.bias(p * p * channels),
       dtype=self.dtype,
       name="projection",
     )(images_BHWC)

@@ -38,7 +38,10 @@ class BEiT3(nn.Module, kw_only=True):
       raise ValueError('BEiT3 needs an encoder with experts=("vision", "text"), positions="none"')
     self.text_embedding = token_embedding(self.vocab_size, width, embedding.tokens)
     self.patch_embedding = PatchEmbedding(
-      width, self.patch_size, init=dense_init(embedding.patches), dtype=self.encoder.dtype
+      width,
+      self.patch_size,
+      projection_init=dense_init(embedding.patches),
+      dtype=self.encoder.dtype,
     )
     rows = {"vision": 1 + self.num_patches, "text": self.max_text_length}
     self.position_embeddings = {
@@ -78,7 +81,9 @@ class BEiT3(nn.Module, kw_only=True):
       batch, length, _ = part_BTD.shape
       table = self.position_embeddings[name]
       if length > table.num_embeddings - self.position_offset:
-        raise ValueError(f"{length} positions do not fit the table of {name}, {table.num_embeddings}")
+        raise ValueError(
+          f"{length} positions do not fit the table of {name}, {table.num_embeddings}"
+        )
       embeddings.append(part_BTD + table(jnp.arange(length) + self.position_offset)[None])
       is_text = name == "text" and mask_BT is not None
       masks.append(jnp.asarray(mask_BT, bool) if is_text else jnp.ones((batch, length), bool))

@@ -41,7 +41,7 @@ class VisionEncoder(nn.Module, kw_only=True):
     patches = PatchEmbedding(
       self.encoder.width,
       self.patch_size,
-      init=dense_init(self.encoder.recipe.embedding.patches),
+      projection_init=dense_init(self.encoder.recipe.embedding.patches),
       class_token=self.class_token,
       mask_token=self.mask_token,
       dtype=self.encoder.dtype,

@@ -1,5 +1,6 @@
 """Multi-head attention: its formula, grouped heads, head scales, masks, cache and dropout."""
 
+import functools
 import math
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from magneto_jax.kernels import RelativeBias
 from magneto_jax.layers.attention import Attention, KVCache
 from magneto_jax.layers.initializers import DenseInit
 from magneto_jax.layers.norms import norm_factory
@@ -28,7 +30,7 @@ def attend(layer, params, x=X, **inputs):
 
 
 def reference_attention(params, x, *, visible=None, head_scale=None, mid_norm=False):
-  outputs = reference.heads(params, x, visible)
+  outputs = reference.heads(params, x, visible=visible)
   if head_scale == "pre_out_proj":
     outputs = outputs * np.repeat(params["head_scale"], outputs.shape[-1] // N)
   if mid_norm:
@@ -100,6 +102,119 @@ def test_inits_read_flattened_fans():
     "out": (24, D),
     "out bias": 24,
   }
+
+
+# ---------------------------------------------------------------------------------------------
+# Memory, norms of queries and keys, biases
+# ---------------------------------------------------------------------------------------------
+
+MEMORY = np.random.default_rng(1).standard_normal((B, 5, D)).astype(np.float32)
+
+
+def test_cross_attention_is_its_formula():
+  """float64, 1e-12: queries of x, keys and values of the memory, all of which every query sees."""
+  visible = np.array([[1, 1, 1, 0, 1], [0, 1, 1, 1, 1]], bool)
+  ids = (np.ones((B, T), int), visible.astype(int))
+  x, memory = X.astype(np.float64), MEMORY.astype(np.float64)
+  with jax.enable_x64(True):
+    norm = norm_factory("layer_norm", dtype=jnp.float64)
+    layer = Attention(N, is_cross=True, mid_norm=norm, dtype=jnp.float64)
+    params = reference.random_params(layer, x, memory, dtype=np.float64)
+    run = jax.jit(layer.apply)
+    y, _ = run({"params": params}, x, memory)
+    masked, _ = run({"params": params}, x, memory, segment_ids=ids)
+
+  def expected(visible):
+    outputs = reference.heads(params, x, memory, visible=visible)
+    return reference.dense(params["out"], reference.layer_norm(params["mid_norm"], outputs))
+
+  np.testing.assert_allclose(y, expected(np.ones((T, 5), bool)), rtol=0, atol=1e-12)
+  np.testing.assert_allclose(masked, expected(visible[:, None, None]), rtol=0, atol=1e-12)
+
+
+def test_cross_attentions_cache_is_filled_once_and_filled_anew():
+  """Without a memory a call reads the cache; with one it replaces what the cache held."""
+  layer = Attention(N, num_kv_heads=2, is_cross=True)
+  params = reference.random_params(layer, X, MEMORY)
+  run = jax.jit(layer.apply)
+  cache = KVCache.empty(B, 5, 2, D // N, dtype=jnp.float32)
+  for memory in (MEMORY, MEMORY[::-1]):
+    expected, none = run({"params": params}, X, memory)
+    assert none is None
+    y, cache = run({"params": params}, X, memory, cache=cache)
+    again, after = run({"params": params}, X, cache=cache)
+    for result in (y, again):
+      np.testing.assert_allclose(result, expected, rtol=0, atol=1e-5)  # float32
+    np.testing.assert_array_equal(after.k_LBKSH, cache.k_LBKSH)
+
+
+@pytest.mark.parametrize("scope", ("head", "width"))
+@pytest.mark.parametrize("kind", ("layer_norm", "rms_norm"))
+def test_qk_norm_is_before_the_rotation_in_float64(kind, scope):
+  """Each head by itself, or all heads of a token; 1e-12."""
+  norm = functools.partial(getattr(reference, kind))
+  scoped = {"head": reference.each_head, "width": reference.all_heads}[scope](norm)
+  x = X.astype(np.float64)
+  with jax.enable_x64(True):
+    layer = Attention(
+      N,
+      qk_norm=norm_factory(kind, dtype=jnp.float64),
+      qk_norm_scope=scope,
+      is_causal=True,
+      rotation=ROTATIONS["xpos"],
+      dtype=jnp.float64,
+    )
+    params = params_of(layer, dtype=np.float64)
+    y = attend(layer, params, x)
+  size = D // N if scope == "head" else D
+  assert params["query_norm"]["scale"].shape == params["key_norm"]["scale"].shape == (size,)
+  outputs = reference.heads(params, x, qk_norm=scoped, turn=reference.torchscale_xpos)
+  np.testing.assert_allclose(y, reference.dense(params["out"], outputs), rtol=0, atol=1e-12)
+
+
+def test_keys_norm_with_fewer_heads_has_its_own_width():
+  layer = Attention(N, num_kv_heads=2, qk_norm=norm_factory("rms_norm"), qk_norm_scope="width")
+  params = params_of(layer)
+  assert params["query_norm"]["scale"].shape == (D,)
+  assert params["key_norm"]["scale"].shape == (D // 2,)
+
+
+def test_bias_is_added_to_the_logits():
+  """As an array, where -inf forbids; and as T5's, where q_offset moves the queries."""
+  bias = np.random.default_rng(2).standard_normal((B, N, T, T)).astype(np.float32)
+  forbidden = np.random.default_rng(3).random((1, 1, T, T)) < 0.4
+  table = np.random.default_rng(4).standard_normal((8, N)).astype(np.float32)
+  layer = Attention(N)
+  params = params_of(layer)
+  for given, offset, expected, visible in (
+    (np.where(forbidden, -np.inf, bias), 0, bias, ~forbidden | np.eye(T, dtype=bool)),
+    (
+      RelativeBias(table, max_distance=10),
+      0,
+      reference.t5_bias(table, T, T, max_distance=10),
+      None,
+    ),
+    (
+      RelativeBias(table, max_distance=10),
+      3,
+      reference.t5_bias(table, T + 3, T, max_distance=10)[:, :, 3:],
+      None,
+    ),
+  ):
+    if visible is not None:
+      given = np.where(np.eye(T, dtype=bool), bias, given)
+    y = attend(layer, params, bias=given, q_offset=offset)
+    seen = np.ones((T, T), bool) if visible is None else visible
+    outputs = reference.heads(params, X, visible=seen, bias=expected)
+    np.testing.assert_allclose(y, reference.dense(params["out"], outputs), rtol=0, atol=1e-5)
+
+
+def test_causality_reads_the_offset():
+  """With 3 positions before x, query t sees the keys up to t + 3."""
+  layer = Attention(N, is_causal=True)
+  params = params_of(layer)
+  expected = reference_attention(params, X, visible=np.tri(T, k=3, dtype=bool))
+  np.testing.assert_allclose(attend(layer, params, q_offset=3), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kv_heads", (1, 2))
@@ -245,8 +360,18 @@ def test_projections_may_go_without_bias():
       {"num_heads": 3, "head_dim": 4, "head_scale": "post_out_proj_contiguous"},
       "num_heads=3 must divide width=16 for 'post_out_proj_contiguous'",
     ),
+    ({"num_heads": 4, "qk_norm_scope": "token"}, "qk_norm_scope='token' must be one of head, wid"),
+    ({"num_heads": 4, "is_cross": True, "is_causal": True}, "is_cross goes with neither"),
+    ({"num_heads": 4, "is_cross": True, "rotation": ROTATIONS["xpos"]}, "is_cross goes with nei"),
+    ({"num_heads": 4, "is_cross": True}, "needs a memory, or a cache that holds one"),
   ),
 )
 def test_wrong_options_raise(options, message):
   with pytest.raises(ValueError, match=message):
     jax.eval_shape(Attention(**options).init, jax.random.key(0), X)
+
+
+def test_a_memory_without_cross_attention_raises():
+  """Else it would go unread."""
+  with pytest.raises(ValueError, match="a memory needs is_cross=True"):
+    jax.eval_shape(Attention(N).init, jax.random.key(0), X, MEMORY)

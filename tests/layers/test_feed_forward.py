@@ -28,6 +28,7 @@ FORMULAE = {
   "gelu": lambda h, g: reference.gelu(h),
   "gelu_tanh": lambda h, g: gelu_tanh(h),
   "relu": lambda h, g: np.maximum(h, 0),
+  "silu": lambda h, g: silu(h),
   "relu_squared": lambda h, g: np.maximum(h, 0) ** 2,
   "swiglu": lambda h, g: silu(g) * h,
 }

@@ -2,11 +2,13 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from magneto_jax.layers.positions import rotary, sinusoidal
+from magneto_jax.layers.positions import KINDS, ROTATIONS, rotary, sinusoidal, xpos
+from tests import reference
 
 X = np.random.default_rng(0).standard_normal((2, 5, 3, 8)).astype(np.float32)
 POSITIONS = np.array([[0, 1, 2, 3, 4], [7, 9, 2, 100, 1000]])
@@ -69,3 +71,84 @@ def test_positions_broadcast_over_the_batch():
 def test_odd_head_width_raises():
   with pytest.raises(ValueError, match="head_dim=7 must be even"):
     rotary(X[..., :7], POSITIONS)
+
+
+# ---------------------------------------------------------------------------------------------
+# xPos
+# ---------------------------------------------------------------------------------------------
+
+
+def scores(q_BTNH, k_BSNH):
+  return np.einsum("btnh,bsnh->bnts", q_BTNH, k_BSNH)
+
+
+@pytest.mark.parametrize("base", (512.0, 4.0))
+def test_xpos_scores_are_torchscales(base):
+  """float64, 1e-12: it centres the positions of a call, which cancels in the scores."""
+  q, k = X.astype(np.float64), X[::-1].astype(np.float64)
+  with jax.enable_x64(True):
+    ours = scores(*xpos(q, k, np.arange(5)[None], scale_base=base))
+  theirs = reference.torchscale_xpos(q.swapaxes(1, 2), k.swapaxes(1, 2), base)
+  expected = theirs[0] @ theirs[1].swapaxes(-1, -2)
+  np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-12)
+
+
+def test_xpos_is_its_formula():
+  """(x_2i + j x_2i+1) exp(j p f_i) zeta_i^(p / base), the key's scale inverted; float32."""
+  i = np.arange(4)
+  p = POSITIONS[..., None, None] % 100
+  zeta = (2 * i + 0.4 * 8) / (1.4 * 8)
+  turn, scale = np.exp(1j * p * 10_000.0 ** (-2 * i / 8)), zeta ** (p / 512)
+  for turned, factor in zip(xpos(X, X, POSITIONS % 100), (scale, 1 / scale), strict=True):
+    expected = (X[..., 0::2] + 1j * X[..., 1::2]) * turn * factor
+    np.testing.assert_allclose(turned[..., 0::2], expected.real, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(turned[..., 1::2], expected.imag, rtol=0, atol=1e-4)
+
+
+def test_xpos_scores_depend_on_relative_positions_only():
+  positions = np.array([[0, 1, 2, 3, 4], [7, 9, 2, 30, 11]])
+  score = lambda shift: scores(*xpos(X, X[::-1], positions + shift))
+  np.testing.assert_allclose(score(13), score(0), rtol=0, atol=1e-4)  # float32
+  one_sided = scores(xpos(X, X, positions + 13)[0], xpos(X, X[::-1], positions)[1])
+  assert np.abs(one_sided - score(0)).max() > 0.1
+
+
+def test_xpos_scores_decay_with_the_distance():
+  """Of one vector with itself, far apart: they fall, the faster the smaller the base."""
+  ones, positions = np.ones((1, 64, 1, 8), np.float32), np.arange(64)[None]
+
+  def share(base):
+    q, k = xpos(ones, ones, positions, scale_base=base)
+    plain = scores(*ROTATIONS["rotary"](ones, ones, positions))[0, 0, :, 0]
+    return np.abs(scores(q, k)[0, 0, 32:, 0]).mean() / np.abs(plain[32:]).mean()
+
+  assert share(16.0) < share(64.0) < share(512.0) < 1.0
+
+
+def test_xpos_is_finite_as_far_as_it_says():
+  """About 70 times the base, in float32; zeta is smallest, 2 / 7, in the first pair."""
+  q, k = xpos(X, X, np.full((1, 5), 69 * 512))
+  assert np.isfinite(q).all() and np.isfinite(k).all()
+
+
+@pytest.mark.parametrize("kind", ROTATIONS)
+def test_rotations_keep_dtype_position_zero_and_each_head(kind):
+  rotate = ROTATIONS[kind]
+  for turned in rotate(X, X, np.zeros((1, 5), int)):
+    np.testing.assert_array_equal(turned, X)
+  q, k = rotate(X.astype(jnp.bfloat16), X[:, :, :1].astype(jnp.bfloat16), POSITIONS)
+  assert q.dtype == k.dtype == jnp.bfloat16
+  assert (q.shape, k.shape) == (X.shape, X[:, :, :1].shape)
+  wide = rotate(*(x.astype(jnp.bfloat16).astype(np.float32) for x in (X, X[:, :, :1])), POSITIONS)
+  for rounded, exact in zip((q, k), wide, strict=True):
+    np.testing.assert_allclose(rounded.astype(np.float32), exact, rtol=2**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ROTATIONS)
+def test_rotations_of_odd_heads_raise(kind):
+  with pytest.raises(ValueError, match="head_dim=7 must be even"):
+    ROTATIONS[kind](X[..., :7], X[..., :7], POSITIONS)
+
+
+def test_rotations_are_kinds_of_positions():
+  assert set(ROTATIONS) < set(KINDS)

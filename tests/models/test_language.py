@@ -26,9 +26,8 @@ def decoder(name="magneto", layers=2):
 
 def language_model(name="magneto", **options) -> CausalLM:
   record = name if not isinstance(name, str) else decoder(name)
-  return CausalLM(
-    recipe=record, vocab_size=VOCAB, width=WIDTH, num_heads=HEADS, ffn_width=FFN, **options
-  )
+  sizes = dict(vocab_size=VOCAB, width=WIDTH, num_heads=HEADS, ffn_width=FFN)
+  return CausalLM(recipe=record, **sizes | options)
 
 
 def several_segments(*patterns):
@@ -218,7 +217,7 @@ def test_tokens_decoded_without_ids_join_segment_1():
   logits, state = apply(TOKENS[:, 4:], state=state)
   expected = score(model, params, TOKENS[:1, 2:])
   np.testing.assert_allclose(logits[:1], expected[:, 2:], rtol=0, atol=1e-5)  # float32
-  np.testing.assert_array_equal(state.segment_ids_BS, [[0, 0] + [1] * 6, [1] * 8])
+  np.testing.assert_array_equal(state.segment_ids_BS, [[-1, -1] + [1] * 6, [1] * 8])
 
 
 @pytest.mark.parametrize("dtype", (np.int8, np.int64))
@@ -430,7 +429,7 @@ def test_a_recipe_for_another_width_raises():
 def test_an_encoder_decoders_record_raises():
   architecture = Architecture("encoder_decoder", 2, 2, WIDTH, FFN, HEADS)
   model = language_model(RECIPES["magneto"](architecture).decoder)
-  with pytest.raises(ValueError, match="this block has no cross-attention"):
+  with pytest.raises(ValueError, match="this recipe has cross-attention: give memory_BSD"):
     jax.eval_shape(model.init, jax.random.key(0), TOKENS)
 
 

@@ -36,13 +36,15 @@ def language_model(recipe, **options) -> CausalLM:
   )
 
 
-def stack(*, dtype=jnp.float32, dropout_rate=0.0, **options) -> Stack:
+def stack(*, dtype=jnp.float32, dropout_rate=0.0, norm="layer_norm", **options) -> Stack:
   """A causal stack, without embedding or output."""
-  norm = norm_factory("layer_norm", dtype=dtype)
+  norm = norm_factory(norm, dtype=dtype)
   attention = functools.partial(Attention, num_heads=HEADS, is_causal=True, dtype=dtype)
   feed_forward = functools.partial(FeedForward, ffn_width=FFN, dtype=dtype)
   return Stack(
-    functools.partial(Block, attention, feed_forward, norm, dropout_rate), norm, **options
+    functools.partial(Block, attention, feed_forward, norm=norm, dropout_rate=dropout_rate),
+    norm,
+    **options,
   )
 
 
@@ -98,7 +100,9 @@ PAPERS = {
     reference.layer_norm,
   ),
   "sandwich_ln": (decoder("sandwich_ln"), [(reference.sandwich_ln,)], reference.layer_norm),
+  "peri_ln": (decoder("peri_ln"), [(reference.sandwich_ln,)], reference.layer_norm),
   "out_norm": (decoder("out_norm"), [(reference.out_norm,)], reference.layer_norm),
+  "olmo2": (decoder("olmo2"), [(reference.olmo2,)], reference.rms_norm),
   "layernorm_scaling": (
     decoder("layernorm_scaling", 3),
     [(reference.layernorm_scaling,)],
@@ -112,6 +116,26 @@ PAPERS = {
   "normformer with residual scale": (
     decoder("normformer", residual_scale="vector"),
     [(reference.normformer_residual_scale,)],
+    reference.layer_norm,
+  ),
+  "normformer with a number on the residual": (
+    decoder("normformer", residual_scale="scalar"),
+    [(reference.normformer_residual_scale,)],
+    reference.layer_norm,
+  ),
+  "normformer, masked language model": (
+    decoder(
+      "normformer",
+      head_scale=None,
+      residual_scale="vector",
+      attention_residual_scale="vector",
+    ),
+    [(reference.normformer_two_residual_scales,)],
+    reference.layer_norm,
+  ),
+  "pre_ln with QK-norm": (
+    records.with_qk_norm(decoder("pre_ln"), "head"),
+    [(reference.pre_ln_qk_norm,)],
     reference.layer_norm,
   ),
   "normformer, fairseq": (
@@ -157,10 +181,16 @@ def main_and_slow(table):
 
 
 def expected_logits(name, params):
-  """The paper's; torchscale does not scale its tokens unless told to."""
+  """The paper's; torchscale, unless told to, and OLMo 2 do not scale their tokens."""
   _, layers, final_norm = PAPERS[name]
-  scale = 1.0 if "torchscale" in name else math.sqrt(WIDTH)
-  return reference.causal_lm(params, TOKENS, layers, final_norm=final_norm, scale=scale)
+  return reference.causal_lm(
+    params,
+    TOKENS,
+    layers,
+    final_norm=final_norm,
+    scale=1.0 if "torchscale" in name or name == "olmo2" else math.sqrt(WIDTH),
+    embedding_norm=reference.layer_norm if name == "peri_ln" else None,
+  )
 
 
 @pytest.mark.parametrize("name", PAPERS)
@@ -193,7 +223,8 @@ def test_model_is_its_papers_in_float32(name):
 
 def test_the_references_differ_from_each_other():
   """Else agreeing with one of them would say nothing: each moves the stream by more than 0.1."""
-  record = decoder("normformer", residual_scale="vector")
+  record = decoder("normformer", residual_scale="vector", attention_residual_scale="vector")
+  record = records.with_qk_norm(record, "width")
   everything = replace_layer(
     record,
     self_attention={"norms": frozenset(records.SITES), "branch": Scale(0.5, "vector")},
@@ -219,6 +250,8 @@ def test_the_references_differ_from_each_other():
       reference.depth_mup,
       reference.completep,
       reference.keel,
+      reference.olmo2,
+      reference.normformer_two_residual_scales,
     )
   ]
   for i, first in enumerate(streams):
@@ -262,6 +295,7 @@ LAST = 0.02 / math.sqrt(2 * DEPTH)
 TORCH, TORCH_WO = 1 / math.sqrt(3 * WIDE), 1 / math.sqrt(3 * WIDE_FFN)
 STDS = dict.fromkeys(RECIPES, (SQUARE, SQUARE, SQUARE, TO_FFN, TO_FFN)) | {
   "pre_ln_scaled_init": (0.02, 0.02, LAST, 0.02, LAST),
+  "olmo2": (0.02,) * 5,
   "magneto_torchscale": (TORCH, *3 * (GAMMA * TORCH,), GAMMA * TORCH_WO),
   "deepnet_torchscale": (TORCH, *3 * (BETA * TORCH,), BETA * TORCH_WO),
   "magneto": (SQUARE, GAMMA * SQUARE, GAMMA * SQUARE, GAMMA * TO_FFN, GAMMA * TO_FFN),
@@ -297,8 +331,8 @@ def test_initial_kernels_have_the_papers_deviations(name):
 def test_initial_embeddings_have_the_papers_deviations(name):
   params = initial(name)
   for table in ("token_embedding", "output_embedding"):
-    assert_std(params[table]["embedding"], WIDE**-0.5)
-  positions = 1.0 if "torchscale" in name else WIDE**-0.5
+    assert_std(params[table]["embedding"], 0.02 if name == "olmo2" else WIDE**-0.5)
+  positions = 1.0 if "torchscale" in name else 0.02 if name == "olmo2" else WIDE**-0.5
   assert_std(params["position_embedding"]["embedding"], positions)
 
 
@@ -697,7 +731,7 @@ def test_bfloat16_is_near_float32(name):
   """bfloat16 has 8 bits, 0.4 %; through 2 layers of 2 sublayers an RMS error below 3 %."""
   record, layers, final_norm = PAPERS[name]
   record = records.as_arrays(record)
-  module = stack(dtype=jnp.bfloat16)
+  module = stack(dtype=jnp.bfloat16, norm=record.norm)
   params = reference.random_params(module, STREAM, record)
   rounded, *_ = jax.jit(module.apply)({"params": params}, STREAM.astype(jnp.bfloat16), record)
   exact = reference.stack(params, STREAM, layers, final_norm=final_norm)

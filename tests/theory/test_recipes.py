@@ -1,5 +1,6 @@
 """Recipes as data: the papers' numbers, the records' rules, and how they are read."""
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -47,7 +48,9 @@ SITES = {
   "deepnet_torchscale": (POST, POST, POST, False),
   "pre_ln_scaled_init": (PRE, PRE, PRE, True),
   "sandwich_ln": (PRE | {"out"}, PRE | {"out"}, PRE | {"out"}, True),
+  "peri_ln": (PRE | {"out"}, PRE | {"out"}, PRE | {"out"}, True),
   "out_norm": ({"out"}, {"out"}, {"out"}, True),
+  "olmo2": ({"out"}, {"out"}, {"out"}, True),
   "layernorm_scaling": (PRE, PRE, PRE, True),
   "layer_scale": (PRE, PRE, PRE, True),
   "rezero": (frozenset(), frozenset(), frozenset(), False),
@@ -65,7 +68,8 @@ def test_norm_sites_are_the_papers(name):
     assert layer.self_attention.norms == self_attention
     assert layer.ffn.norms == ffn
     assert stack.final_norm == final_norm
-    assert stack.norm == "layer_norm"
+    assert stack.norm == ("rms_norm" if name == "olmo2" else "layer_norm")
+    assert stack.embedding.norm == (name == "peri_ln")
   assert only_layer(RECIPES[name](BOTH).decoder).cross_attention.norms == cross_attention
 
 
@@ -91,12 +95,35 @@ def test_a_recipe_is_hashable_and_reproducible(name):
   assert RECIPES[name](BOTH) == RECIPES[name](BOTH)
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if "torchscale" not in name])
+OWN_EMBEDDING = ("magneto_torchscale", "deepnet_torchscale", "olmo2")
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name not in OWN_EMBEDDING])
 def test_tokens_and_positions_start_with_unit_variance(name):
   embedding = RECIPES[name](Architecture("decoder", decoder_layers=2, width=256)).decoder.embedding
-  assert embedding.tokens == Init("normal", gain=1 / 16)
-  assert embedding.positions == Init("normal", gain=1 / 16)
+  tables = (embedding.tokens, embedding.positions, embedding.relative)
+  assert tables == (Init("normal", gain=1 / 16),) * 3
   assert embedding.scale == 16.0
+  assert embedding.patches == Init("xavier_normal")
+
+
+def test_embeddings_of_code_are_not_scaled():
+  """torchscale: tokens N(0, 1/D), positions and relative biases N(0, 1); OLMo 2: all 0.02."""
+  architecture, table = (
+    Architecture("encoder", 2, width=256),
+    lambda gain: Init("normal", gain=gain),
+  )
+  for name, tokens, positions in (
+    ("magneto_torchscale", 1 / 16, 1.0),
+    ("deepnet_torchscale", 1 / 16, 1.0),
+    ("olmo2", 0.02, 0.02),
+  ):
+    embedding = RECIPES[name](architecture).encoder.embedding
+    assert embedding.tokens == table(tokens)
+    assert embedding.positions == embedding.relative == table(positions)
+    assert embedding.scale == 1.0
+    if "torchscale" in name:
+      assert embedding.patches == Init("torch_uniform", bias="torch_uniform")
 
 
 TESTDATA = pathlib.Path(__file__).resolve().parents[1] / "testdata"
@@ -244,10 +271,69 @@ def test_normformer_learns_head_scales_outside_cross_attention():
   assert layer.ffn.skip == Scale(1.0)
 
 
-def test_normformer_residual_scale_is_a_vector_on_the_ffn_alone():
-  layer = only_layer(recipes.normformer(DECODER, residual_scale=True).decoder)
-  assert layer.ffn.skip == Scale(1.0, "vector")
-  assert layer.self_attention.skip == Scale(1.0)
+@pytest.mark.parametrize("learned", (None, "vector", "scalar"))
+def test_normformer_residual_scales_are_each_on_its_own_sublayer(learned):
+  """lambda on the FFN, mu on self-attention; cross-attention has neither."""
+  for option, scaled in (
+    ("residual_scale", "ffn"),
+    ("attention_residual_scale", "self_attention"),
+  ):
+    layer = only_layer(recipes.normformer(BOTH, **{option: learned}).decoder)
+    for name, sublayer in layer.sublayers.items():
+      assert sublayer.skip == Scale(1.0, learned if name == scaled else None)
+      assert sublayer.branch == sublayer.in_scale == Scale()
+
+
+@pytest.mark.parametrize("placement", (None, *records.HEAD_SCALES))
+def test_normformer_head_scale_is_where_it_is_asked_for(placement):
+  layer = only_layer(recipes.normformer(BOTH, head_scale=placement).decoder)
+  assert layer.self_attention.head_scale == placement
+  assert layer.cross_attention.head_scale is None
+
+
+@pytest.mark.parametrize("option", ("residual_scale", "attention_residual_scale"))
+def test_normformer_options_are_checked(option):
+  with pytest.raises(ValueError, match="learned='matrix' must be one of None, scalar, vector"):
+    recipes.normformer(DECODER, **{option: "matrix"})
+  with pytest.raises(ValueError, match="head_scale='after' must be one of None, pre_out_proj"):
+    recipes.normformer(DECODER, head_scale="after")
+
+
+def test_peri_ln_is_sandwich_ln_behind_an_embedding_norm():
+  peri, sandwich = (RECIPES[name](BOTH) for name in ("peri_ln", "sandwich_ln"))
+  for stack, other in ((peri.encoder, sandwich.encoder), (peri.decoder, sandwich.decoder)):
+    assert dataclasses.replace(stack.embedding, norm=False) == other.embedding
+    assert stack.embedding.norm and not other.embedding.norm
+    assert dataclasses.replace(stack, embedding=other.embedding) == other
+
+
+def test_olmo2_draws_everything_alike_and_normalises_queries_and_keys():
+  layer = only_layer(RECIPES["olmo2"](BOTH).decoder)
+  for name, sublayer in layer.sublayers.items():
+    groups = ("wi", "wo") if name == "ffn" else ("qk", "v", "out")
+    assert {getattr(sublayer, group) for group in groups} == {Init("normal", gain=0.02)}
+    assert sublayer.skip == sublayer.branch == sublayer.in_scale == Scale()
+  assert layer.self_attention.qk_norm == layer.cross_attention.qk_norm == "width"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_qk_norm_changes_attentions_alone(name):
+  for stack in (RECIPES[name](BOTH).encoder, RECIPES[name](BOTH).decoder):
+    own = only_layer(stack).self_attention.qk_norm
+    changed = records.with_qk_norm(stack, "head")
+    for which, sublayer in only_layer(changed).sublayers.items():
+      assert which == "ffn" or sublayer.qk_norm == "head"
+    assert records.with_qk_norm(changed, own) == stack
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_cross_attention_is_only_in_the_decoder_of_both(name):
+  recipe = RECIPES[name]
+  assert records.has_cross_attention(recipe(BOTH).decoder)
+  for stack in (recipe(BOTH).encoder, recipe(ENCODER).encoder, recipe(DECODER).decoder):
+    assert not records.has_cross_attention(stack)
+  layer = only_layer(recipe(BOTH).decoder)
+  assert list(layer.sublayers) == ["self_attention", "cross_attention", "ffn"]
 
 
 def scales(name, architecture, stack):
@@ -400,7 +486,15 @@ IN_WORDS = {
     "final norm: LN",
   ),
   "sandwich_ln": xavier("x <- x + LN({}(LN(x)))", "final norm: LN"),
+  "peri_ln": (*xavier("x <- x + LN({}(LN(x)))", "embedding norm: LN"), "final norm: LN"),
   "out_norm": xavier("x <- x + LN({}(x))", "final norm: LN"),
+  "olmo2": (
+    "x <- x + RMSNorm(self_attention(x)); RMSNorm of queries and keys (each width)",
+    "  init: qk normal x 0.02, v normal x 0.02, out normal x 0.02",
+    "x <- x + RMSNorm(ffn(x))",
+    "  init: wi normal x 0.02, wo normal x 0.02",
+    "final norm: RMSNorm",
+  ),
   "layernorm_scaling": xavier("x <- x + {}(0.4082..1 LN(x))", "final norm: LN"),
   "layer_scale": xavier("x <- x + learned[0.1] {}(LN(x))", "final norm: LN"),
   "rezero": xavier("x <- x + learned[0] {}(x)", "final norm: none"),

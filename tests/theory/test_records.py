@@ -44,10 +44,11 @@ def test_mapping_numbers_keeps_the_structure(name):
 
 
 def test_mapping_reaches_every_number():
-  """3 scales a sublayer, a gain and a bias gain an init (3 an attention, 2 a ffn), 5 outside."""
+  """3 scales a sublayer, a gain and a bias gain an init (3 an attention, 2 a ffn, 4 the front
+  end's), and the scale of tokens."""
   visited = []
   records.map_numbers(visited.append, RECIPES["deepnet"](BOTH).decoder)
-  assert len(visited) == 2 * (3 + 3 * 2) + (3 + 2 * 2) + 5
+  assert len(visited) == 2 * (3 + 3 * 2) + (3 + 2 * 2) + (4 * 2 + 1)
   assert all(isinstance(value, float) for value in visited)
 
 
@@ -128,6 +129,7 @@ def test_contradictory_architectures_raise(arguments, message):
     (lambda: FeedForward(frozenset({"before"})), "norm site='before'"),
     (lambda: Attention(head_scale="after"), "head_scale='after' must be one of None, pre_out"),
     (lambda: Attention(frozenset({"pre"})), "norm site='pre'"),
+    (lambda: Attention(qk_norm="token"), "qk_norm='token' must be one of None, head, width"),
     (lambda: Init("xavier"), "family='xavier' must be one of xavier_normal"),
     (lambda: Init(bias="ones"), "bias='ones' must be one of zeros, torch_uniform"),
     (lambda: Scale(learned="matrix"), "learned='matrix' must be one of None, scalar, vector"),
