@@ -14,11 +14,8 @@ from flax import linen as nn
 from benchmarks.shapes import Shape
 from magneto_jax import decoding, kernels, training
 from magneto_jax.config import OptimizerConfig
-from magneto_jax.layers.attention import Attention
-from magneto_jax.layers.feed_forward import FeedForward
-from magneto_jax.layers.norms import norm_factory
-from magneto_jax.models.language import CausalLM
-from magneto_jax.models.transformer import Block, Context, Stack
+from magneto_jax.models.encoder import Encoder
+from magneto_jax.models.language import CausalLM, MaskedLM
 from magneto_jax.tasks import causal_lm
 from magneto_jax.theory import recipes, records
 
@@ -30,64 +27,24 @@ VARIANTS = {
 }
 
 
-class BidirectionalLM(nn.Module):
-  """An encoder with a tied output table, called as CausalLM is."""
-
-  recipe: records.Stack
-  vocab_size: int
-  width: int
-  num_heads: int
-  ffn_width: int
-  max_length: int
-  remat: str = "none"
-  unroll: int = 1
-
-  @nn.compact
-  def __call__(
-    self, tokens_BT, *, positions_BT=None, segment_ids_BT=None, deterministic: bool = True
-  ):
-    if positions_BT is None:
-      positions_BT = jnp.arange(tokens_BT.shape[1])[None]
-    segment_ids = None if segment_ids_BT is None else (segment_ids_BT, segment_ids_BT)
-    norm = norm_factory(self.recipe.norm, dtype=jnp.float32)
-    # As the recipe draws and scales them: unit variance into the stack, logits of variance one.
-    draw = nn.initializers.normal(self.width**-0.5)
-    embed = functools.partial(nn.Embed, features=self.width, embedding_init=draw)
-    tokens = embed(self.vocab_size, name="token_embedding")
-    positions = embed(self.max_length, name="position_embedding")
-    x_BTD = tokens(tokens_BT) * self.recipe.embedding.scale + positions(positions_BT)
-    block = functools.partial(
-      Block,
-      attention=functools.partial(Attention, num_heads=self.num_heads),
-      feed_forward=functools.partial(FeedForward, ffn_width=self.ffn_width),
-      norm=norm,
-    )
-    x_BTD, _ = Stack(block, norm, remat=self.remat, unroll=self.unroll, name="encoder")(
-      x_BTD,
-      self.recipe,
-      Context(positions_BT, segment_ids),
-      deterministic=deterministic,
-    )
-    return jnp.einsum("btd,vd->btv", x_BTD, tokens.embedding)
-
-
 def build_model(shape: Shape, *, recipe: str = "magneto", **options) -> nn.Module:
   """The shape's model; options are fields of the model (unroll, remat)."""
   kind = "decoder" if shape.causal else "encoder"
   record = recipes.RECIPES[recipe](
     records.Architecture(kind=kind, **{f"{kind}_layers": shape.layers}, width=shape.width)
   )
+  sizes = {
+    "recipe": getattr(record, kind),
+    "vocab_size": shape.vocab_size,
+    "width": shape.width,
+    "num_heads": shape.heads,
+    "ffn_width": shape.ffn_width,
+    "positions": "learned",
+    "max_length": shape.max_length,
+  }
   if shape.causal:
-    options["positions"] = "learned"
-  return (CausalLM if shape.causal else BidirectionalLM)(
-    recipe=getattr(record, kind),
-    vocab_size=shape.vocab_size,
-    width=shape.width,
-    num_heads=shape.heads,
-    ffn_width=shape.ffn_width,
-    max_length=shape.max_length,
-    **options,
-  )
+    return CausalLM(**sizes, **options)
+  return MaskedLM(encoder=Encoder(**sizes, **options), head="linear")
 
 
 def _batch(shape: Shape) -> dict[str, np.ndarray]:
@@ -137,8 +94,10 @@ class Library:
     """The same for two tokens in the vocabulary: next to nothing but the layers."""
     model = build_model(dataclasses.replace(self._shape, vocab_size=2))
     batch = {**self._batch, **{k: self._batch[k] % 2 for k in ("inputs", "targets")}}
-    table = jax.tree.map(lambda leaf: leaf[:2], self._state.params["token_embedding"])
-    params = {**self._state.params, "token_embedding": table}
+    is_table = lambda path: "token_embedding" in jax.tree_util.keystr(path)
+    params = jax.tree_util.tree_map_with_path(
+      lambda path, leaf: leaf[:2] if is_table(path) else leaf, self._state.params
+    )
     return self._timed("layers", _gradient(model, batch), params)
 
   def attention_gradient(self) -> float:

@@ -3,9 +3,10 @@
 Importing this package is cheap: what reads data sets or checkpoints is imported when it is used.
 """
 
+import importlib
 import importlib.metadata
 
-from magneto_jax import convert, interop, kernels, layers, models
+from magneto_jax import interop, kernels, layers, models
 from magneto_jax.layers import initializers
 from magneto_jax.models.language import CausalLM
 from magneto_jax.theory.recipes import RECIPES
@@ -33,3 +34,9 @@ def load(workdir, *, step=None):
   from magneto_jax import runs  # Orbax takes seconds to import.
 
   return runs.load(workdir, step=step)
+
+
+def __getattr__(name: str):
+  if name == "convert":  # What it imports takes seconds too.
+    return importlib.import_module("magneto_jax.convert")
+  raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

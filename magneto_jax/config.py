@@ -72,12 +72,22 @@ class ModelConfig(_Checked):
   activation: str = _field(
     "gelu",
     "of the feed-forward network",
-    choices=("gelu", "gelu_tanh", "relu", "relu_squared", "swiglu"),
+    choices=("gelu", "gelu_tanh", "relu", "silu", "relu_squared", "swiglu"),
   )
   positions: str = _field(
     "sinusoidal",
     "position encoding",
-    choices=("learned", "sinusoidal", "rotary", "none"),
+    choices=("learned", "sinusoidal", "rotary", "xpos", "none"),
+  )
+  xpos_scale_base: float = _field(512.0, "of xPos: a larger one decays slower", above=0.0)
+  relative_buckets: int = _field(
+    0, "rows of a table of relative position biases, as in T5; 0: none", min=0
+  )
+  relative_max_distance: int = _positive(128, "from which on distances share a bias")
+  qk_norm: str = _field(
+    "",
+    "norm of queries and keys, of each head or of all together; empty: the recipe's",
+    choices=("", "none", *records.QK_NORMS),
   )
   tied_embeddings: bool = _field(True, "whether the output projection is the embedding table")
   window: int = _field(0, "how many earlier tokens attention reaches; 0: all", min=0)
@@ -103,14 +113,39 @@ class ModelConfig(_Checked):
     if self.heads % kv_heads:
       raise ConfigError(f"model.kv_heads={kv_heads} must divide model.heads={self.heads}")
     head_dim = self.head_dim or self.width // self.heads
-    if self.positions == "rotary" and head_dim % 2:
+    if self.positions in ("rotary", "xpos") and head_dim % 2:
       raise ConfigError(
-        f"rotary positions need an even head width, not {head_dim}: see model.heads"
+        f"{self.positions} positions need an even head width, not {head_dim}: see model.heads"
       )
     if self.unroll == 0 or (self.unroll > 0 and self.layers % self.unroll):
       raise ConfigError(
         f"model.unroll={self.unroll} must divide model.layers={self.layers}, or be -1"
       )
+
+
+@dataclasses.dataclass(frozen=True)
+class RecipeConfig(_Checked):
+  """What a recipe leaves open; see the recipe's function. Empty: the recipe's own choice."""
+
+  _group = "recipe_options."
+
+  head_scale: str = _field(
+    "",
+    "where NormFormer's head scale is applied",
+    choices=("", "none", *records.HEAD_SCALES),
+  )
+  residual_scale: str = _field(
+    "", "NormFormer's learned scale of the FFN's residual", choices=("", "none", "vector", "scalar")
+  )
+  attention_residual_scale: str = _field(
+    "", "the same of the attention's residual", choices=("", "none", "vector", "scalar")
+  )
+  bert_init: bool = _field(False, "whether torchscale's recipes draw from N(0, 0.02^2)")
+
+  def chosen(self) -> dict[str, Any]:
+    """The keywords of the recipe's function that are set."""
+    values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+    return {n: None if value == "none" else value for n, value in values.items() if value}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,6 +217,7 @@ class TrainConfig(_Checked):
   recipe: str = _field(
     "magneto", "how the model is normalised, scaled and initialised", choices=tuple(recipes.RECIPES)
   )
+  recipe_options: RecipeConfig = dataclasses.field(default_factory=RecipeConfig)
   seed: int = _field(0, "of the parameters, the data's order and dropout", min=0, max=2**32 - 1)
   steps: int = _positive(1000, "optimizer steps")
   batch_size: int = _positive(16, "sequences a step")
@@ -205,6 +241,12 @@ class TrainConfig(_Checked):
       raise ConfigError(
         f"accumulation={self.accumulation} must divide batch_size={self.batch_size}"
       )
+    for name in self.recipe_options.chosen():
+      if name not in recipes.options(self.recipe):
+        having = [recipe for recipe in recipes.RECIPES if name in recipes.options(recipe)]
+        raise ConfigError(
+          f"config.recipe={self.recipe!r} has no option {name}: it is of {', '.join(having)}"
+        )
     if re.search("[\ud800-\udfff]", self.sample_prompt):  # Bytes that were not UTF-8.
       raise ConfigError(f"sample_prompt={self.sample_prompt!r} is not valid text")
 

@@ -25,6 +25,15 @@ class ResidualBlock(nn.Module):
     return layers.Residual(name="rule")(x, lambda h: (ffn(h), None), SUBLAYER)[0]
 
 
+class Patches(nn.Module):
+  """Somebody's image model: X as images of 2 x 4 pixels becomes as many embeddings."""
+
+  @nn.compact
+  def __call__(self, x):
+    embed = layers.PatchEmbedding(x.shape[-1], 2, name="embed")
+    return embed(x.reshape(x.shape[0], 2, 4, 3), np.array([[True, False], [False, True]]))
+
+
 # Every public module, with all it has that makes parameters ...
 LAYERS = {
   "Attention": functools.partial(
@@ -34,10 +43,16 @@ LAYERS = {
     is_causal=True,
     head_scale="pre_out_proj",
     mid_norm=layers.norm_factory("layer_norm"),
+    qk_norm=layers.norm_factory("rms_norm"),
+    rotation=layers.ROTATIONS["xpos"],
   ),
   "FeedForward": functools.partial(
     layers.FeedForward, 16, "swiglu", mid_norm=layers.norm_factory("rms_norm")
   ),
+  "Multiway": functools.partial(
+    layers.Multiway, functools.partial(nn.Dense, 8), ("vision", "text"), (2, 1)
+  ),
+  "PatchEmbedding": Patches,
   "Residual": ResidualBlock,
   "norm_factory": layers.norm_factory("layer_norm"),
 }

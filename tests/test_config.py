@@ -69,6 +69,8 @@ def test_a_misspelt_field_names_the_right_one(name):
     ("model", 3, r"config.model is a group of fields"),
     ("data.train_files", "a.txt", r"are not read with data.name='embedded': set data.name=text_fi"),
     ("seed", 2**32, r"config.seed=4294967296 must be at most 4294967295"),
+    ("recipe_options.head_scale", "pre", r"head_scale='pre' must be one of '', none, pre_out_proj"),
+    ("recipe_options.head_scale", "none", r"'magneto' has no option head_scale: it is of normform"),
     ("clip", 1.0, r"did you mean config.optimizer.clip_norm\?"),
     ("sample_prompt", "\udcff", r"is not valid text"),
   ],

@@ -220,7 +220,9 @@ SLOW_RECIPES = [pytest.param(n, marks=pytest.mark.slow) for n in RECIPES if n !=
 @pytest.mark.parametrize("name", ["normformer", *SLOW_RECIPES])
 def test_model_runs_in_nnx(name):
   recipe = RECIPES[name](Architecture("decoder", 0, 2, 8, 16, 2)).decoder
-  model = CausalLM(recipe, 11, 8, 2, 16, dropout_rate=0.1)
+  model = CausalLM(
+    recipe=recipe, vocab_size=11, width=8, num_heads=2, ffn_width=16, dropout_rate=0.1
+  )
   tokens = jnp.arange(6).reshape(2, 3)
   module = to_nnx(model, tokens, rngs=nnx.Rngs(0, dropout=1))
   expected = model.apply({"params": params_of(module)}, tokens)

@@ -36,8 +36,11 @@ def architecture(model: ModelConfig) -> records.Architecture:
 
 def decoder_recipe(config: TrainConfig) -> records.Stack:
   """The decoder stack's record of the config's recipe."""
-  stack = recipes.RECIPES[config.recipe](architecture(config.model)).decoder
-  return dataclasses.replace(stack, norm=config.model.norm) if config.model.norm else stack
+  model, options = config.model, config.recipe_options.chosen()
+  stack = recipes.RECIPES[config.recipe](architecture(model), **options).decoder
+  if model.qk_norm:
+    stack = records.with_qk_norm(stack, None if model.qk_norm == "none" else model.qk_norm)
+  return dataclasses.replace(stack, norm=model.norm) if model.norm else stack
 
 
 def facts(data: text.TextData) -> dict[str, int]:
@@ -59,6 +62,9 @@ def build_model(config: TrainConfig, facts: dict[str, int]) -> CausalLM:
     activation=model.activation,
     positions=model.positions,
     max_length=config.data.seq_length,
+    xpos_scale_base=model.xpos_scale_base,
+    relative_buckets=model.relative_buckets,
+    relative_max_distance=model.relative_max_distance,
     tied=model.tied_embeddings,
     window=(model.window, 0) if model.window else None,
     logits_soft_cap=model.logits_soft_cap or None,

@@ -4,6 +4,7 @@ What the records say, and the residual rule that reads them: see `theory/records
 """
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable
 
@@ -231,58 +232,79 @@ def _torch_linear(gain: float = 1.0) -> Init:
   return Init("torch_uniform", gain=gain, bias="torch_uniform", bias_gain=gain)
 
 
-def _torchscale(name: str, architecture: Architecture, layer, *, final_norm: bool) -> Recipe:
-  """With torchscale's embeddings: tokens N(0, 1/D) unscaled, positions and biases N(0, 1)."""
+def _bert_linear(gain: float = 1.0) -> Init:
+  """N(0, 0.02^2), multiplied, and biases of zero."""
+  return Init("normal", gain=0.02 * gain)
+
+
+def _torchscale(
+  name: str, architecture: Architecture, layer, *, final_norm: bool, bert_init: bool
+) -> Recipe:
+  """With torchscale's embeddings, unscaled: tokens N(0, 1/D), positions and biases N(0, 1).
+
+  With `bert_init` all of them are N(0, 0.02^2).
+  """
   recipe = _recipe(name, architecture, layer, final_norm=final_norm)
   tokens, unit = Init("normal", gain=architecture.width**-0.5), Init("normal")
+  if bert_init:
+    tokens = unit = _bert_linear()
   embedding = Embedding(tokens, positions=unit, relative=unit, patches=_torch_linear())
   return _with(recipe, embedding=embedding)
 
 
-def magneto_torchscale(architecture: Architecture) -> Recipe:
+def magneto_torchscale(architecture: Architecture, *, bert_init: bool = False) -> Recipe:
   """Magneto as torchscale builds it: the paper's norms and gains on torch's default init.
 
   Kernels and biases of v, out, wi and wo are uniform on +-gamma / sqrt(fan-in), those of q, k and
   of cross-attention on +-1 / sqrt(fan-in), with the gamma of `magneto`. Tokens are N(0, 1/D) and
   not scaled, positions N(0, 1).
 
+  Args:
+    architecture: the model's sizes.
+    bert_init: draw kernels from N(0, 0.02^2) before the gains, tables too, and biases as zeros.
+
   Reference: microsoft/torchscale 4d1e0e8, architecture/encoder.py and decoder.py.
   Differs from the paper, which draws Xavier normal kernels and does not speak of biases.
   """
   gamma = _magneto_gains(architecture)
-  plain = _torch_linear()
+  linear = _bert_linear if bert_init else _torch_linear
 
   def layer(kind):
-    scaled = _torch_linear(gamma[kind])
+    plain, scaled = linear(), linear(gamma[kind])
     return Layer(
       Attention(SUB_LN, qk=plain, v=scaled, out=scaled),
       FeedForward(SUB_LN, wi=scaled, wo=scaled),
       _cross(architecture, kind, Attention(PRE, qk=plain, v=plain, out=plain)),
     )
 
-  return _torchscale("magneto_torchscale", architecture, layer, final_norm=True)
+  return _torchscale(
+    "magneto_torchscale", architecture, layer, final_norm=True, bert_init=bert_init
+  )
 
 
-def deepnet_torchscale(architecture: Architecture) -> Recipe:
+def deepnet_torchscale(architecture: Architecture, *, bert_init: bool = False) -> Recipe:
   """DeepNet as torchscale builds it: the paper's alpha, and beta on torch's default init.
 
   Kernels and biases of v, out, wi and wo (of cross-attention too) are uniform on +-beta /
   sqrt(fan-in), those of q and k on +-1 / sqrt(fan-in). In an encoder-decoder the encoder's beta is
-  1.15 (N^4 M)^-1/16. Embeddings are those of `magneto_torchscale`.
+  1.15 (N^4 M)^-1/16. Embeddings, and `bert_init`, are those of `magneto_torchscale`.
 
   Reference: microsoft/torchscale 4d1e0e8, architecture/encoder.py and decoder.py.
   Differs from the paper, whose encoder has 0.87 where the code has 1.15, and see
   `magneto_torchscale`.
   """
   alpha, beta = _deepnet_numbers(architecture, encoder_gain=1.15)
+  linear = _bert_linear if bert_init else _torch_linear
 
   def layer(kind):
-    skip, plain, scaled = Scale(alpha[kind]), _torch_linear(), _torch_linear(beta[kind])
+    skip, plain, scaled = Scale(alpha[kind]), linear(), linear(beta[kind])
     attention = Attention(POST, skip=skip, qk=plain, v=scaled, out=scaled)
     ffn = FeedForward(POST, skip=skip, wi=scaled, wo=scaled)
     return Layer(attention, ffn, _cross(architecture, kind, attention))
 
-  return _torchscale("deepnet_torchscale", architecture, layer, final_norm=False)
+  return _torchscale(
+    "deepnet_torchscale", architecture, layer, final_norm=False, bert_init=bert_init
+  )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -432,7 +454,7 @@ def keel(architecture: Architecture) -> Recipe:
   return _recipe("keel", architecture, layer, final_norm=False)
 
 
-RECIPES: dict[str, Callable[[Architecture], Recipe]] = {
+RECIPES: dict[str, Callable[..., Recipe]] = {
   "pre_ln": pre_ln,
   "post_ln": post_ln,
   "magneto": magneto,
@@ -452,3 +474,9 @@ RECIPES: dict[str, Callable[[Architecture], Recipe]] = {
   "completep": completep,
   "keel": keel,
 }
+
+
+def options(name: str) -> dict[str, object]:
+  """The options of a recipe, the keywords of its function, with their defaults."""
+  parameters = inspect.signature(RECIPES[name]).parameters.values()
+  return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}

@@ -9,8 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from magneto_jax.config import ModelConfig, TrainConfig, from_config_dict
-from magneto_jax.tasks import TASKS
+from magneto_jax.config import ModelConfig, RecipeConfig, TrainConfig, from_config_dict
+from magneto_jax.tasks import TASKS, causal_lm
+from magneto_jax.theory import recipes
+from magneto_jax.theory.recipes import RECIPES
+from magneto_jax.theory.records import Init
 
 TASK = TASKS["causal_lm"]
 
@@ -25,6 +28,10 @@ REACHED = {
   "norm": ("rms_norm", "recipe.norm", "rms_norm"),
   "activation": ("swiglu", "activation", "swiglu"),
   "positions": ("rotary", "positions", "rotary"),
+  "xpos_scale_base": (64.0, "xpos_scale_base", 64.0),
+  "relative_buckets": (8, "relative_buckets", 8),
+  "relative_max_distance": (32, "relative_max_distance", 32),
+  "qk_norm": ("head", "recipe.layers.0.self_attention.qk_norm", "head"),
   "tied_embeddings": (False, "tied", False),
   "window": (7, "window", (7, 0)),
   "logits_soft_cap": (30.0, "logits_soft_cap", 30.0),
@@ -52,9 +59,32 @@ def test_every_field_of_the_model_reaches_it():
     assert value != getattr(ModelConfig(), name)
     got = model
     for part in attribute.split("."):
-      got = getattr(got, part)
+      got = got[int(part)] if part.isdigit() else getattr(got, part)
     assert got == expected, name
   assert model.vocab_size == 77 and model.max_length == 96
+
+
+def test_options_reach_the_recipe():
+  """Every one, with the recipes that have it; `none` is a choice, empty the recipe's own."""
+  build = lambda recipe, **options: causal_lm.decoder_recipe(
+    from_config_dict({"recipe": recipe, "recipe_options": options})
+  )
+  for options in (
+    {"head_scale": "post_out_proj_contiguous"},
+    {"residual_scale": "vector", "attention_residual_scale": "scalar"},
+  ):
+    assert build("normformer", **options) == normformer(**options)
+  assert build("normformer", head_scale="none") == normformer(head_scale=None)
+  assert build("normformer") == normformer()
+  assert build("magneto_torchscale", bert_init=True).layers[0].self_attention.qk == Init(
+    "normal", gain=0.02
+  )
+  reached = {name for recipe in RECIPES for name in recipes.options(recipe)}
+  assert reached == {field.name for field in dataclasses.fields(RecipeConfig)}
+
+
+def normformer(**options):
+  return RECIPES["normformer"](causal_lm.architecture(ModelConfig()), **options).decoder
 
 
 def test_what_is_left_open_is_the_models_choice():
