@@ -46,7 +46,8 @@ def files(config) -> list[pathlib.Path]:
 def pytest_generate_tests(metafunc):
   if "file" in metafunc.fixturenames:
     found = files(metafunc.config)
-    metafunc.parametrize("file", found, ids=[path.stem for path in found])
+    # Of the module, so that all tests of one file follow each other and share what it computes.
+    metafunc.parametrize("file", found, ids=[path.stem for path in found], scope="module")
 
 
 def test_there_are_files(pytestconfig):
