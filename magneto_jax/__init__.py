@@ -5,7 +5,8 @@ Importing this package is cheap: what reads data sets or checkpoints is imported
 
 import importlib.metadata
 
-from magneto_jax import kernels, layers, models
+from magneto_jax import convert, interop, kernels, layers, models
+from magneto_jax.layers import initializers
 from magneto_jax.models.language import CausalLM
 from magneto_jax.theory.recipes import RECIPES
 from magneto_jax.theory.records import Architecture, Recipe
@@ -17,6 +18,9 @@ __all__ = [
   "Architecture",
   "CausalLM",
   "Recipe",
+  "convert",
+  "initializers",
+  "interop",
   "kernels",
   "layers",
   "load",
@@ -25,7 +29,7 @@ __all__ = [
 
 
 def load(workdir, *, step=None):
-  """The pair (model, variables) of a run; see `runs.load`."""
+  """The pair (model, variables) of a run or of a converted model; see `runs.load`."""
   from magneto_jax import runs  # Orbax takes seconds to import.
 
   return runs.load(workdir, step=step)

@@ -22,6 +22,7 @@ from magneto_jax.config import (
   differing_fields,
   from_config_dict,
 )
+from magneto_jax.convert import saved
 from magneto_jax.data import files, text, tokenizers
 from magneto_jax.tasks import TASKS
 
@@ -160,7 +161,7 @@ def load(workdir: str | pathlib.Path, *, step: int | None = None) -> Run:
   The weights are the run's moving average if it kept one, else its last ones.
 
   Args:
-    workdir: of the run.
+    workdir: of the run; or a folder that `magneto_jax.convert` has written.
     step: of the checkpoint; the newest by default.
 
   Returns:
@@ -173,6 +174,11 @@ def load(workdir: str | pathlib.Path, *, step: int | None = None) -> Run:
     >>> model, variables = magneto_jax.load("runs/tiny")
     >>> logits = model.apply(variables, tokens_BT)
   """
+  if saved.holds_model(workdir):
+    if step is not None:
+      raise FileNotFoundError(f"{workdir} is a converted model, it has no steps")
+    with config_errors():
+      return Run(*saved.load(workdir))
   record = _read(workdir)
   task = TASKS[record.config.task]
   model = task.build_model(record.config, record.facts)

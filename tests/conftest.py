@@ -18,3 +18,11 @@ os.environ.setdefault("MPLBACKEND", "agg")
 # No persistent compilation cache: a test of compilation counts or of donation must not pass because
 # an earlier run left something behind.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+
+
+def pytest_addoption(parser):
+  parser.addoption(
+    "--reference",
+    default=os.path.join(os.path.dirname(__file__), "testdata"),
+    help="folder of reference files for parity_test.py",
+  )

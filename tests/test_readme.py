@@ -1,16 +1,21 @@
-"""The README's first two commands are what a reader pastes first: (1) train, (2) test."""
+"""The README's first two commands, (1) train, (2) test, and its example for other projects."""
 
 import pathlib
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
-def bash_fences(text: str) -> list[str]:
-  return [body.strip() for body in re.findall(r"^```bash\n(.*?)^```$", text, re.M | re.S)]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def fenced(language: str, text: str) -> list[str]:
+  return [body.strip() for body in re.findall(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)]
 
 
 def problems(command: str) -> list[str]:
@@ -34,7 +39,7 @@ def problems(command: str) -> list[str]:
 
 @pytest.fixture
 def fences() -> list[str]:
-  return bash_fences((ROOT / "README.md").read_text(encoding="utf-8"))
+  return fenced("bash", README)
 
 
 def test_first_two_commands_run_as_pasted(fences):
@@ -57,9 +62,18 @@ def test_second_command_runs_the_tests(fences):
   assert words[words.index("pytest") + 1 :] == ["-n", "2", "-m", "not slow and not ci"]
 
 
+def test_layers_serve_other_projects_as_written():
+  """In Linen and in NNX, without a warning; and the init function of a recipe's group."""
+  model, blocks = fenced("python", README)
+  recipe = [line for line in model.splitlines() if line.startswith(("arch", "recipe", "import"))]
+  call = re.search(r"`(initializers\.kernel_init\(.*?\))`", README)[1]
+  code = [blocks, *recipe, f"assert y.shape == {call}(jax.random.key(0), x.shape).shape"]
+  subprocess.run([sys.executable, "-W", "error", "-c", "\n".join(code)], check=True, cwd=ROOT)
+
+
 def test_fences_are_found():
   text = "```bash\na && b\n```\ntext\n```python\nc\n```\n```bash\nd\ne\n```\n"
-  assert bash_fences(text) == ["a && b", "d\ne"]
+  assert fenced("bash", text) == ["a && b", "d\ne"]
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
-"""Digests and crash-safe writes, shared by the tokenizer files and the token caches."""
+"""Digests and crash-safe writes, shared by all that is kept in files."""
 
+import contextlib
 import hashlib
 import json
 import os
 import pathlib
 import uuid
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -14,8 +16,8 @@ def digest(value: Any) -> str:
   return hashlib.sha256(text.encode()).hexdigest()
 
 
-def sync_directory(path: str | os.PathLike[str]) -> None:
-  """Makes the names inside a directory durable; a file's own fsync does not cover its name."""
+def sync(path: str | os.PathLike[str]) -> None:
+  """Makes a file's bytes durable, or the names inside a directory: neither covers the other."""
   handle = os.open(path, os.O_RDONLY)
   try:
     os.fsync(handle)
@@ -23,23 +25,28 @@ def sync_directory(path: str | os.PathLike[str]) -> None:
     os.close(handle)
 
 
-def write_durably(path: str | os.PathLike[str], content: bytes) -> None:
-  """Writes a file so that after a crash it is there in full or not at all.
+@contextlib.contextmanager
+def durable_path(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+  """Where to write a file instead, so that after a crash `path` is there in full or not at all.
 
   Args:
-    path: where to write; missing parent directories are made, an old file is replaced.
-    content: all of the file's bytes.
+    path: what the written file becomes at the end of the block; missing parent directories are
+      made, an old file is replaced. If the block raises, nothing has changed.
   """
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   # A name of its own, because several hosts may write the same file at the same time.
   temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
   try:
-    with open(temporary, "xb") as f:
-      f.write(content)
-      f.flush()
-      os.fsync(f.fileno())
+    yield temporary
+    sync(temporary)
     os.replace(temporary, path)
   finally:
     temporary.unlink(missing_ok=True)
-  sync_directory(path.parent)
+  sync(path.parent)
+
+
+def write_durably(path: str | os.PathLike[str], content: bytes) -> None:
+  """Writes all of a file's bytes to `durable_path(path)`."""
+  with durable_path(path) as temporary:
+    temporary.write_bytes(content)

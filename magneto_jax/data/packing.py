@@ -171,7 +171,7 @@ def tokenize(
     except OSError:
       if not final.exists():  # else another process has made the same cache meanwhile
         raise
-    files.sync_directory(final.parent)
+    files.sync(final.parent)
   finally:
     shutil.rmtree(temporary, ignore_errors=True)
   return _open(final, identity)

@@ -27,7 +27,7 @@ class Backbone(nn.Module, kw_only=True):
     num_kv_heads: K, a divisor of N; N by default.
     head_dim: H; D / N by default.
     activation: of the feed-forward network.
-    positions: `learned`, `sinusoidal`, `rotary`, `xpos` or `none`.
+    positions: `learned`, `sinusoidal`, `rotary`, `xpos` or `none`, or a tuple of several.
     max_length: how many positions the learned table holds.
     position_offset: the row (or the angle) of position 0; torchscale's learned positions and
       fairseq's of both kinds start at 2.
@@ -54,7 +54,7 @@ class Backbone(nn.Module, kw_only=True):
   num_kv_heads: int | None = None
   head_dim: int | None = None
   activation: str = "gelu"
-  positions: str = "sinusoidal"
+  positions: str | tuple[str, ...] = "sinusoidal"
   max_length: int = 1024
   position_offset: int = 0
   xpos_scale_base: float = 512.0
@@ -77,7 +77,16 @@ class Backbone(nn.Module, kw_only=True):
   @property
   def longest(self) -> int | None:
     """How many tokens the model can read at most; None where there is no bound."""
-    return self.max_length if self.positions == "learned" else None
+    return self.max_length if "learned" in self._positions else None
+
+  @property
+  def _positions(self) -> tuple[str, ...]:
+    """The kinds of position encodings."""
+    kinds = (self.positions,) if isinstance(self.positions, str) else self.positions
+    for kind in kinds:
+      if kind not in position_layers.KINDS:
+        raise ValueError(f"positions={kind!r} must be one of {', '.join(position_layers.KINDS)}")
+    return kinds
 
   def _check_length(self, length: int):
     """Raises if the learned table is too short: a look-up outside it would be NaN."""
@@ -104,21 +113,18 @@ class Backbone(nn.Module, kw_only=True):
     self, x_BTD, positions_BT, recipe: records.Stack, norm, mask_BT=None, *, deterministic
   ) -> jax.Array:
     """The stream's start: embeddings with positions, then norm, dropout and, if given, a mask."""
-    if self.positions not in position_layers.KINDS:
-      raise ValueError(f"{self.positions=} must be one of {', '.join(position_layers.KINDS)}")
-    if self.positions in ("sinusoidal", "learned"):
-      rows_BT = jnp.maximum(positions_BT, 0) + self.position_offset
-      if self.positions == "sinusoidal":
-        encoding_BTD = position_layers.sinusoidal(rows_BT, self.width)
-      else:
-        table = nn.Embed(
-          self.max_length + self.position_offset,
-          self.width,
-          embedding_init=kernel_init(recipe.embedding.positions),
-          name="position_embedding",
-        )
-        encoding_BTD = table(rows_BT)
+    rows_BT = jnp.maximum(positions_BT + self.position_offset, 0)
+    if "sinusoidal" in self._positions:
+      encoding_BTD = position_layers.sinusoidal(rows_BT, self.width)
       x_BTD += jnp.where(positions_BT[..., None] < 0, 0.0, encoding_BTD)
+    if "learned" in self._positions:
+      table = nn.Embed(
+        self.max_length + self.position_offset,
+        self.width,
+        embedding_init=kernel_init(recipe.embedding.positions),
+        name="position_embedding",
+      )
+      x_BTD += table(rows_BT)
     x_BTD = x_BTD.astype(self.dtype)
     if recipe.embedding.norm:
       x_BTD = norm(name="embedding_norm")(x_BTD)
@@ -163,8 +169,11 @@ class Backbone(nn.Module, kw_only=True):
       dtype=self.dtype,
       implementation=self.attention_implementation,
     )
-    rotation = position_layers.ROTATIONS.get(self.positions)
-    if self.positions == "xpos":
+    rotations = [kind for kind in self._positions if kind in position_layers.ROTATIONS]
+    if len(rotations) > 1:
+      raise ValueError(f"{self.positions=}: queries and keys can be rotated in one way only")
+    rotation = position_layers.ROTATIONS[rotations[0]] if rotations else None
+    if "xpos" in rotations:
       rotation = functools.partial(rotation, scale_base=self.xpos_scale_base)
     norm = self._norm(wrap)
     block = functools.partial(

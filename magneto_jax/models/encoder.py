@@ -62,8 +62,7 @@ class Encoder(Backbone, kw_only=True):
       mask_BT: True (or 1) for tokens, False for padding, on either side: Hugging Face's
         `attention_mask`, and the opposite of torchscale's and fairseq's padding masks. Padding
         enters as zeros and nobody sees it; what comes out there means nothing.
-      positions_BT: by default the number of tokens before each, -1 for padding. Tokens at negative
-        positions have no position encoding.
+      positions_BT: by default the number of tokens before each, -1 for padding.
       segment_ids_BT: tokens attend within their segment only. Positive; where no mask is given,
         0 is padding.
       attention_mask: [T, T] or [B, T, T]; True where the query (first) may see the key.

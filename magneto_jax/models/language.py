@@ -93,7 +93,7 @@ class CausalLM(Backbone, kw_only=True):
         `attention_mask`, and the opposite of torchscale's and fairseq's padding masks. Nobody sees
         padding; logits at padding mean nothing.
       positions_BT: by default the number of tokens before each, those in the state included, and
-        -1 for padding. Tokens at negative positions have no position encoding.
+        -1 for padding.
       segment_ids_BT: tokens attend within their segment only (packed documents). Positive; where
         no mask is given, 0 is padding.
       memory_BSD: what cross-attention attends to. With a state, only its first call needs it.

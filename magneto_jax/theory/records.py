@@ -15,6 +15,7 @@ a float, a tuple of one float a layer, or an array, and never change what is com
 
 import dataclasses
 import math
+import operator
 import typing
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -250,6 +251,16 @@ class Stack:
   @property
   def num_layers(self) -> int:
     return sum(len(segment.pattern) * segment.repeats for segment in self.segments)
+
+  @property
+  def layers(self) -> tuple[Layer, ...]:
+    """Every layer in its order, with its own numbers."""
+    return tuple(
+      map_numbers(operator.itemgetter(repeat), layer)
+      for segment in as_arrays(self).segments
+      for repeat in range(segment.repeats)
+      for layer in segment.pattern
+    )
 
 
 @dataclasses.dataclass(frozen=True)

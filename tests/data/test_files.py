@@ -20,6 +20,14 @@ def test_a_write_replaces_the_whole_file_and_leaves_nothing_else(tmp_path):
   assert list(path.parent.iterdir()) == [path]
 
 
+def test_a_write_makes_the_bytes_durable_and_then_the_name(tmp_path, monkeypatch):
+  synced = []
+  monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.fstat(handle).st_ino))
+  path = tmp_path / "file"
+  files.write_durably(path, b"content")
+  assert synced == [path.stat().st_ino, tmp_path.stat().st_ino]
+
+
 def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
   path = tmp_path / "file"
   files.write_durably(path, b"old")

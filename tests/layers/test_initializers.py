@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from magneto_jax import initializers
 from magneto_jax.layers.initializers import DenseInit, bias_init, dense_init, kernel_init
-from magneto_jax.theory.records import FAMILIES, Init
+from magneto_jax.theory.recipes import RECIPES
+from magneto_jax.theory.records import FAMILIES, Architecture, Init
 
 SHAPE = (200, 600)
 # The paper's deviation of a kernel with fans 200 and 600, and how far its draws reach (None: on).
@@ -71,3 +73,58 @@ def test_the_default_is_xavier_normal_with_zero_bias():
   kernel = DenseInit().kernel(jax.random.key(0), SHAPE, jnp.float32)
   assert kernel.std() == pytest.approx(math.sqrt(2 / 800), rel=0.01)
   assert not DenseInit().bias(200)(jax.random.key(0), (600,), jnp.float32).any()
+
+
+variance_scaling = jax.nn.initializers.variance_scaling
+# How jax.nn.initializers says it, with gain g.
+THEIRS = {
+  "xavier_normal": lambda g: variance_scaling(g**2, "fan_avg", "normal"),
+  "xavier_uniform": lambda g: variance_scaling(g**2, "fan_avg", "uniform"),
+  "torch_uniform": lambda g: variance_scaling(g**2 / 3, "fan_in", "uniform"),
+  "normal": jax.nn.initializers.normal,
+}
+
+
+@pytest.mark.parametrize("dtype", (jnp.float32, jnp.bfloat16))
+@pytest.mark.parametrize("shape", (SHAPE, (3, 4, 5, 60)))
+@pytest.mark.parametrize("name", THEIRS)
+def test_named_ones_draw_what_jax_draws(name, shape, dtype):
+  """The same numbers from the same key, up to rounding."""
+  draw = lambda init: init(jax.random.key(0), shape, dtype)
+  drawn, expected = draw(getattr(initializers, name)(0.3)), draw(THEIRS[name](0.3))
+  assert drawn.dtype == dtype
+  # Near 0, a uniform is a difference of two larger numbers.
+  tolerance = 4 * float(jnp.finfo(dtype).eps)
+  np.testing.assert_allclose(
+    drawn.astype(float), expected.astype(float), rtol=tolerance, atol=tolerance * expected.std()
+  )
+
+
+@pytest.mark.parametrize("name", sorted(THEIRS.keys() - {"normal"}))
+def test_gains_are_1_by_default(name):
+  make, key = getattr(initializers, name), jax.random.key(0)
+  np.testing.assert_array_equal(make()(key, SHAPE), make(1.0)(key, SHAPE))
+
+
+def test_torchs_bias_has_torchs_bound():
+  bias = np.asarray(initializers.torch_bias(200)(jax.random.key(0), (60_000,)))
+  assert bias.std() == pytest.approx(1 / math.sqrt(3 * 200), rel=0.01)
+  assert 0.999 / math.sqrt(200) < np.abs(bias).max() <= 1 / math.sqrt(200)
+
+
+@pytest.mark.parametrize("layers", (1, 24, 48))
+@pytest.mark.parametrize("kind", ("encoder", "decoder"))
+@pytest.mark.parametrize("name", ("magneto", "deepnet"))
+def test_shorthands_are_the_recipes_groups(name, kind, layers):
+  """Of v, out, wi and wo in every layer of a single stack, by the papers' formulae."""
+  gain = {"magneto": math.sqrt(math.log(2 * layers)), "deepnet": (8 * layers) ** -0.25}[name]
+  stack = getattr(RECIPES[name](Architecture(kind, **{f"{kind}_layers": layers})), kind)
+  draw = lambda init: np.asarray(init(jax.random.key(0), (8, 16), jnp.float32))
+  drawn = draw(getattr(initializers, name)(layers))
+  np.testing.assert_allclose(drawn, draw(initializers.xavier_normal(gain)), rtol=1e-6)
+  for layer in stack.layers:
+    for group in (layer.self_attention.v, layer.self_attention.out, layer.ffn.wi, layer.ffn.wo):
+      np.testing.assert_array_equal(drawn, draw(kernel_init(group)))
+    np.testing.assert_array_equal(
+      draw(kernel_init(layer.self_attention.qk)), draw(initializers.xavier_normal())
+    )

@@ -1,61 +1,24 @@
-"""Every public layer inside code that has never heard of this library: Linen's lifts, and NNX."""
+"""Every public layer and init function in code that has never heard of them, under Linen's lifts.
+
+In NNX: see tests/test_interop.py.
+"""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from flax import nnx
-from flax.nnx import bridge
 
+from magneto_jax import initializers, layers
 from magneto_jax.layers.attention import Attention
-from magneto_jax.layers.feed_forward import FeedForward
-from magneto_jax.layers.norms import norm_factory
-from magneto_jax.layers.positions import rotate_both
-from magneto_jax.layers.residual import Residual
-from magneto_jax.models.language import CausalLM
-from magneto_jax.theory.recipes import RECIPES
-from magneto_jax.theory.records import Architecture, Scale, Sublayer
-from tests import reference
+from tests.foreign import BIASES, KERNELS, LAYERS, Foreign, X
 
-X = np.random.default_rng(0).standard_normal((2, 3, 8)).astype(np.float32)
-SUBLAYER = Sublayer(frozenset({"in", "out", "post"}), skip=Scale(1.0, "vector"))
-
-
-class Wrapped(nn.Module):
-  """Somebody's residual block."""
-
-  @nn.compact
-  def __call__(self, x):
-    ffn = FeedForward(16, name="ffn")
-    return Residual(name="rule")(x, lambda h: (ffn(h), None), SUBLAYER)[0]
-
-
-LAYERS = {
-  "attention": functools.partial(
-    Attention,
-    2,
-    head_scale="pre_out_proj",
-    mid_norm=norm_factory("layer_norm"),
-    rotation=rotate_both,
-  ),
-  "feed_forward": functools.partial(FeedForward, 16, "swiglu", mid_norm=norm_factory("rms_norm")),
-  "residual": Wrapped,
-  "norm": norm_factory("layer_norm"),
-}
-
-
-class Foreign(nn.Module):
-  """Somebody's model: one of the layers, and a layer of its own."""
-
-  layer: str
-
-  @nn.compact
-  def __call__(self, x):
-    y = LAYERS[self.layer](name="layer")(x)
-    return nn.Dense(x.shape[-1])(y[0] if isinstance(y, tuple) else y)
+# One weight an output, so that no gradient is zero by a norm's symmetry.
+WEIGHTS = np.random.default_rng(1).standard_normal(X.shape).astype(np.float32)
+STACKED = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
 
 
 class ScanBody(nn.Module):
@@ -66,64 +29,118 @@ class ScanBody(nn.Module):
     return Foreign(self.layer, name="foreign")(x), None
 
 
+def member(params, i):
+  return jax.tree.map(lambda leaf: leaf[i], params)
+
+
+def plain(layer, params, x):
+  return Foreign(layer).apply({"params": params}, x)
+
+
+def scanned(layer):
+  """Two repeats, and the layer twice."""
+  module = nn.scan(ScanBody, length=2, **STACKED)(layer)
+
+  def loop(params):
+    step = lambda x, i: plain(layer, member(params["foreign"], i), x)
+    return functools.reduce(step, range(2), X)
+
+  return module, lambda params: module.apply({"params": params}, X, None)[0], loop
+
+
+def mapped(layer):
+  """An ensemble of two, and the two one by one."""
+  module = nn.vmap(Foreign, in_axes=None, axis_size=2, **STACKED)(layer)
+  one_by_one = lambda params: jnp.stack([plain(layer, member(params, i), X) for i in range(2)])
+  return module, lambda params: module.apply({"params": params}, X), one_by_one
+
+
+def rematerialised(layer):
+  module = nn.remat(Foreign)(layer)
+  return module, lambda params: module.apply({"params": params}, X), lambda p: plain(layer, p, X)
+
+
+LIFTS = {"scan": scanned, "vmap": mapped, "remat": rematerialised}
+
+
+def test_every_public_layer_and_init_function_has_an_entry():
+  """One that is added without it would be offered to others untried."""
+  is_layer = lambda value: inspect.isclass(value) and issubclass(value, nn.Module)
+  public = {name for name in layers.__all__ if is_layer(getattr(layers, name))}
+  assert public == set(LAYERS) - {"norm_factory"}
+  functions = inspect.getmembers(initializers, inspect.isfunction)
+  own = {name for name, f in functions if f.__module__ == initializers.__name__}
+  assert {name for name in own if not name.startswith("_")} == set(KERNELS | BIASES)
+
+
 @pytest.mark.parametrize("layer", LAYERS)
 def test_layer_runs_in_a_foreign_module(layer):
+  """With arrays as parameters, in no boxes with names of axes: those break in others' lifts."""
   module = Foreign(layer)
   variables = module.init(jax.random.key(0), X)
   assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(variables))
+  assert jax.tree.structure(variables) == jax.tree.structure(nn.unbox(variables))
   assert module.apply(variables, X).shape == X.shape
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_layer_runs_in_a_foreign_scan(layer):
-  """Three repeats under somebody's nn.scan are the layer three times, float32."""
-  lift = functools.partial(nn.scan, variable_axes={"params": 0}, split_rngs={"params": True})
-  module = lift(ScanBody, length=3)(layer)
-  variables = module.init(jax.random.key(0), X, None)
-  y, _ = module.apply(variables, X, None)
-  expected = X
-  for repeat in range(3):
-    params = jax.tree.map(lambda leaf, i=repeat: leaf[i], variables["params"]["foreign"])
-    expected = Foreign(layer).apply({"params": params}, expected)
+@pytest.mark.parametrize("lift", LIFTS)
+def test_layer_under_a_foreign_lift_is_the_layer(lift, layer):
+  """Its output and the gradient of every parameter, float32, of sums of at most 96 numbers."""
+  module, lifted, unlifted = LIFTS[lift](layer)
+  inputs = (X, None) if lift == "scan" else (X,)
+  params = jax.jit(module.init)(jax.random.key(0), *inputs)["params"]
+
+  def run(apply):
+    def loss(params):
+      y = apply(params)
+      return jnp.sum(y * np.broadcast_to(WEIGHTS, y.shape)), y
+
+    gradients, y = jax.jit(jax.grad(loss, has_aux=True))(params)
+    return y, gradients
+
+  (y, gradients), (expected, expected_gradients) = run(lifted), run(unlifted)
   np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("layer", LAYERS)
-def test_layer_runs_in_a_foreign_vmap(layer):
-  """An ensemble of two under somebody's nn.vmap, float32."""
-  module = nn.vmap(
-    Foreign, in_axes=None, axis_size=2, variable_axes={"params": 0}, split_rngs={"params": True}
-  )(layer)
-  variables = module.init(jax.random.key(0), X)
-  y = module.apply(variables, X)
-  for member in range(2):
-    params = jax.tree.map(lambda leaf, i=member: leaf[i], variables)
-    expected = Foreign(layer).apply(params, X)
-    np.testing.assert_allclose(y[member], expected, rtol=0, atol=1e-5)
-  assert np.abs(y[0] - y[1]).max() > 0.01
-
-
-@pytest.mark.parametrize("layer", LAYERS)
-def test_layer_runs_in_a_foreign_remat(layer):
-  plain, remat = Foreign(layer), nn.remat(Foreign)(layer)
-  params = reference.random_params(plain, X)
-  gradients = [
-    jax.jit(jax.grad(lambda p, m=module: m.apply({"params": p}, X).sum()))(params)
-    for module in (plain, remat)
-  ]
-  # float32, of sums of 48 numbers.
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
   close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
-  jax.tree.map(close, *gradients)
+  jax.tree.map(close, gradients, expected_gradients)
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-def test_layer_runs_through_the_nnx_bridge(layer):
-  module = bridge.ToNNX(Foreign(layer), rngs=nnx.Rngs(0))
-  bridge.lazy_init(module, X)
-  y = module(X)
-  params = nnx.to_pure_dict(nnx.state(module, nnx.Param))
-  expected = Foreign(layer).apply({"params": params}, X)
-  np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5)  # float32
+class Drawn(nn.Module):
+  """Somebody's module with a dense layer for each init function."""
+
+  @nn.compact
+  def __call__(self, x, _):
+    for name, init in KERNELS.items():
+      x = nn.Dense(64, kernel_init=init, name=name)(x)
+    for name, init in BIASES.items():
+      x = nn.Dense(64, bias_init=init, name=name)(x)
+    return x, None
+
+
+DRAWN = {
+  "plain": Drawn,
+  "scan": nn.scan(Drawn, length=2, **STACKED),
+  "vmap": nn.vmap(Drawn, in_axes=None, axis_size=2, **STACKED),
+  "remat": nn.remat(Drawn),
+}
+
+
+@pytest.mark.parametrize("lift", DRAWN)
+def test_init_functions_serve_a_foreign_module(lift):
+  """Stacked ones are drawn apart, each with the deviation of one by itself.
+
+  Of 4,096 draws of a kernel it is off by 1 %, of 64 of a bias by 6 %.
+  """
+  params = jax.jit(DRAWN[lift]().init)(jax.random.key(0), np.zeros((1, 64), np.float32), None)
+  for name, init in (KERNELS | BIASES).items():
+    leaf, shape, rtol = ("kernel", (64, 64), 0.06) if name in KERNELS else ("bias", (64,), 0.35)
+    drawn = np.asarray(params["params"][name][leaf]).reshape(-1, *shape)
+    assert len(drawn) == (2 if lift in ("scan", "vmap") else 1)
+    single = np.asarray(init(jax.random.key(1), shape)).std()
+    np.testing.assert_allclose([each.std() for each in drawn], single, rtol=rtol, err_msg=name)
+    if single:
+      assert len(np.unique(drawn[:, 0])) == drawn[:, 0].size, name
 
 
 @pytest.mark.parametrize("make_key", (jax.random.key, jax.random.PRNGKey))
@@ -145,22 +162,3 @@ def test_dropout_takes_the_keys_that_linen_takes(make_key):
   assert np.abs(first - second).max() > 1e-3
   np.testing.assert_array_equal(apply(2), apply(2))
   assert np.abs(apply(2) - apply(3)).max() > 1e-3
-
-
-SLOW_RECIPES = [pytest.param(n, marks=pytest.mark.slow) for n in RECIPES if n != "normformer"]
-
-
-@pytest.mark.parametrize("name", ["normformer", *SLOW_RECIPES])
-def test_model_runs_through_the_nnx_bridge(name):
-  recipe = RECIPES[name](Architecture("decoder", 0, 2, 8, 16, 2)).decoder
-  model = CausalLM(
-    recipe=recipe, vocab_size=11, width=8, num_heads=2, ffn_width=16, dropout_rate=0.1
-  )
-  tokens = jnp.arange(6).reshape(2, 3)
-  module = bridge.ToNNX(model, rngs=nnx.Rngs(0, dropout=1))
-  bridge.lazy_init(module, tokens)
-  params = nnx.to_pure_dict(nnx.state(module, nnx.Param))
-  expected = model.apply({"params": params}, tokens)
-  np.testing.assert_allclose(module(tokens), expected, rtol=0, atol=1e-5)  # float32
-  dropped = module(tokens, deterministic=False, rngs=nnx.Rngs(dropout=2))
-  assert np.abs(dropped - expected).max() > 1e-3

@@ -52,6 +52,18 @@ def test_mapping_reaches_every_number():
   assert all(isinstance(value, float) for value in visited)
 
 
+def test_layers_are_in_order_with_numbers_of_their_own():
+  """Two patterns: a, b, a, b, then c, c, each with the repeat's own value."""
+  layer = lambda value: Layer(Attention(skip=Scale(value)), FeedForward(wi=Init(gain=value)))
+  stack = dataclasses.replace(
+    RECIPES["pre_ln"](DECODER).decoder,
+    segments=(Segment((layer((1.0, 3.0)), layer((2.0, 4.0))), 2), Segment((layer(5.0),), 2)),
+  )
+  assert [float(l.ffn.wi.gain) for l in stack.layers] == [1.0, 2.0, 3.0, 4.0, 5.0, 5.0]
+  assert [float(l.self_attention.skip.value) for l in stack.layers] == [1, 2, 3, 4, 5, 5]
+  assert len(stack.layers) == stack.num_layers
+
+
 def test_one_value_a_layer_stays_where_it_was():
   layer = Layer(Attention(skip=Scale((1.0, 2.0, 3.0))), FeedForward(wi=Init(gain=0.5)))
   (read,) = records.per_layer(Segment((layer,), 3))
