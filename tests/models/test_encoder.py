@@ -12,79 +12,43 @@ import pytest
 from magneto_jax.layers import positions as position_layers
 from magneto_jax.models.encoder import Encoder
 from magneto_jax.models.language import MaskedLM
-from magneto_jax.theory.recipes import RECIPES
-from magneto_jax.theory.records import Architecture, Segment
+from magneto_jax.theory.records import Segment
 from tests import reference
+from tests.models import common
+from tests.models.common import KINDS, LENGTH, PAPERS, RELATIVE, VOCAB, WIDTH, in_float64, run
 
-WIDTH, HEADS, FFN, VOCAB, LENGTH = 16, 2, 32, 17, 8
 TOKENS = np.random.default_rng(0).integers(0, VOCAB, (3, LENGTH))
 MASK = np.array([[1, 1, 1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, 1, 1, 1], [1] * LENGTH])
-RELATIVE = {"positions": "none", "relative_buckets": 8, "relative_max_distance": 10}
-KINDS = {kind: {"positions": kind} for kind in position_layers.KINDS} | {"relative": RELATIVE}
 
 
 def record(name="magneto", layers=2):
-  return RECIPES[name](Architecture("encoder", layers, 0, WIDTH, FFN, HEADS)).encoder
+  return common.recipe(name, layers=layers).encoder
 
 
 def encoder(recipe=None, **options) -> Encoder:
-  sizes = dict(vocab_size=VOCAB, width=WIDTH, num_heads=HEADS, ffn_width=FFN, max_length=LENGTH)
-  return Encoder(recipe=recipe or record(), **sizes | options)
-
-
-def slow(*case):
-  """A case of a table that `pytest -m slow` runs."""
-  return pytest.param(*case, marks=pytest.mark.slow)
-
-
-STATIC = ("return_hidden_states", "deterministic", "lengths")
-
-
-def run(model, params, *args, **inputs):
-  call = jax.jit(model.apply, static_argnames=STATIC)
-  return jax.tree.map(np.asarray, call({"params": params}, *args, **inputs))
-
-
-def in_float64(module, *args, **inputs):
-  """The module's output, and its parameters."""
-  with jax.enable_x64(True):
-    params = reference.random_params(module, *args, dtype=np.float64, **inputs)
-    return run(module, params, *args, **inputs), params
+  return Encoder(recipe=recipe or record(), **{"vocab_size": VOCAB} | common.SIZES | options)
 
 
 # ---------------------------------------------------------------------------------------------
 # Formulae
 # ---------------------------------------------------------------------------------------------
 
-# The layers of a recipe's encoder, and its final norm.
-PAPERS = {
-  "magneto": (reference.magneto, reference.layer_norm),
-  "deepnet": (reference.deepnet, None),
-  "peri_ln": (reference.sandwich_ln, reference.layer_norm),
-  "pre_ln": (reference.pre_ln, reference.layer_norm),
-  "post_ln": (reference.post_ln, None),
-  "normformer": (reference.normformer, reference.layer_norm),
-  "olmo2": (reference.olmo2, reference.rms_norm),
-}
-MAIN = ("magneto", "deepnet", "peri_ln")
 
-
-@pytest.mark.parametrize("name", [n if n in MAIN else slow(n) for n in PAPERS])
+@pytest.mark.parametrize("name", common.main_and_slow(PAPERS, ("magneto", "deepnet", "peri_ln")))
 def test_encoder_is_its_papers_in_float64(name):
   """1e-11, at the tokens: padding enters as zeros, behind the embedding's norm, unseen by all."""
   model = encoder(record(name), positions="learned", dtype=jnp.float64)
   # Padding on the right, where positions do not count it either way.
   mask = np.array([MASK[0], MASK[0], MASK[2]])
   (h, hidden), params = in_float64(model, TOKENS, mask_BT=mask, return_hidden_states=True)
-  layer, final_norm = PAPERS[name]
+  layer, _, final_norm = PAPERS[name]
   expected = reference.encoder(
     params,
     TOKENS,
     [(layer,)],
     final_norm=final_norm,
-    scale=1.0 if name == "olmo2" else math.sqrt(WIDTH),
     mask=mask.astype(bool),
-    embedding_norm=reference.layer_norm if name == "peri_ln" else None,
+    **common.embedding_of(name),
   )
   assert h.dtype == np.float64
   np.testing.assert_allclose(h[mask == 1], expected[mask == 1], rtol=0, atol=1e-11)
@@ -99,7 +63,7 @@ def test_relative_bias_is_t5s_in_float64(bidirectional):
   allowed = np.random.default_rng(1).random((LENGTH, LENGTH)) < 0.7
   allowed |= np.eye(LENGTH, dtype=bool)
   h, params = in_float64(model, TOKENS, attention_mask=allowed)
-  assert params["relative_bias"].shape == (8, HEADS)
+  assert params["relative_bias"].shape == (8, common.HEADS)
   bias = reference.t5_bias(
     params["relative_bias"],
     LENGTH,
@@ -188,7 +152,7 @@ def test_padding_reaches_no_token_and_a_row_of_it_is_finite():
   params = reference.random_params(model, TOKENS)
   x = np.random.default_rng(1).standard_normal((*TOKENS.shape, WIDTH)).astype(np.float32)
 
-  @jax.jit
+  @common.compiled
   def forward_and_backward(params, x, mask):
     def loss(params, x):
       h = model.apply({"params": params}, embeddings_BTD=x, mask_BT=mask)
@@ -235,13 +199,13 @@ def test_every_token_sees_every_token(window):
   x = np.random.default_rng(1).standard_normal((1, LENGTH, WIDTH)).astype(np.float32)
   weights = np.random.default_rng(2).standard_normal(WIDTH).astype(np.float32)
   scores = lambda x: model.apply({"params": params}, embeddings_BTD=x)[0] @ weights
-  reached = np.any(np.asarray(jax.jit(jax.jacrev(scores))(x))[:, 0] != 0, axis=-1)
+  reached = np.any(np.asarray(common.compiled(jax.jacrev(scores))(x))[:, 0] != 0, axis=-1)
   distance = np.arange(LENGTH)[:, None] - np.arange(LENGTH)
   expected = True if window is None else (distance >= 0) & (distance <= 2)
   np.testing.assert_array_equal(reached, np.broadcast_to(expected, reached.shape))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", common.main_and_slow(KINDS, ("none", "relative", "rotary")))
 def test_without_positions_the_order_of_tokens_does_not_matter(kind):
   """The encodings are permuted as the tokens are; with positions of any kind they are not."""
   model = encoder(**KINDS[kind])
@@ -309,10 +273,9 @@ def test_hidden_states_are_the_stream_before_and_after_each_layer():
   np.testing.assert_allclose(
     h, reference.layer_norm(params["stack"]["final_norm"], hidden[-1]), rtol=0, atol=1e-5
   )
-  np.testing.assert_allclose(h, run(model, params, TOKENS, mask_BT=MASK), rtol=0, atol=1e-5)
-  for options in ({"remat": "full"}, {"remat": "dots", "unroll": -1}):
-    changed = run(model.clone(**options), params, TOKENS, mask_BT=MASK, return_hidden_states=True)
-    np.testing.assert_allclose(changed[1], hidden, rtol=0, atol=1e-5)
+  model = model.clone(remat="dots", unroll=-1)
+  changed = run(model, params, TOKENS, mask_BT=MASK, return_hidden_states=True)
+  np.testing.assert_allclose(changed[1], hidden, rtol=0, atol=1e-5)
   visible = MASK[:, None, None, :] == 1
   layers = [(0, 0, 0), (1, 0, 0), (1, 1, 0), (1, 0, 1), (1, 1, 1)]
   assert len(hidden) == len(layers) + 1
@@ -334,7 +297,7 @@ def test_embedding_is_dropped_behind_its_norm():
   params = reference.random_params(model, TOKENS)
   call = functools.partial(run, model, params, TOKENS, mask_BT=MASK, return_hidden_states=True)
   plain = call()[1][0]
-  jitted = jax.jit(
+  jitted = common.compiled(
     lambda key: model.apply(
       {"params": params},
       TOKENS,
@@ -387,7 +350,7 @@ EMBEDDINGS = np.zeros((3, LENGTH, WIDTH), np.float32)
       r"self.lengths=\(4, 3\) .* do not add up to 8 tokens",
     ),
     ({"positions": "learned", "max_length": 7}, {"tokens_BT": TOKENS}, "8 positions do not fit"),
-    ({"positions": "alibi"}, {"tokens_BT": TOKENS}, "self.positions='alibi' must be one of lea"),
+    ({"positions": "alibi"}, {"tokens_BT": TOKENS}, "positions='alibi' must be one of learned"),
     ({"relative_buckets": 2}, {"tokens_BT": TOKENS}, "num_buckets=2 leaves no exact bucket"),
     ({}, {"tokens_BT": TOKENS, "recipe": record("pre_ln")}, "of another structure than the mod"),
   ),
@@ -404,7 +367,6 @@ def test_unknown_heads_of_masked_language_models_raise():
 
 
 def test_a_decoders_record_with_cross_attention_raises():
-  architecture = Architecture("encoder_decoder", 2, 2, WIDTH, FFN, HEADS)
-  model = encoder(RECIPES["magneto"](architecture).decoder)
+  model = encoder(common.recipe(kind="encoder_decoder").decoder)
   with pytest.raises(ValueError, match="needs a memory, or a cache that holds one"):
     jax.eval_shape(model.init, jax.random.key(0), TOKENS)
