@@ -213,9 +213,15 @@ class Backbone(nn.Module, kw_only=True):
     )
 
 
-def token_embedding(vocab_size: int, width: int, init: records.Init, **kwargs) -> nn.Embed:
-  """A table of token embeddings, drawn as the record says."""
-  return nn.Embed(vocab_size, width, embedding_init=kernel_init(init), **kwargs)
+class TokenTable(nn.Module):
+  """The table [V, D] of token embeddings, drawn as the record of the call says."""
+
+  vocab_size: int
+  width: int
+
+  @nn.compact
+  def __call__(self, init: records.Init) -> jax.Array:
+    return self.param("embedding", kernel_init(init), (self.vocab_size, self.width))
 
 
 def padding_mask(mask_BT, segment_ids_BT) -> jax.Array | None:

@@ -9,9 +9,9 @@ from flax import linen as nn
 from magneto_jax.layers.multiway import multiway
 from magneto_jax.models.backbone import (
   Backbone,
+  TokenTable,
   padding_mask,
   positions_of,
-  token_embedding,
   visibility,
 )
 from magneto_jax.models.transformer import Context
@@ -35,9 +35,8 @@ class Encoder(Backbone, kw_only=True):
   experts: tuple[str, ...] = ()
 
   def setup(self):
-    init = self._checked(None).embedding.tokens
     if self.vocab_size is not None:
-      self.token_embedding = token_embedding(self.vocab_size, self.width, init)
+      self.token_embedding = TokenTable(self.vocab_size, self.width)
 
   @nn.compact
   def __call__(
@@ -81,7 +80,8 @@ class Encoder(Backbone, kw_only=True):
     if tokens_BT is not None:
       if self.vocab_size is None:
         raise ValueError("this encoder has no vocabulary: give embeddings, or set vocab_size")
-      embeddings_BTD = self.token_embedding(tokens_BT) * recipe.embedding.scale
+      table_VD = self.token_embedding(recipe.embedding.tokens)
+      embeddings_BTD = jnp.take(table_VD, tokens_BT, axis=0) * recipe.embedding.scale
     if bool(self.experts) != (lengths is not None):
       raise ValueError(f"give lengths, one for each of {self.experts=}")
     shape = embeddings_BTD.shape[:2]

@@ -63,8 +63,10 @@ class EncoderDecoder(nn.Module, kw_only=True):
 
   def decode(self, tokens_BT: jax.Array, **kwargs):
     """Logits and, with a state, the new state; keywords are those of `CausalLM`."""
-    embedding = self.encoder.token_embedding if self.shared_embedding else None
-    return self.decoder(tokens_BT, embedding=embedding, **kwargs)
+    embedding_VD = None
+    if self.shared_embedding:
+      embedding_VD = self.encoder.token_embedding(self.encoder.recipe.embedding.tokens)
+    return self.decoder(tokens_BT, embedding_VD=embedding_VD, **kwargs)
 
   def init_state(self, batch: int, length: int, memory_length: int) -> DecodingState:
     """An empty decoding state for `length` tokens and a memory."""

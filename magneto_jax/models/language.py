@@ -11,9 +11,9 @@ from magneto_jax.layers.initializers import dense_init, kernel_init
 from magneto_jax.layers.norms import norm_factory
 from magneto_jax.models.backbone import (
   Backbone,
+  TokenTable,
   padding_mask,
   positions_of,
-  token_embedding,
   visibility,
 )
 from magneto_jax.models.encoder import Encoder
@@ -64,10 +64,9 @@ class CausalLM(Backbone, kw_only=True):
   tied: bool = True
 
   def setup(self):
-    init = self._checked(None).embedding.tokens
-    self.token_embedding = token_embedding(self.vocab_size, self.width, init)
+    self.token_embedding = TokenTable(self.vocab_size, self.width)
     if not self.tied:
-      self.output_embedding = token_embedding(self.vocab_size, self.width, init)
+      self.output_embedding = TokenTable(self.vocab_size, self.width)
 
   @nn.compact
   def __call__(
@@ -81,7 +80,7 @@ class CausalLM(Backbone, kw_only=True):
     memory_mask_BS: jax.Array | None = None,
     state: DecodingState | None = None,
     recipe: records.Stack | None = None,
-    embedding: nn.Embed | None = None,
+    embedding_VD: jax.Array | None = None,
     return_hidden_states: bool = False,
     deterministic: bool = True,
   ):
@@ -101,7 +100,7 @@ class CausalLM(Backbone, kw_only=True):
       state: earlier tokens (`init_state`); the new ones are scored behind them.
       recipe: a record of the same structure to run instead, whose numbers may be traced: a sweep
         over them compiles once (`records.as_arrays` turns numbers into leaves).
-      embedding: a table of tokens to use in place of the model's own, as encoder-decoders share.
+      embedding_VD: a table of tokens to use in place of the model's own, as encoder-decoders share.
       return_hidden_states: whether to return the stream as well.
       deterministic: False switches dropout on and needs an rng named `dropout`.
 
@@ -116,9 +115,11 @@ class CausalLM(Backbone, kw_only=True):
       self._check_length(tokens_BT.shape[1])
       before = 0 if state is None else jnp.sum(state.segment_ids_BS > 0, axis=1, keepdims=True)
       positions_BT = positions_of(tokens_BT.shape, mask_BT, before)
-    tokens = self.token_embedding if embedding is None else embedding
+    init = recipe.embedding.tokens
+    if embedding_VD is None:
+      embedding_VD = self.token_embedding(init)
     x_BTD = self._start(
-      tokens(tokens_BT) * recipe.embedding.scale,
+      jnp.take(embedding_VD, tokens_BT, axis=0) * recipe.embedding.scale,
       positions_BT,
       recipe,
       self._norm(),
@@ -139,8 +140,8 @@ class CausalLM(Backbone, kw_only=True):
       return_hidden_states=return_hidden_states,
       deterministic=deterministic,
     )
-    table = tokens if self.tied else self.output_embedding
-    logits_BTV = _logits(out.x_BTD, table.embedding)
+    table_VD = embedding_VD if self.tied else self.output_embedding(init)
+    logits_BTV = _logits(out.x_BTD, table_VD)
     results = (logits_BTV,)
     if state is not None:
       # The length may be traced, so this cannot raise; XLA would clamp, and overwrite rows.
@@ -223,7 +224,7 @@ class MaskedLM(nn.Module, kw_only=True):
   @nn.compact
   def __call__(self, tokens_BT: jax.Array, *, return_hidden_states: bool = False, **kwargs):
     """Logits [B, T, V], in float32 or wider, and, if asked for, the stream; see `Encoder`."""
-    encoder, recipe = self.encoder, self.encoder.recipe
+    encoder, recipe = self.encoder, kwargs.get("recipe") or self.encoder.recipe
     if self.head not in HEADS:
       raise ValueError(f"{self.head=} must be one of {', '.join(HEADS)}")
     out = encoder(tokens_BT, return_hidden_states=return_hidden_states, **kwargs)
@@ -236,7 +237,7 @@ class MaskedLM(nn.Module, kw_only=True):
       norm = norm_factory(recipe.norm, epsilon=encoder.norm_epsilon, dtype=encoder.dtype)
       h_BTD = norm(name="head_norm")(ACTIVATIONS[encoder.activation](dense(h_BTD)))
     if self.tied:
-      table_VD = encoder.token_embedding.embedding
+      table_VD = encoder.token_embedding(recipe.embedding.tokens)
     else:
       shape = (encoder.vocab_size, encoder.width)
       table_VD = self.param("output_embedding", kernel_init(recipe.embedding.tokens), shape)

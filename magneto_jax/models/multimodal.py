@@ -6,7 +6,6 @@ from flax import linen as nn
 
 from magneto_jax.layers.initializers import dense_init, kernel_init
 from magneto_jax.layers.patches import PatchEmbedding
-from magneto_jax.models.backbone import token_embedding
 from magneto_jax.models.encoder import Encoder
 
 
@@ -36,7 +35,9 @@ class BEiT3(nn.Module, kw_only=True):
     width, embedding = self.encoder.width, self.encoder.recipe.embedding
     if self.encoder.experts != ("vision", "text") or self.encoder.positions != "none":
       raise ValueError('BEiT3 needs an encoder with experts=("vision", "text"), positions="none"')
-    self.text_embedding = token_embedding(self.vocab_size, width, embedding.tokens)
+    self.text_embedding = nn.Embed(
+      self.vocab_size, width, embedding_init=kernel_init(embedding.tokens)
+    )
     self.patch_embedding = PatchEmbedding(
       width,
       self.patch_size,
@@ -67,7 +68,7 @@ class BEiT3(nn.Module, kw_only=True):
       tokens_BT: integers in [0, V); None for images alone.
       mask_BT: True for the text's tokens, False for its padding.
       masked_BP: True for the patches, read row by row, that the mask token replaces.
-      **kwargs: `attention_mask`, `return_hidden_states`, `deterministic`, `recipe` of `Encoder`.
+      **kwargs: `attention_mask`, `return_hidden_states`, `deterministic` of `Encoder`.
 
     Returns:
       [B, 1 + P + T, D]: the class token, the patches and the text, of those that are there; if
