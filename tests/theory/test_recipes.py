@@ -146,21 +146,26 @@ def test_torchscale_recipes_have_the_deviations_of_its_code(case):
   A deviation of n uniform or normal numbers is off by 1 / sqrt(2n) at most: 5 of those, and 1e-3
   for the mean that is subtracted from the few.
   """
-  kind, paper, *depths = case.split("_")
+  kind, paper, *rest = case.split("_")
+  depths = [word for word in rest if word.isdigit()]
+  bert_init = "bertinit" in rest
   kind = {"encdec": "encoder_decoder"}.get(kind, kind)
   stacks = kind.split("_")
   layers = {f"{stack}_layers": int(n) for stack, n in zip(stacks, depths, strict=True)}
   sizes = {"width": TORCHSCALE["width"], "ffn_width": TORCHSCALE["ffn_width"]}
   name = {"subln": "magneto_torchscale", "deepnorm": "deepnet_torchscale"}[paper]
-  recipe = RECIPES[name](Architecture(kind, **layers, **sizes))
+  recipe = RECIPES[name](Architecture(kind, **layers, **sizes), bert_init=bert_init)
   checked = 0
   for path, measured in TORCHSCALE["stats"][case].items():
-    *_, module, leaf = parts = path.split(".")
+    # Both experts of a multiway encoder are drawn alike.
+    *_, module, leaf = parts = [part for part in path.split(".") if part not in ("A", "B")]
     stack = getattr(recipe, parts[0] if parts[0] in stacks else stacks[0])
     if module in ("embed_tokens", "output_projection"):
       std = stack.embedding.tokens.gain
     elif module == "embed_positions":
       std = stack.embedding.positions.gain
+    elif module == "relative_attention_bias":
+      std = stack.embedding.relative.gain
     elif module in GROUPS:
       sublayer = getattr(only_layer(stack), SUBLAYERS[parts[-3]])
       init = getattr(sublayer, GROUPS[module])
