@@ -349,7 +349,9 @@ def sublayers(stack: Stack) -> Iterator[tuple[str, Sublayer]]:
 
 def has_cross_attention(stack: Stack) -> bool:
   """Whether a layer of the stack attends to a memory."""
-  return any(name == "cross_attention" for name, _ in sublayers(stack))
+  return any(
+    layer.cross_attention is not None for segment in stack.segments for layer in segment.pattern
+  )
 
 
 def with_qk_norm(stack: Stack, scope: str | None) -> Stack:
