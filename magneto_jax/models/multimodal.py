@@ -75,7 +75,7 @@ class BEiT3(nn.Module, kw_only=True):
       asked for, then also the stream.
     """
     parts = self.embed(images_BHWC, tokens_BT, masked_BP=masked_BP)
-    if self.is_initializing() and None in (images_BHWC, tokens_BT):
+    if self.is_initializing() and len(parts) < 2:
       raise ValueError("initialise BEiT3 with an image and a text: both have parameters")
     embeddings, masks = [], []
     for name, part_BTD in parts.items():
