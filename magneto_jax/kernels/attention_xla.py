@@ -95,7 +95,7 @@ class RelativeBias:
     buckets = relative_buckets(
       relative_position, num_buckets, self.bidirectional, self.max_distance
     )
-    values_NL = self.table[buckets].T
+    values_NL = jnp.asarray(self.table)[buckets].T
 
     def row_NS(t):
       return jax.lax.dynamic_slice(values_NL, (0, T - 1 - t), (N, S))

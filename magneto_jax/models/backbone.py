@@ -36,7 +36,8 @@ class Backbone(nn.Module, kw_only=True):
       T5; 0 for no such bias.
     relative_max_distance: from which on all distances share a row.
     relative_bidirectional: whether keys ahead have rows of their own; None: unless causal.
-    relative_cross: whether cross-attention has such a table too.
+    relative_cross: whether cross-attention has such a table too. It counts rows, padding included,
+      so that both sides should be padded behind.
     window, logits_soft_cap: of the self-attention; see `Attention`.
     dropout_rate: of the embedding and of every branch.
     attention_dropout_rate: of the attention probabilities.

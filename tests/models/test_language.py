@@ -15,6 +15,7 @@ from magneto_jax.models.language import CausalLM
 from magneto_jax.theory.recipes import RECIPES
 from magneto_jax.theory.records import Architecture, Segment
 from tests import reference
+from tests.models import common
 
 WIDTH, HEADS, FFN, VOCAB, LENGTH = 32, 4, 64, 17, 8
 TOKENS = np.random.default_rng(0).integers(0, VOCAB, (2, LENGTH))
@@ -28,6 +29,10 @@ def language_model(name="magneto", **options) -> CausalLM:
   record = name if not isinstance(name, str) else decoder(name)
   sizes = dict(vocab_size=VOCAB, width=WIDTH, num_heads=HEADS, ffn_width=FFN)
   return CausalLM(recipe=record, **sizes | options)
+
+
+RELATIVE = {"positions": "none", "relative_buckets": 8, "relative_max_distance": 10}
+KINDS = {kind: {"positions": kind} for kind in position_layers.KINDS} | {"relative": RELATIVE}
 
 
 def several_segments(*patterns):
@@ -47,7 +52,7 @@ def slow(*case):
 
 
 def score(model, params, tokens, **inputs):
-  return np.asarray(jax.jit(model.apply)({"params": params}, tokens, **inputs))
+  return np.asarray(common.compiled(model.apply)({"params": params}, tokens, **inputs))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -81,7 +86,7 @@ def test_causality(name, kind, window):
     changed = params | {"token_embedding": {"embedding": table}}
     return model.apply({"params": changed}, tokens)[0] @ weights
 
-  gradient = jax.jit(jax.jacrev(scores))(params["token_embedding"]["embedding"])
+  gradient = common.compiled(jax.jacrev(scores))(params["token_embedding"]["embedding"])
   reached = np.any(np.asarray(gradient)[:, :LENGTH] != 0, axis=-1)
   distance = np.arange(LENGTH)[:, None] - np.arange(LENGTH)
   left = LENGTH if window is None else window[0]
@@ -109,6 +114,20 @@ def test_padding_does_not_leak():
   first, second = (score(model, params, t, segment_ids_BT=ids) for t in (TOKENS, other))
   np.testing.assert_array_equal(first[ids == 1], second[ids == 1])
   assert np.abs(first - second)[ids == 0].max() > 0.1
+
+
+@pytest.mark.parametrize("kind", [k if k in ("learned", "relative") else slow(k) for k in KINDS])
+def test_hugging_faces_attention_mask_with_padding_on_either_side(kind):
+  """1 is a token, 0 is padding: the tokens are scored as from the sequence alone, float32."""
+  model = language_model(**KINDS[kind], max_length=LENGTH)
+  params = reference.random_params(model, TOKENS)
+  mask = np.array([[1, 1, 1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, 1, 1, 1]])
+  tokens = np.where(mask == 0, 0, TOKENS)
+  tokens[0, :5] = tokens[1, 3:]
+  logits = score(model, params, tokens, mask_BT=mask)
+  alone = score(model, params, tokens[:1, :5])[0]
+  np.testing.assert_allclose(logits[0, :5], alone, rtol=0, atol=1e-5)
+  np.testing.assert_allclose(logits[1, 3:], alone, rtol=0, atol=1e-5)
 
 
 def test_a_row_of_padding_is_finite():
@@ -140,6 +159,8 @@ MODELS = {name: language_model(name) for name in RECIPES} | {
   "mix_ln": language_model(MIX_LN),
   "a pattern of two": language_model(PATTERN, positions="rotary"),
   "unrolled": language_model(unroll=-1),
+  "xpos": language_model(positions="xpos"),
+  "relative bias": language_model(**RELATIVE),
   "wide heads": language_model(head_dim=16),
   "untied swiglu": language_model(tied=False, activation="swiglu"),
 }
@@ -147,7 +168,9 @@ MODELS = {name: language_model(name) for name in RECIPES} | {
 
 def decode(model, params, tokens, chunks, **inputs):
   """Logits of the tokens, scored chunk by chunk behind a cache."""
-  step = jax.jit(lambda state, tokens, inputs: model.apply(v, tokens, state=state, **inputs))
+  step = common.compiled(
+    lambda state, tokens, inputs: model.apply(v, tokens, state=state, **inputs)
+  )
   v, state, logits, start = {"params": params}, model.init_state(*tokens.shape), [], 0
   for size in chunks:
     part = {name: array[:, start : start + size] for name, array in inputs.items()}
@@ -193,16 +216,17 @@ def test_the_models_differ():
     assert np.abs(score(MODELS[name], params, TOKENS) - expected).max() > 0.01, name
 
 
-@pytest.mark.parametrize("kind", ("sinusoidal", "rotary", slow("learned"), slow("none")))
-def test_left_padded_rows_decode_as_alone(kind):
-  """The prompts of a batch end together; the shorter one is padded in front, in segment 0."""
-  model = language_model(positions=kind, max_length=LENGTH)
+@pytest.mark.parametrize("kind", [k if k in ("learned", "xpos") else slow(k) for k in KINDS])
+@pytest.mark.parametrize("name", ("mask_BT", "segment_ids_BT"))
+def test_left_padded_rows_decode_as_alone(kind, name):
+  """The prompts of a batch end together; the shorter one is padded in front, by mask or segment 0.
+
+  Positions are those of the tokens alone, with nothing said about them.
+  """
+  model = language_model(**KINDS[kind], max_length=LENGTH)
   params = reference.random_params(model, TOKENS)
-  ids = np.array([[0, 0, 0, 1, 1, 1, 1, 1], [1] * LENGTH])
-  positions = np.maximum(np.cumsum(ids, 1) - 1, 0)
-  logits = decode(
-    model, params, TOKENS, [4, 1, 1, 1, 1], segment_ids_BT=ids, positions_BT=positions
-  )
+  real = np.array([[0, 0, 0, 1, 1, 1, 1, 1], [1] * LENGTH])
+  logits = decode(model, params, TOKENS, [4, 1, 3], **{name: real})
   short, long = score(model, params, TOKENS[:1, 3:]), score(model, params, TOKENS[1:])
   np.testing.assert_allclose(logits[:1, 3:], short, rtol=0, atol=1e-5)  # float32
   np.testing.assert_allclose(logits[1:], long, rtol=0, atol=1e-5)
@@ -289,6 +313,37 @@ def test_scores_read_the_given_positions(kind):
   stretched = score(model, params, TOKENS, positions_BT=default * 2)
   assert (np.abs(shifted - plain).max() > 0.01) == (kind in ("learned", "sinusoidal"))
   assert (np.abs(stretched - plain).max() > 0.01) == (kind != "none")
+
+
+@pytest.mark.parametrize("kind", ("learned", "sinusoidal"))
+def test_position_offset_shifts_the_first_position(kind):
+  """Position 0 reads row (or angle) 2, as fairseq's; the table holds the rows before it too."""
+  model = language_model(positions=kind, max_length=LENGTH, position_offset=2)
+  params = reference.random_params(model, TOKENS)
+  plain = language_model(positions=kind, max_length=LENGTH + 2)
+  positions = np.arange(LENGTH)[None] + 2
+  expected = score(plain, params, TOKENS, positions_BT=positions)
+  np.testing.assert_allclose(score(model, params, TOKENS), expected, rtol=0, atol=1e-5)  # float32
+
+
+def test_logits_state_and_stream_are_returned_in_this_order():
+  """The stream of a call with a state is that of its tokens, behind those of the state."""
+  model = language_model()
+  params = reference.random_params(model, TOKENS)
+  apply = jax.jit(
+    lambda tokens, state=None: model.apply(
+      {"params": params}, tokens, state=state, return_hidden_states=True
+    )
+  )
+  logits, hidden = apply(TOKENS)
+  first, state, _ = apply(TOKENS[:, :5], model.init_state(2, LENGTH))
+  second, state, stream = apply(TOKENS[:, 5:], state)
+  assert state.length == LENGTH
+  np.testing.assert_allclose(np.concatenate([first, second], 1), logits, rtol=0, atol=1e-5)
+  np.testing.assert_allclose(stream, hidden[:, :, 5:], rtol=0, atol=1e-5)  # float32
+  last = reference.layer_norm(params["stack"]["final_norm"], np.asarray(hidden[-1]))
+  expected = last @ params["token_embedding"]["embedding"].T
+  np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5)
 
 
 def test_tied_output_is_the_embedding():
@@ -384,6 +439,7 @@ def test_bfloat16_logits_are_near_float32():
     ({"positions": "relative"}, "positions='relative' must be one of learned, sinusoidal"),
     ({"activation": "swish"}, "activation='swish' must be one of gelu"),
     ({"remat": "some"}, "remat='some' must be one of none"),
+    ({"positions": ("rotary", "xpos")}, "can be rotated in one way only"),
     ({"num_kv_heads": 3}, "N=4 query heads must be a multiple of K=3"),
     ({"window": (-1, None)}, "window"),
     ({"logits_soft_cap": 0.0}, "logits_soft_cap=0.0 must be positive"),

@@ -750,6 +750,12 @@ def test_values_for_other_layers_raise():
     jax.eval_shape(lambda: stack().init(jax.random.key(0), STREAM, record))
 
 
+def test_a_block_without_what_its_record_has_raises():
+  recipe = RECIPES["magneto"](Architecture("encoder_decoder", 2, 2, WIDTH, FFN, HEADS))
+  with pytest.raises(ValueError, match="this block has no cross_attention: the record is of an"):
+    jax.eval_shape(stack().init, jax.random.key(0), STREAM, recipe.decoder)
+
+
 def test_context_reaches_every_layer():
   """Segment ids of a token apart cut all attention: each token is then its own sequence."""
   record = decoder("magneto", 2)
