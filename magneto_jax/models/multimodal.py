@@ -6,6 +6,7 @@ from flax import linen as nn
 
 from magneto_jax.layers.initializers import dense_init, kernel_init
 from magneto_jax.layers.patches import PatchEmbedding
+from magneto_jax.models.backbone import padding_mask, positions_of
 from magneto_jax.models.encoder import Encoder
 
 
@@ -66,7 +67,8 @@ class BEiT3(nn.Module, kw_only=True):
     Args:
       images_BHWC: pixels; None for texts alone.
       tokens_BT: integers in [0, V); None for images alone.
-      mask_BT: True for the text's tokens, False for its padding.
+      mask_BT: True for the text's tokens, False for its padding, on either side; see `Encoder`.
+        Positions count tokens, not padding.
       masked_BP: True for the patches, read row by row, that the mask token replaces.
       **kwargs: `attention_mask`, `return_hidden_states`, `deterministic` of `Encoder`.
 
@@ -85,9 +87,10 @@ class BEiT3(nn.Module, kw_only=True):
         raise ValueError(
           f"{length} positions do not fit the table of {name}, {table.num_embeddings}"
         )
-      embeddings.append(part_BTD + table(jnp.arange(length) + self.position_offset)[None])
-      is_text = name == "text" and mask_BT is not None
-      masks.append(jnp.asarray(mask_BT, bool) if is_text else jnp.ones((batch, length), bool))
+      own = padding_mask(mask_BT, None) if name == "text" else None
+      rows_BT = positions_of((batch, length), own) + self.position_offset
+      embeddings.append(part_BTD + table(jnp.maximum(rows_BT, 0)))
+      masks.append(jnp.ones((batch, length), bool) if own is None else own)
     return self.encoder(
       embeddings_BTD=jnp.concatenate(embeddings, axis=1),
       mask_BT=None if mask_BT is None else jnp.concatenate(masks, axis=1),

@@ -16,6 +16,7 @@ from tests.models.common import SIZES, VOCAB, WIDTH, in_float64, run
 IMAGES = np.random.default_rng(0).standard_normal((3, 4, 6, 3)).astype(np.float32)
 TOKENS = np.random.default_rng(1).integers(0, VOCAB, (3, 5))
 MASK = np.array([[1, 1, 1, 0, 0], [0, 0, 1, 1, 1], [1] * 5])
+RELATIVE = {"relative_buckets": 8}
 MASKED = np.array([[1, 0, 0, 1, 0, 0], [0, 1, 1, 1, 0, 1], [0] * 6], bool)
 V, T = 1 + MASKED.shape[1], TOKENS.shape[1]
 PAIR = (IMAGES, TOKENS)
@@ -51,7 +52,9 @@ def test_model_is_its_formula_in_float64(offset):
   vision = reference.patches(params["patch_embedding"], images, 2, MASKED)
   text = WIDTH**0.5 * params["text_embedding"]["embedding"][TOKENS]
   mask = np.concatenate([np.ones((3, V), bool), MASK == 1], axis=1)
-  x = np.concatenate([vision + tables["vision"][offset:], text + tables["text"][offset:]], axis=1)
+  before = np.stack([[row[:t].sum() for t in range(T)] for row in MASK])
+  text += tables["text"][offset + before]
+  x = np.concatenate([vision + tables["vision"][offset:], text], axis=1)
   x = reference.stack(
     params["encoder"]["stack"],
     x * mask[..., None],
@@ -177,17 +180,20 @@ def test_every_expert_is_drawn_by_itself():
 # ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", ({}, {"relative_buckets": 8}))
-def test_hugging_faces_attention_mask_with_padding_on_the_right(options):
+@pytest.mark.parametrize("options, side", (({}, "right"), ({}, "left"), (RELATIVE, "right")))
+def test_hugging_faces_attention_mask_with_padding_on_either_side(options, side):
   """Of the text, behind an image: the image and the tokens come out as without the padding.
 
-  Positions count all of the text, padding too, as torchscale's: only padding behind is neutral.
+  A relative bias is one of places, and padding between image and text moves the text.
   """
   model = beit3(options)
   params = reference.random_params(model, *PAIR)
-  h = run(model, params, *PAIR, mask_BT=MASK)
+  shift = 0 if side == "right" else TOKENS.shape[1] - 3
+  tokens, mask = np.roll(TOKENS[:1], shift, axis=1), np.roll(MASK[:1], shift, axis=1)
+  h = run(model, params, IMAGES[:1], tokens, mask_BT=mask)[0]
+  h = np.concatenate([h[:V], h[V + shift : V + shift + 3]])
   alone = run(model, params, IMAGES[:1], TOKENS[:1, :3])
-  np.testing.assert_allclose(h[0, : V + 3], alone[0], rtol=0, atol=1e-5)  # float32
+  np.testing.assert_allclose(h, alone[0], rtol=0, atol=1e-5)  # float32
 
 
 def test_padding_reaches_no_token_and_a_text_of_it_is_finite():
