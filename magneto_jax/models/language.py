@@ -43,9 +43,7 @@ class DecodingState(NamedTuple):
 def _logits(x_BTD: jax.Array, table_VD: jax.Array) -> jax.Array:
   """x W^T with W of the dtype of x, summed in float32 or wider."""
   wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
-  return jnp.einsum(
-    "btd,vd->btv", x_BTD, table_VD.astype(x_BTD.dtype), preferred_element_type=wide
-  )
+  return jnp.einsum("btd,vd->btv", x_BTD, table_VD.astype(x_BTD.dtype), preferred_element_type=wide)
 
 
 class CausalLM(Backbone, kw_only=True):
@@ -145,7 +143,7 @@ class CausalLM(Backbone, kw_only=True):
     logits_BTV = _logits(out.x_BTD, table.embedding)
     results = (logits_BTV,)
     if state is not None:
-      # The length may be traced, so this cannot raise; XLA would clamp, and overwrite what is there.
+      # The length may be traced, so this cannot raise; XLA would clamp, and overwrite others.
       fits = state.length + tokens_BT.shape[1] <= state.segment_ids_BS.shape[1]
       memory_ids = None if memory is None else memory[1]
       new = DecodingState(out.caches, segment_ids[1], memory_ids)
@@ -182,9 +180,7 @@ class CausalLM(Backbone, kw_only=True):
     mask_BS = jnp.ones((batch, length), bool) if memory_mask_BS is None else memory_mask_BS
     return jnp.ones(shape, jnp.int32), jnp.asarray(mask_BS, bool).astype(jnp.int32)
 
-  def init_state(
-    self, batch: int, length: int, memory_length: int | None = None
-  ) -> DecodingState:
+  def init_state(self, batch: int, length: int, memory_length: int | None = None) -> DecodingState:
     """An empty decoding state for `length` tokens, prompt included, and a memory."""
     self._check_length(length)
     has_memory = records.has_cross_attention(self.recipe)
