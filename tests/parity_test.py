@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax.traverse_util import flatten_dict
 
 from magneto_jax import convert
 from magneto_jax.convert import fairseq, layout, torchscale
@@ -187,8 +186,8 @@ def _encoder(case, params):
 def _with_loss(case, outputs):
   """Adds the loss that the file's configuration names."""
   if "targets" in case.inputs:
-    padding = case.inputs.get("self_attn_padding_mask")
-    padding = case.inputs.get("encoder_padding_mask") if padding is None else padding
+    is_decoder = "prev_output_tokens" in case.inputs
+    padding = case.inputs.get(f"{'self_attn' if is_decoder else 'encoder'}_padding_mask")
     targets = case.inputs["targets"]
     weights = jnp.ones(targets.shape) if padding is None else 1.0 - padding
     outputs["loss"] = cross_entropy(outputs["output/logits"], targets, weights)
@@ -218,7 +217,7 @@ def _decoder(case, params):
     outputs["output/logits_incremental"] = incremental
     block = state.caches[0][0].self_attention
     for layer, (keys, values) in enumerate(zip(block.k_LBKSH, block.v_LBKSH, strict=True)):
-      if model.positions == "xpos":
+      if "xpos" in model.positions:
         # torchscale caches keys before xPos, whose inverse is the one of the opposite position.
         keys = keys.swapaxes(1, 2)
         keys = xpos(keys, keys, -options["positions_BT"], scale_base=model.xpos_scale_base)[1]
@@ -274,12 +273,14 @@ def _beit3(case, params):
     "masked_BP": inputs.get("vision_masked_position"),
   }
   apply = functools.partial(case.model.apply, {"params": params}, **parts)
+  embedded = jnp.concatenate([*apply(method="embed").values()], axis=1)
+  batch, length, _ = embedded.shape
   out, hidden = apply(
     mask_BT=_mask(case, "text_padding_position"),
+    positions_BT=jnp.arange(length)[None] * jnp.ones((batch, 1), jnp.int32),
     attention_mask=_allowed(case),
     return_hidden_states=True,
   )
-  embedded = jnp.concatenate([*apply(method="embed").values()], axis=1)
   outputs = {"output/encoder_out": out, "output/encoder_embedding": embedded} | _streams(hidden)
   return _with_loss(case, outputs)
 
@@ -311,8 +312,8 @@ def _fairseq(case: Case):
   case.model, case.variables, case.rest = fairseq.read(case.state_dict, arguments)
   legacy = any(name.endswith("alpha2") for name in case.state_dict)
   case.places = fairseq.places(case.model, legacy)
-  case.write = lambda params: case.rest | convert.to_fairseq(
-    case.model, {"params": params}, legacy=legacy
+  case.write = lambda params: (
+    case.rest | convert.to_fairseq(case.model, {"params": params}, legacy=legacy)
   )
   forward = {"decoder_lm": _lm, "masked_lm": _mlm, "train": _train}[meta["kind"]]
   case.forward = functools.partial(forward, case)
@@ -479,7 +480,8 @@ def test_gradients_match(case):
   """Every gradient; what the reference gives none has none here."""
   expected = case.under("grad/")
   if not expected:
-    assert case.config.get("loss") is None or case.config["kind"] == "train", "gradients are missing"
+    has_none = case.config.get("loss") is None or case.config["kind"] == "train"
+    assert has_none, "gradients are missing"
     return
   _, gradients = case.computed
   largest = max(np.abs(value).max() for value in expected.values())

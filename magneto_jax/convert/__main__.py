@@ -3,20 +3,24 @@
 import json
 import pathlib
 
+import jax.numpy as jnp
+import numpy as np
 from absl import flags
 
 from magneto_jax import cli, runs
 from magneto_jax.config import ConfigError
 from magneto_jax.convert import beit3, fairseq, saved, torchscale
-from magneto_jax.convert.files import ConversionError, read_state_dict, write_state_dict
+from magneto_jax.convert.files import read_state_dict, write_state_dict
 
-SOURCES = ("torchscale", "fairseq", "beit3")
+SOURCES = {"torchscale": torchscale, "fairseq": fairseq, "beit3": beit3}
 TARGETS = (*SOURCES, "safetensors")
 
 
 def main() -> None:
   """Defines the flags and runs the command."""
-  flags.DEFINE_enum("from", None, SOURCES, "Whose checkpoint --input is; --output is a new folder.")
+  flags.DEFINE_enum(
+    "from", None, list(SOURCES), "Whose checkpoint --input is; --output is a new folder."
+  )
   flags.DEFINE_enum("to", None, TARGETS, "What --output is; --input is a folder or a workdir.")
   flags.DEFINE_string("input", None, "A checkpoint (--from), or a folder (--to).", required=True)
   flags.DEFINE_string("output", None, "A new folder (--from), or a file (--to).", required=True)
@@ -38,29 +42,31 @@ def run(args) -> None:
       f"give --from ({', '.join(SOURCES)}) to read a checkpoint, or --to ({', '.join(TARGETS)}) to"
       " write one"
     )
+  # Where each flag goes that does not go everywhere.
+  allowed = {"image_size": source == "beit3", "model_config": source, "step": target}
+  for flag, is_allowed in allowed.items():
+    if args[flag].present and not is_allowed:
+      raise ConfigError(
+        f"--{flag} does not go with --{'from' if source else 'to'}={source or target}"
+      )
   try:
     import_(args, source) if source else export(args, target)
-  except ConversionError as error:
+  except ValueError as error:
     raise ConfigError(str(error)) from error
 
 
 def import_(args, source: str) -> None:
   """From a checkpoint to a folder."""
-  if args.image_size is not None and source != "beit3":
-    raise ConfigError("--image_size goes with --from=beit3 only")
   tensors, config = read_state_dict(args.input, finite=False)
   config = _config(args.model_config, config)
-  if source == "beit3":
-    read = beit3.read(tensors, config, image_size=args.image_size)
-  else:
-    read = {"torchscale": torchscale, "fairseq": fairseq}[source].read(tensors, config)
-  model, variables, kept = read
-  legacy = source == "fairseq" and fairseq.is_legacy(tensors)
-  origin = {"from": source, "config": config, "legacy": legacy}
+  options = {"image_size": args.image_size} if source == "beit3" else {}
+  model, variables, kept = SOURCES[source].read(tensors, config, **options)
+  others = {name: t.dtype.name for name, t in tensors.items() if t.dtype != np.float32}
+  origin = {"from": source, "config": config, "dtypes": others}
+  origin["legacy"] = source == "fairseq" and fairseq.is_legacy(tensors)
   saved.save(args.output, model, variables, origin=origin, kept=kept)
   print(saved.describe(model, variables))
-  defaults = fairseq.DEFAULTS if source == "fairseq" else torchscale.DEFAULTS
-  assumed = [f"{key}={value}" for key, value in defaults.items() if key not in config]
+  assumed = [f"{k}={v}" for k, v in SOURCES[source].DEFAULTS.items() if k not in config]
   if assumed:
     print(f"not in the configuration, so the defaults of {source}: {', '.join(assumed)}")
   if kept:
@@ -71,7 +77,7 @@ def import_(args, source: str) -> None:
 def export(args, target: str) -> None:
   """From a folder, or a run's workdir, to a file."""
   kept, origin = {}, {}
-  if saved.holds_model(args.input):
+  if saved.holds_model(args.input) and args.step is None:
     model, variables, origin, kept = saved.read(args.input)
   else:
     model, variables = runs.load(args.input, step=args.step)
@@ -80,17 +86,19 @@ def export(args, target: str) -> None:
   if target == "safetensors":
     if pathlib.Path(args.output).suffix != ".safetensors":
       raise ConfigError(f"--output={args.output} must end in .safetensors")
-    tensors, kept = saved.flat(variables), {}
-  elif target == "fairseq":
-    tensors = fairseq.to_fairseq(model, variables, legacy=origin.get("legacy", False))
+    tensors, config = saved.flat(variables), None
   else:
-    write = {"torchscale": torchscale.to_torchscale, "beit3": beit3.to_beit3}[target]
-    tensors = write(model, variables)
-  if origin.get("from") != target:
-    kept = {}
-  write_state_dict(args.output, tensors | kept, origin.get("config"))
+    library = SOURCES[target]
+    options = {"legacy": origin.get("legacy", False)} if target == "fairseq" else {}
+    tensors, config = library.write(model, variables, **options), library.config_of(model)
+  if origin.get("from") == target:
+    # As the checkpoint was: what is no parameter, the configuration, half precision.
+    tensors, config = tensors | kept, config | origin["config"]
+    dtypes = origin["dtypes"]
+    tensors = {name: t.astype(jnp.dtype(dtypes.get(name, t.dtype))) for name, t in tensors.items()}
+  write_state_dict(args.output, tensors, config)
   print(saved.describe(model, variables))
-  print(f"written to {args.output}: {len(tensors | kept)} tensors")
+  print(f"written to {args.output}: {len(tensors)} tensors")
 
 
 def _config(path: str, own: dict | None) -> dict:
@@ -98,13 +106,13 @@ def _config(path: str, own: dict | None) -> dict:
   if path:
     try:
       own = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
       raise ConfigError(f"--model_config={path} cannot be read: {error}") from None
-    if not isinstance(own, dict):
-      raise ConfigError(f"--model_config={path} must hold a JSON object")
-  own = own or {}
   # A configuration as torchscale completed it.
-  return own.get("resolved", own)
+  own = own.get("resolved", own) if isinstance(own, dict) else own or {}
+  if not isinstance(own, dict):
+    raise ConfigError(f"--model_config={path} must hold a JSON object")
+  return own
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ import numpy as np
 from flax import linen as nn
 
 from magneto_jax.convert import torchscale
-from magneto_jax.convert.files import ConversionError
+from magneto_jax.convert.files import ConversionError, check_finite
+from magneto_jax.convert.reader import Reader
 
 PREFIX = "beit3."
 # Of the fine-tuned and pre-trained models; kept for the way back, and no part of BEiT3.
@@ -56,19 +57,25 @@ def from_beit3(
 
 def read(state_dict, config=None, *, image_size: int | None = None):
   """`from_beit3`, and third the tensors of task heads."""
-  kept = {name: tensor for name, tensor in state_dict.items() if name.startswith(HEADS)}
-  tensors = {
-    name.removeprefix(PREFIX): tensor for name, tensor in state_dict.items() if name not in kept
-  }
+  named = {name: np.asarray(tensor) for name, tensor in state_dict.items()}
+  kept = {name: tensor for name, tensor in named.items() if name.startswith(HEADS)}
+  check_finite(kept)
+  is_prefixed = any(name.startswith(PREFIX) for name in named)
+  unknown = [n for n in named if is_prefixed and not n.startswith((PREFIX, *HEADS))]
+  if unknown:
+    raise ConversionError(f"unknown, as all others begin with {PREFIX}: {', '.join(unknown)}")
+  tensors = {name.removeprefix(PREFIX): named[name] for name in named if name not in kept}
   if not {_POSITIONS, "text_embed.weight"} <= tensors.keys():
     raise ConversionError(f"this is no BEiT-3: {_POSITIONS} and text_embed.weight are needed")
-  width = tensors["text_embed.weight"].shape[-1]
+  reader = Reader(tensors, config or {})
+  width = reader.shape("text_embed.weight")[1]
   known = {"encoder_attention_heads": _HEADS_OF_WIDTH[width]} if width in _HEADS_OF_WIDTH else {}
   if image_size is not None:
-    patch = tensors["vision_embed.proj.weight"].shape[-1]
+    patch = reader.shape("vision_embed.proj.weight", 4)[-1]
+    reader.shape(_POSITIONS)
     tensors[_POSITIONS] = _resized(tensors[_POSITIONS], image_size, patch)
-  model, variables, rest = torchscale.read(tensors, known | dict(config or {}))
-  return model, variables, kept | rest
+  model, variables, rest = torchscale.read(tensors, known | reader.config)
+  return model, variables, kept | {PREFIX + name: tensor for name, tensor in rest.items()}
 
 
 def to_beit3(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -77,12 +84,18 @@ def to_beit3(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, np.nda
   return {PREFIX + name: tensor for name, tensor in tensors.items()}
 
 
+# As the command finds them.
+write, config_of, DEFAULTS = to_beit3, torchscale.config_of, torchscale.DEFAULTS
+
+
 def _resized(table: np.ndarray, image_size: int, patch_size: int) -> np.ndarray:
   """The table of positions for images of another size."""
   patches = table[_BEFORE:]
   old, new = math.isqrt(len(patches)), image_size // patch_size
-  if old * old != len(patches):
-    raise ConversionError(f"{len(patches)} patches are no square: their positions cannot be resized")
+  if old < 1 or old * old != len(patches):
+    raise ConversionError(
+      f"{len(patches)} patches are no square: their positions cannot be resized"
+    )
   if new * patch_size != image_size or new < 1:
     raise ConversionError(f"{image_size=} must be a multiple of the patch size {patch_size}")
   grid = np.asarray(patches, np.float32).reshape(old, old, -1)

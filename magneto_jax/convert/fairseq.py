@@ -15,7 +15,9 @@ import numpy as np
 from flax import linen as nn
 
 from magneto_jax.convert import layout
+from magneto_jax.convert.facts import check_same
 from magneto_jax.convert.files import ConversionError
+from magneto_jax.convert.reader import Reader
 from magneto_jax.models.encoder import Encoder
 from magneto_jax.models.language import CausalLM, MaskedLM
 from magneto_jax.theory import recipes, records
@@ -32,6 +34,9 @@ ACTIVATIONS = {
 # fairseq's defaults of what the tensors do not show; RoBERTa's embeddings are not scaled.
 DEFAULTS = {"no_scale_embedding": False, "no_token_positional_embeddings": False}
 PREFIXES = {"decoder": "decoder.", "encoder": "encoder.sentence_encoder."}
+OUTPUTS = {"decoder": "decoder.output_projection.weight", "encoder": "encoder.lm_head.weight"}
+# What says whether the output table is the input's.
+TIES = {"decoder": "share_decoder_input_output_embed", "encoder": "untie_weights_roberta"}
 
 LAYER = {
   f"{ours}/{module}": f"{theirs}.{name}"
@@ -123,128 +128,91 @@ def sublayers(
   return attention, ffn
 
 
-class _Reader:
-  """One state dict with its configuration."""
-
-  def __init__(self, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]):
-    self.tensors, self.config = tensors, config
-    kinds = [kind for kind, prefix in PREFIXES.items() if f"{prefix}embed_tokens.weight" in tensors]
-    if len(kinds) != 1 or "encoder.embed_tokens.weight" in tensors:
-      raise ConversionError(
-        "this is neither fairseq's decoder language model (decoder.embed_tokens.weight) nor its"
-        " RoBERTa (encoder.sentence_encoder.embed_tokens.weight)"
-      )
-    (self.kind,) = kinds
-    self.prefix = PREFIXES[self.kind]
-    self.first = f"{self.prefix}layers.0."
-    if f"{self.first}encoder_attn.q_proj.weight" in tensors:
-      raise ConversionError("decoders with cross-attention are not supported")
-
-  def has(self, name: str) -> bool:
-    return self.prefix + name in self.tensors
-
-  def shape(self, name: str) -> tuple[int, ...]:
-    if name not in self.tensors:
-      raise ConversionError(f"{name} is missing: is this a whole checkpoint of fairseq?")
-    return self.tensors[name].shape
-
-  def need(self, key: str, why: str):
-    if key not in self.config:
-      raise ConversionError(f"the configuration must give {key}: {why}")
-    return self.config[key]
-
-  def size(self, key: str, value: int) -> int:
-    if self.config.get(key, value) != value:
-      raise ConversionError(
-        f"{key} is {self.config[key]} in the configuration and {value} in the tensors"
-      )
-    return value
-
-  def architecture(self) -> records.Architecture:
-    kind, first = self.kind, self.first
-    width = self.size(f"{kind}_embed_dim", self.shape(f"{first}self_attn.q_proj.weight")[0])
-    ffn = self.size(f"{kind}_ffn_embed_dim", self.shape(f"{first}fc1.weight")[0])
-    layers = {int(n[len(self.prefix) :].split(".")[1]) for n in self.tensors if self._in_layer(n)}
-    scale = f"{first}c_attn"
-    key = f"{kind}_attention_heads"
-    if scale in self.tensors:
-      heads = self.size(key, self.shape(scale)[0])
-    else:
-      heads = self.need(key, "no tensor shows it")
-    if not isinstance(heads, int) or heads < 1 or width % heads:
-      raise ConversionError(f"{key}={heads!r} must divide the width {width}")
-    depth = {f"{kind}_layers": self.size(f"{kind}_layers", 1 + max(layers))}
-    return records.Architecture(kind, **depth, width=width, ffn_width=ffn, heads=heads)
-
-  def _in_layer(self, name: str) -> bool:
-    rest = name.removeprefix(self.prefix)
-    return rest != name and rest.startswith("layers.")
-
-  def recipe(self, architecture: records.Architecture) -> records.Stack:
-    is_final = self.has("layer_norm.weight")
-    is_pre = is_final or bool(
-      self.need(f"{self.kind}_normalize_before", "without a final norm no tensor shows it")
+def _kind(reader: Reader) -> str:
+  """Which stack of fairseq's the tensors are of; raises for all that is neither model."""
+  kinds = [kind for kind, prefix in PREFIXES.items() if reader.has(f"{prefix}embed_tokens.weight")]
+  if len(kinds) != 1 or reader.has("encoder.embed_tokens.weight"):
+    raise ConversionError(
+      "this is neither fairseq's decoder language model (decoder.embed_tokens.weight) nor its"
+      " RoBERTa (encoder.sentence_encoder.embed_tokens.weight)"
     )
-    placement = None
-    if f"{self.first}c_attn" in self.tensors:
-      placement = self.need(
-        "head_scale",
-        f"one of {', '.join(records.HEAD_SCALES)}; fairseq has the second since November 2021, and"
-        " had the third before",
-      )
-      if placement not in records.HEAD_SCALES:
-        choices = ", ".join(records.HEAD_SCALES)
-        raise ConversionError(f"head_scale={placement!r} must be one of {choices}")
+  if reader.has("decoder.layers.0.encoder_attn.q_proj.weight"):
+    raise ConversionError("decoders with cross-attention are not supported")
+  return kinds[0]
 
-    def scale_of(name: str) -> str | None:
-      tensor = self.tensors.get(self.first + name)
-      return None if tensor is None else "vector" if tensor.size > 1 else "scalar"
 
-    attention, ffn = sublayers(
-      lambda name: self.first + name in self.tensors, placement, scale_of, is_pre=is_pre
-    )
-    stack = getattr(recipes.normformer(architecture), self.kind)
-    unscaled = self.config.get("no_scale_embedding", self.kind == "encoder")
-    return dataclasses.replace(
-      stack,
-      segments=(records.Segment((records.Layer(attention, ffn),), stack.num_layers),),
-      embedding=dataclasses.replace(
-        stack.embedding,
-        scale=1.0 if unscaled else math.sqrt(architecture.width),
-        norm=self.has("layernorm_embedding.weight"),
-      ),
-      final_norm=is_final,
-    )
+def _architecture(reader: Reader, kind: str) -> records.Architecture:
+  first = f"{PREFIXES[kind]}layers.0."
+  width = reader.shape(f"{first}self_attn.q_proj.weight")[1]
+  ffn = reader.shape(f"{first}fc1.weight")[0]
+  scale = f"{first}c_attn"
+  shown = reader.shape(scale, 1)[0] if reader.holds(f"{PREFIXES[kind]}layers.", ".c_attn") else None
+  depth = reader.agreed(f"{kind}_layers", reader.depth(PREFIXES[kind]))
+  return records.Architecture(
+    kind,
+    **{f"{kind}_layers": depth},
+    width=reader.agreed(f"{kind}_embed_dim", width),
+    ffn_width=reader.agreed(f"{kind}_ffn_embed_dim", ffn),
+    heads=reader.heads(f"{kind}_attention_heads", width, shown),
+  )
 
-  def fields(self) -> dict[str, Any]:
-    """The fields of the stack's model."""
-    architecture = self.architecture()
-    rows = self.shape(f"{self.prefix}embed_positions.weight")[0] if self.has(
-      "embed_positions.weight"
-    ) else 0
-    without = "none" if self.config.get("no_token_positional_embeddings") else "sinusoidal"
-    why = f"one of {', '.join(ACTIVATIONS)}; fairseq's architectures differ in it"
-    activation = self.need("activation_fn", why)
-    if activation not in ACTIVATIONS:
-      raise ConversionError(f"activation_fn={activation!r} must be one of {', '.join(ACTIVATIONS)}")
-    return {
-      "recipe": self.recipe(architecture),
-      "vocab_size": self.shape(f"{self.prefix}embed_tokens.weight")[0],
-      "width": architecture.width,
-      "num_heads": architecture.heads,
-      "ffn_width": architecture.ffn_width,
-      "activation": ACTIVATIONS[activation],
-      "positions": "learned" if rows else without,
-      "max_length": rows - OFFSET if rows else 1024,
-      "position_offset": OFFSET,
-    }
 
-  def tied(self, copy: str) -> bool:
-    """Whether the output table is the input's: as configured, or else as the numbers are."""
-    if copy not in self.tensors:
-      return True
-    same = np.array_equal(self.tensors[copy], self.tensors[f"{self.prefix}embed_tokens.weight"])
-    return bool(self.config.get("share_decoder_input_output_embed", same))
+def _recipe(reader: Reader, kind: str, architecture: records.Architecture) -> records.Stack:
+  prefix = PREFIXES[kind]
+  first = f"{prefix}layers.0."
+  is_final, before = reader.holds(f"{prefix}layer_norm."), f"{kind}_normalize_before"
+  if is_final:
+    is_pre = reader.agreed(before, True)
+  else:
+    is_pre = reader.need(before, True, "without a final norm no tensor shows it")
+  # Of any layer, and the weight or the bias: if one is missing, it is named as such.
+  has = lambda name: reader.holds(f"{prefix}layers.", f".{name.removesuffix('weight')}")
+  placement = None
+  if has("c_attn"):
+    # The second since November 2021, the third before: the tensors do not say it.
+    placement = reader.choice("head_scale", records.HEAD_SCALES)
+
+  def scale_of(name: str) -> str | None:
+    if not has(name):
+      return None
+    return "vector" if reader.shape(first + name, 1) != (1,) else "scalar"
+
+  attention, ffn = sublayers(has, placement, scale_of, is_pre=is_pre)
+  stack = getattr(recipes.normformer(architecture), kind)
+  unscaled = reader.get("no_scale_embedding", kind == "encoder")
+  return dataclasses.replace(
+    stack,
+    segments=(records.Segment((records.Layer(attention, ffn),), stack.num_layers),),
+    embedding=dataclasses.replace(
+      stack.embedding,
+      scale=1.0 if unscaled else math.sqrt(architecture.width),
+      norm=reader.agreed("layernorm_embedding", reader.holds(f"{prefix}layernorm_embedding.")),
+    ),
+    final_norm=is_final,
+  )
+
+
+def _fields(reader: Reader, kind: str) -> dict[str, Any]:
+  """The fields of the stack's model."""
+  prefix = PREFIXES[kind]
+  architecture = _architecture(reader, kind)
+  table, fields = f"{prefix}embed_positions.weight", {"positions": "sinusoidal"}
+  if reader.has(table) or reader.get(f"{kind}_learned_pos", False):
+    rows = reader.shape(table)[0]
+    if rows <= OFFSET:
+      raise ConversionError(f"wrong shape: {table} has {rows} rows, expected more than {OFFSET}")
+    fields = {"positions": "learned", "max_length": rows - OFFSET}
+  elif reader.get("no_token_positional_embeddings", False):
+    fields = {"positions": "none"}
+  return fields | {
+    "recipe": _recipe(reader, kind, architecture),
+    "vocab_size": reader.shape(f"{prefix}embed_tokens.weight")[0],
+    "width": architecture.width,
+    "num_heads": architecture.heads,
+    "ffn_width": architecture.ffn_width,
+    "activation": ACTIVATIONS[reader.choice("activation_fn", ACTIVATIONS)],
+    "position_offset": OFFSET,
+  }
 
 
 def is_legacy(tensors: Mapping[str, np.ndarray]) -> bool:
@@ -254,37 +222,64 @@ def is_legacy(tensors: Mapping[str, np.ndarray]) -> bool:
 
 def build(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> nn.Module:
   """The model that a state dict is of; `config` has the names of fairseq's arguments."""
-  reader = _Reader(tensors, config)
-  if reader.kind == "decoder":
-    tied = reader.tied("decoder.output_projection.weight")
-    return CausalLM(**reader.fields(), tied=tied)
-  tied = reader.tied("encoder.lm_head.weight")
-  return MaskedLM(encoder=Encoder(**reader.fields()), head="dense", tied=tied)
+  reader = Reader(tensors, config)
+  kind = _kind(reader)
+  key = TIES[kind]
+  says_tied = kind == "decoder"
+  is_configured = reader.get(key, not says_tied) == says_tied
+  tokens, how = f"{PREFIXES[kind]}embed_tokens.weight", f"{key}={str(says_tied).lower()}"
+  tied = reader.tied(OUTPUTS[kind], tokens, is_configured, how)
+  fields = _fields(reader, kind)
+  if kind == "decoder":
+    return CausalLM(**fields, tied=tied)
+  return MaskedLM(encoder=Encoder(**fields), head="dense", tied=tied)
 
 
+def _kind_of(model: nn.Module) -> str:
+  if isinstance(model, CausalLM):
+    return "decoder"
+  if isinstance(model, MaskedLM) and model.head == "dense":
+    return "encoder"
+  raise ConversionError(
+    f"fairseq has no counterpart for this {type(model).__name__}: only causal language models and"
+    ' masked ones with head="dense"'
+  )
+
+
+@functools.lru_cache(maxsize=8)
 def places(model: nn.Module, legacy: bool) -> list[layout.Place]:
   """Where each tensor of fairseq lies in the model's parameters."""
-  kind = {CausalLM: "decoder", MaskedLM: "encoder"}.get(type(model))
-  if kind is None or (kind == "encoder" and model.head != "dense"):
-    raise ConversionError(
-      f"fairseq has no counterpart for this {type(model).__name__}: only causal language models and"
-      ' masked ones with head="dense"'
-    )
-  shapes = layout.shapes_of(model, jnp.zeros((1, 1), jnp.int32))
-  return layout.places(shapes, functools.partial(_name, kind=kind, legacy=legacy))
+  name_of = functools.partial(_name, kind=_kind_of(model), legacy=legacy)
+  return layout.places(layout.shapes_of(model, jnp.zeros((1, 1), jnp.int32)), name_of)
 
 
 def _copies(model: nn.Module) -> dict[str, str]:
-  if not model.tied:
-    return {}
-  if isinstance(model, CausalLM):
-    return {"decoder.output_projection.weight": "decoder.embed_tokens.weight"}
-  return {"encoder.lm_head.weight": "encoder.sentence_encoder.embed_tokens.weight"}
+  kind = _kind_of(model)
+  return {OUTPUTS[kind]: f"{PREFIXES[kind]}embed_tokens.weight"} if model.tied else {}
 
 
-def _is_known(name: str) -> bool:
-  """The format's version, and a buffer that sinusoidal positions have."""
-  return name.endswith((".version", ".embed_positions._float_tensor"))
+# The format's version, and a buffer that sinusoidal positions have.
+BUFFERS = {
+  f"{prefix}{name}"
+  for prefix in PREFIXES.values()
+  for name in ("version", "embed_positions._float_tensor")
+}
+
+
+def config_of(model: nn.Module) -> dict[str, Any]:
+  """fairseq's arguments with which `from_fairseq` reads the model."""
+  kind = _kind_of(model)
+  stack = model if kind == "decoder" else model.encoder
+  attention = stack.recipe.layers[0].self_attention
+  spelt = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
+  return {
+    f"{kind}_attention_heads": stack.num_heads,
+    f"{kind}_normalize_before": "in" in attention.norms,
+    "activation_fn": spelt.get(stack.activation, stack.activation),
+    "no_scale_embedding": float(stack.recipe.embedding.scale) == 1.0,
+    "no_token_positional_embeddings": stack.positions == "none",
+    TIES[kind]: model.tied == (kind == "decoder"),
+  } | ({"head_scale": attention.head_scale} if attention.head_scale else {})
 
 
 def from_fairseq(
@@ -295,10 +290,10 @@ def from_fairseq(
   Args:
     state_dict: arrays by fairseq's names.
     config: fairseq's arguments. Sizes, norms, learned scales and tied tables are read from the
-      tensors. What no tensor shows must be given: `decoder_attention_heads` or
-      `encoder_attention_heads` (unless there is a head scale), `head_scale` (one of
-      `records.HEAD_SCALES`) where there is one, `decoder_normalize_before` or
-      `encoder_normalize_before` where there is no final norm, and `activation_fn`.
+      tensors, which the arguments must not contradict. What no tensor shows must be given:
+      `decoder_attention_heads` or `encoder_attention_heads` (unless there is a head scale),
+      `head_scale` (one of `records.HEAD_SCALES`) where there is one, `decoder_normalize_before`
+      or `encoder_normalize_before` where there is no final norm, and `activation_fn`.
       `no_scale_embedding` (False; True for RoBERTa) and `no_token_positional_embeddings` (False)
       have fairseq's defaults.
 
@@ -315,10 +310,10 @@ def from_fairseq(
 
 def read(state_dict, config=None) -> tuple[nn.Module, dict[str, Any], dict[str, np.ndarray]]:
   """`from_fairseq`, and third the known tensors that are no parameters of the model."""
-  tensors = dict(state_dict)
+  tensors = {name: np.asarray(tensor) for name, tensor in state_dict.items()}
   model = build(tensors, config or {})
   params, rest = layout.read(
-    places(model, is_legacy(tensors)), tensors, copies=_copies(model), known=_is_known
+    places(model, is_legacy(tensors)), tensors, copies=_copies(model), known=BUFFERS.__contains__
   )
   return model, {"params": params}, rest
 
@@ -326,7 +321,10 @@ def read(state_dict, config=None) -> tuple[nn.Module, dict[str, Any], dict[str, 
 def to_fairseq(
   model: nn.Module, variables: Mapping[str, Any], *, legacy: bool = False
 ) -> dict[str, np.ndarray]:
-  """The state dict of a model: what `from_fairseq` read, bit for bit, but for `version`.
+  """The state dict of a model, in float32: what `from_fairseq` read, but for fairseq's buffers.
+
+  `config_of` has the arguments that go with it. A table of learned positions that begins with
+  position 0 is written behind the two rows that fairseq skips.
 
   Args:
     model: a `CausalLM`, or a `MaskedLM` with the dense head.
@@ -337,4 +335,15 @@ def to_fairseq(
   Raises:
     ConversionError: if fairseq has no such model, or no name for one of the parameters.
   """
-  return layout.write(places(model, legacy), variables["params"], copies=_copies(model))
+  tensors = layout.write(places(model, legacy), variables["params"], copies=_copies(model))
+  kind = _kind_of(model)
+  stack = model if kind == "decoder" else model.encoder
+  layout.begin_positions_at(
+    tensors, f"{PREFIXES[kind]}embed_positions.", stack.position_offset, OFFSET
+  )
+  check_same(model, build(tensors, config_of(model)), "fairseq")
+  return tensors
+
+
+# As the command finds it.
+write = to_fairseq

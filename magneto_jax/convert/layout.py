@@ -8,7 +8,7 @@ error.
 """
 
 import collections
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -96,7 +96,7 @@ def places(params_shapes: Mapping, name_of: Callable[[Path, int | None], str]) -
       try:
         found.append(Place(name_of(short, layer), path, index, *form))
       except KeyError:
-        raise ConversionError(f"{'/'.join(path)} has no counterpart there: it cannot be converted")
+        raise ConversionError(f"{'/'.join(path)} has no counterpart there") from None
   return found
 
 
@@ -132,7 +132,7 @@ def read(
   found: list[Place],
   tensors: Mapping[str, np.ndarray],
   *,
-  copies: Mapping[str, str] = {},
+  copies: Container[str] = (),
   known: Callable[[str], bool] = lambda name: False,
 ) -> tuple[dict, dict[str, np.ndarray]]:
   """Our parameters, and the tensors that are known but no parameter.
@@ -140,60 +140,75 @@ def read(
   Args:
     found: the places of the model.
     tensors: the state dict.
-    copies: from names that may be there to the name of which they must be a copy (tied weights).
+    copies: names that may be there, of tensors that are another of the places (tied weights).
     known: whether a name is no parameter but may be there.
 
   Raises:
-    ConversionError: naming every tensor that is missing, unknown, of another shape or not finite.
+    ConversionError: naming every tensor that is missing, unknown, of another shape, of integers or
+      not finite.
   """
-  names = {place.name for place in found}
-  rest = {name: tensor for name, tensor in tensors.items() if name not in names}
-  complaints = []
-
-  def complain(what: str, items: list[str]):
-    if items:
-      complaints.append(f"{what}: {', '.join(sorted(items))}")
-
-  complain("missing", [name for name in names if name not in tensors])
-  complain("unknown", [name for name in rest if name not in copies and not known(name)])
-  complain(
-    "wrong shape",
-    [
-      f"{place.name} {list(tensors[place.name].shape)}, expected {list(place.shape)}"
-      for place in found
-      if place.name in tensors and tensors[place.name].shape != place.shape
+  places_of = {place.name: place for place in found}
+  rest = {name: tensor for name, tensor in tensors.items() if name not in places_of}
+  held = {name: tensor for name, tensor in tensors.items() if name in places_of}
+  groups = {
+    "missing": [name for name in places_of if name not in held],
+    "unknown": [name for name in rest if name not in copies and not known(name)],
+    "wrong shape": [
+      f"{name} {list(tensor.shape)}, expected {list(places_of[name].shape)}"
+      for name, tensor in held.items()
+      if tensor.shape != places_of[name].shape
     ],
-  )
+    "no floats": [n for n, t in held.items() if not jnp.issubdtype(t.dtype, jnp.floating)],
+  }
+  listed = {what: ", ".join(map(_printable, sorted(names))) for what, names in groups.items()}
+  complaints = [f"{what}: {names}" for what, names in listed.items() if names]
   if complaints:
     raise ConversionError("the tensors do not fit the model: " + "; ".join(complaints))
-  check_finite({name: tensors[name] for name in names})
-  for copy, original in copies.items():
-    if copy in rest and not np.array_equal(rest.pop(copy), tensors[original]):
-      raise ConversionError(f"{copy} is no copy of {original}: is the model really tied?")
+  with np.errstate(over="ignore"):  # Of float64; what becomes infinite is found.
+    held = {name: np.asarray(tensor, np.float32) for name, tensor in held.items()}
+  check_finite(held)
 
   flat = {}
   slices = collections.defaultdict(dict)
   for place in found:
-    array = place.to_ours(np.asarray(tensors[place.name], np.float32))
+    array = place.to_ours(held[place.name])
     if place.layer is None:
       flat[place.path] = jnp.asarray(array)
     else:
       slices[place.path][place.layer] = array
   for path, layers in slices.items():
     flat[path] = jnp.asarray(np.stack([layers[i] for i in range(len(layers))]))
-  return traverse_util.unflatten_dict(flat), rest
+  kept = {name: tensor for name, tensor in rest.items() if name not in copies}
+  return traverse_util.unflatten_dict(flat), kept
+
+
+def _printable(text: str) -> str:
+  """Names come from files, and might hold what a terminal obeys."""
+  return text if text.isprintable() else repr(text)
 
 
 def write(
   found: list[Place], params: Mapping, *, copies: Mapping[str, str] = {}
 ) -> dict[str, np.ndarray]:
   """The state dict of our parameters; also of any tree like them, such as gradients."""
-  flat = {
-    path: np.asarray(leaf)
-    for path, leaf in traverse_util.flatten_dict(jax.tree.map(lambda x: x, params)).items()
-  }
+  flat = {path: np.asarray(leaf) for path, leaf in traverse_util.flatten_dict(params).items()}
   tensors = {}
   for place in found:
     array = flat[place.path] if place.layer is None else flat[place.path][place.layer]
     tensors[place.name] = np.ascontiguousarray(place.to_torch(array))
   return tensors | {copy: tensors[original] for copy, original in copies.items()}
+
+
+def begin_positions_at(tensors: dict[str, np.ndarray], prefix: str, ours: int, theirs: int) -> None:
+  """Puts rows that are never read before tables of positions that begin too early for a library.
+
+  Args:
+    tensors: a state dict, changed in place.
+    prefix: of the tables' names.
+    ours: the row of position 0 in the model.
+    theirs: the row of position 0 in the library.
+  """
+  for name in [name for name in tensors if name.startswith(prefix)]:
+    if ours > theirs:
+      raise ConversionError(f"position_offset={ours}, but positions begin at {theirs} there")
+    tensors[name] = np.pad(tensors[name], ((theirs - ours, 0), (0, 0)))

@@ -1,7 +1,8 @@
 """A model and its weights in a folder, without the run that made them.
 
 <folder>/model.json         the model: its class, sizes and recipe
-<folder>/model.safetensors  its parameters by their paths, and tensors kept for the way back
+<folder>/model.safetensors  its parameters by their paths, and tensors kept for the way back; in its
+                            metadata the same JSON, so that files of two models are told apart
 """
 
 import dataclasses
@@ -52,10 +53,10 @@ def save(
   folder = pathlib.Path(folder)
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     raise ConversionError(f"{folder} is not an empty folder: give another --output")
-  folder.mkdir(parents=True, exist_ok=True)
+  description = {"model": _encoded(model), "origin": dict(origin)}
+  text = json.dumps(description, indent=2)
   tensors = flat(variables) | {_KEPT + name: tensor for name, tensor in kept.items()}
-  write_state_dict(folder / WEIGHTS, tensors)
-  text = json.dumps({"model": _encoded(model), "origin": dict(origin)}, indent=2)
+  write_state_dict(folder / WEIGHTS, tensors, description)
   # Last: a folder without it holds no model.
   files.write_durably(folder / MODEL, text.encode())
 
@@ -71,17 +72,21 @@ def read(folder: str | pathlib.Path):
   folder = pathlib.Path(folder)
   try:
     description = json.loads((folder / MODEL).read_text(encoding="utf-8"))
-    model = _decoded(description["model"])
+    model, origin = _decoded(description["model"]), description["origin"]
+    if not isinstance(model, MODELS):
+      raise TypeError(f"its model is a {type(model).__name__}")
   except FileNotFoundError:
     raise ConversionError(f"{folder} holds no converted model: {MODEL} is missing") from None
-  except (ValueError, KeyError, TypeError) as error:
+  except (ValueError, KeyError, TypeError, RecursionError) as error:
     raise ConversionError(f"{folder / MODEL} is damaged: {error}") from None
-  tensors, _ = read_state_dict(folder / WEIGHTS, finite=False)
+  tensors, written_with = read_state_dict(folder / WEIGHTS, finite=False)
+  if written_with != description:
+    raise ConversionError(f"{folder / WEIGHTS} was not written with the {MODEL} beside it")
   kept = {
     name.removeprefix(_KEPT): tensors.pop(name) for name in list(tensors) if name.startswith(_KEPT)
   }
   paths = {tuple(name.split("/")): jnp.asarray(tensor) for name, tensor in tensors.items()}
-  return model, {"params": traverse_util.unflatten_dict(paths)}, description["origin"], kept
+  return model, {"params": traverse_util.unflatten_dict(paths)}, origin, kept
 
 
 def flat(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -130,7 +135,9 @@ def _decoded(value):
 def describe(model: nn.Module, variables: Mapping[str, Any]) -> str:
   """The model in a line."""
   count = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
-  stacks = {k: getattr(model, k) for k in ("encoder", "decoder") if hasattr(model, k)} or {"": model}
+  stacks = {k: getattr(model, k) for k in ("encoder", "decoder") if hasattr(model, k)} or {
+    "": model
+  }
   words = [
     f"{name} {stack.recipe.num_layers} layers, width {stack.width}, {stack.num_heads} heads, FFN"
     f" {stack.ffn_width}".strip()

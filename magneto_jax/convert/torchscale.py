@@ -7,7 +7,6 @@ RetNet and LongNet are not read.
 import dataclasses
 import functools
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +15,9 @@ import numpy as np
 from flax import linen as nn
 
 from magneto_jax.convert import layout
+from magneto_jax.convert.facts import check_same
 from magneto_jax.convert.files import ConversionError
+from magneto_jax.convert.reader import Reader
 from magneto_jax.models.encoder import Encoder
 from magneto_jax.models.encoder_decoder import EncoderDecoder
 from magneto_jax.models.language import CausalLM, MaskedLM
@@ -68,10 +69,13 @@ _BEIT3 = {
   "position_embeddings_vision/embedding": "encoder.embed_positions.A.weight",
   "position_embeddings_text/embedding": "encoder.embed_positions.B.weight",
 }
-_RELATIVE = {
-  ("encoder", "relative_bias"): "relative_position",
-  ("decoder", "relative_bias"): "self_attn_relative_position",
-  ("decoder", "cross_relative_bias"): "cross_attn_relative_position",
+# A stack's tables of relative biases, of its self-attention and of its cross-attention.
+RELATIVE = {
+  kind: tuple(f"{name}.relative_attention_bias.weight" for name in names)
+  for kind, names in {
+    "encoder": ("relative_position", "cross_attn_relative_position"),
+    "decoder": ("self_attn_relative_position", "cross_attn_relative_position"),
+  }.items()
 }
 
 
@@ -80,8 +84,8 @@ def _stack_name(path: layout.Path, layer: int | None, kind: str) -> str:
   *modules, leaf = path
   letter = "".join(EXPERTS.get(module, "") for module in modules)
   key = "/".join(module for module in modules if module not in EXPERTS)
-  if (kind, leaf) in _RELATIVE:
-    return f"{_RELATIVE[kind, leaf]}.relative_attention_bias.weight"
+  if leaf in ("relative_bias", "cross_relative_bias"):
+    return RELATIVE[kind][leaf == "cross_relative_bias"]
   if leaf == "output_embedding":
     return "output_projection.weight"
   if layer is None:
@@ -105,26 +109,21 @@ def _name(path: layout.Path, layer: int | None, model: str) -> str:
 # ---------------------------------------------------------------------------------------------
 
 
-def _layers(tensors: Mapping[str, Any], prefix: str) -> int:
-  found = (re.match(re.escape(prefix) + r"layers\.(\d+)\.", name) for name in tensors)
-  return 1 + max((int(match[1]) for match in found if match), default=-1)
-
-
-def _model(tensors: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+def _model(reader: Reader) -> str:
   """Which of torchscale's classes the tensors are of."""
-  if "vision_embed.proj.weight" in tensors:
+  if reader.holds("vision_embed."):
     return "BEiT3"
-  stacks = {kind for kind in ("encoder", "decoder") if _layers(tensors, f"{kind}.")}
-  if len(stacks) == 2:
+  if reader.depth("encoder.") and reader.depth("decoder."):
     return "EncoderDecoder"
-  if stacks or not _layers(tensors, ""):
+  if not reader.depth(""):
     raise ConversionError(
       "this is no state dict of torchscale: it needs layers.0..., or both encoder.layers.0... and"
-      " decoder.layers.0..."
+      " decoder.layers.0..., and released BEiT-3 files --from=beit3"
     )
-  if "self_attn_relative_position.relative_attention_bias.weight" in tensors:
-    return "Decoder"
-  named = [kind for kind in ("encoder", "decoder") if f"{kind}_attention_heads" in config]
+  for kind, (table, _) in RELATIVE.items():
+    if reader.has(table):
+      return kind.capitalize()
+  named = [kind for kind in RELATIVE if f"{kind}_attention_heads" in reader.config]
   if len(named) != 1:
     raise ConversionError(
       "the configuration must give encoder_attention_heads or decoder_attention_heads, one of them:"
@@ -139,147 +138,113 @@ DEFAULTS = {
   "no_scale_embedding": True,
   "layernorm_eps": 1e-5,
   "deepnorm": False,
-  "subln": True,
-  "max_rel_pos": 0,
-  "xpos_scale_base": 512,
+  "xpos_scale_base": 512.0,
 }
-# What is read besides: sizes, which the tensors show and must not contradict, and switches.
-_TRUE = {"encoder_normalize_before", "decoder_normalize_before", "normalize_output"}
 
 
-class _Reader:
-  """One state dict with its configuration, asked for one fact after the other."""
+def _get(reader: Reader, key: str):
+  return reader.get(key, DEFAULTS[key])
 
-  def __init__(self, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]):
-    self.tensors, self.config = tensors, config
-    if config.get("moe_freq"):
-      raise ConversionError("moe_freq > 0: mixture of experts is not supported")
-    if any(".moe_layer." in name for name in tensors):
-      raise ConversionError("moe_layer: mixture of experts is not supported")
 
-  def has(self, name: str) -> bool:
-    return name in self.tensors
+def _norms(reader: Reader, kind: str, *, is_subln: bool, is_final: bool) -> tuple[bool, bool]:
+  """Whether a stack is pre-norm, and whether it has DeepNorm's residual weights.
 
-  def shape(self, name: str) -> tuple[int, ...]:
-    if name not in self.tensors:
-      raise ConversionError(f"{name} is missing: is this a whole checkpoint of torchscale?")
-    return self.tensors[name].shape
-
-  def get(self, key: str):
-    return self.config.get(key, DEFAULTS[key])
-
-  def size(self, key: str, value: int) -> int:
-    """A size that the tensors show; the configuration must agree where it speaks of it."""
-    if self.config.get(key, value) != value:
-      raise ConversionError(
-        f"{key} is {self.config[key]} in the configuration and {value} in the tensors"
-      )
-    return value
-
-  def heads(self, kind: str, width: int, table: str) -> int:
-    key = f"{kind}_attention_heads"
-    if self.has(table):
-      return self.size(key, self.shape(table)[1])
-    if key not in self.config:
-      raise ConversionError(f"the configuration must give {key}: no tensor shows it")
-    heads = self.config[key]
-    if not isinstance(heads, int) or heads < 1 or width % heads:
-      raise ConversionError(f"{key}={heads!r} must divide the width {width}")
-    return heads
-
-  def tied(self, key: str, copy: str, original: str) -> bool:
-    """Whether one table is a copy of another: as configured, or else as the numbers are."""
-    if not self.has(copy):
-      return True
-    same = self.has(original) and np.array_equal(self.tensors[copy], self.tensors[original])
-    return bool(self.config.get(key, same))
-
-  def stack(self, kind: str, prefix: str, architecture: records.Architecture, *, multiway: bool):
-    """The fields of a stack's model."""
-    has = lambda name: self.has(prefix + name)
-    first = f"{prefix}layers.0."
-    a = ".A" if multiway else ""
-    is_subln = self.has(f"{first}self_attn.inner_attn_ln{a}.weight")
-    is_final = has(f"layer_norm{a}.weight")
-    if kind == "decoder":
-      is_pre = is_final
-    else:
-      is_pre = is_final or is_subln or self._is_pre_without_norms()
-    table = "relative_position" if kind == "encoder" else "self_attn_relative_position"
-    table = f"{prefix}{table}.relative_attention_bias.weight"
-    cross = f"{prefix}cross_attn_relative_position.relative_attention_bias.weight"
-    buckets = self.shape(table)[0] if self.has(table) else 0
-    if buckets and not self.get("max_rel_pos"):
-      raise ConversionError("the configuration must give max_rel_pos: no tensor shows it")
-    rows = self.shape(f"{prefix}embed_positions.weight")[0] if has("embed_positions.weight") else 0
-    kinds = ["learned"] if rows else []
-    if self.has(f"{first}self_attn.xpos.scale") or self.config.get("xpos_rel_pos"):
-      kinds.append("xpos")
-    activation = self.get("activation_fn")
-    if activation not in ACTIVATIONS:
-      raise ConversionError(f"activation_fn={activation!r} must be one of {', '.join(ACTIVATIONS)}")
-    width = architecture.width
-    return {
-      "recipe": _recipe(
-        architecture,
-        kind,
-        is_pre=is_pre,
-        is_subln=is_subln,
-        is_deepnorm=self._is_deepnorm(is_subln),
-        final_norm=is_final,
-        embedding_norm=has(f"layernorm_embedding{a}.weight"),
-        scale=1.0 if self.get("no_scale_embedding") else math.sqrt(width),
-      ),
-      "width": width,
-      "num_heads": architecture.heads,
-      "ffn_width": architecture.ffn_width,
-      "activation": ACTIVATIONS[activation],
-      "positions": tuple(kinds) if len(kinds) > 1 else "".join(kinds) or "none",
-      "max_length": rows - OFFSET if rows else 1024,
-      "position_offset": OFFSET,
-      "xpos_scale_base": float(self.get("xpos_scale_base")),
-      "relative_buckets": buckets,
-      "relative_max_distance": self.get("max_rel_pos") or 128,
-      "relative_bidirectional": True,
-      "relative_cross": self.has(cross),
-      "norm_epsilon": self.get("layernorm_eps"),
-    }
-
-  def _is_deepnorm(self, is_subln: bool) -> bool:
-    is_deepnorm = bool(self.get("deepnorm"))
-    if is_deepnorm and is_subln:
+  The tensors show the inner and the final norms. torchscale's default is Sub-LN, so where there are
+  no inner norms the configuration of the model speaks of it, or is not whole.
+  """
+  before = f"{kind}_normalize_before"
+  is_deepnorm = _get(reader, "deepnorm")
+  if is_subln:
+    if is_deepnorm:
       raise ConversionError("deepnorm is set, but the tensors have Sub-LN's inner norms")
-    return is_deepnorm
-
-  def _is_pre_without_norms(self) -> bool:
-    """Whether an encoder without final and inner norms is a Pre-LN one: only the config knows."""
-    switches = ("encoder_normalize_before", "deepnorm", "subln")
-    if not any(key in self.config for key in switches):
-      raise ConversionError(
-        "the configuration must give encoder_normalize_before and deepnorm: no tensor shows whether"
-        " this is Post-LN, DeepNorm, or Pre-LN without a final norm"
-      )
-    if self.get("deepnorm"):
-      return False
-    return bool(self.config.get("encoder_normalize_before", True))
-
-  def architecture(self, kind: str, prefixes: dict[str, str], *, multiway: bool):
-    """The sizes of one of the model's stacks, and the depths of all."""
-    prefix, a = prefixes[kind], ".A" if multiway else ""
-    first = f"{prefix}layers.0."
-    width = self.shape(f"{first}self_attn.q_proj{a}.weight")[0]
-    ffn = f"{first}ffn{a}.fc1.weight"
-    table = "relative_position" if kind == "encoder" else "self_attn_relative_position"
-    layers = {f"{k}_layers": _layers(self.tensors, p) for k, p in prefixes.items()}
-    for key, value in layers.items():
-      self.size(key, value)
-    return records.Architecture(
-      "_".join(prefixes),
-      **layers,
-      width=self.size(f"{kind}_embed_dim", width),
-      ffn_width=self.size(f"{kind}_ffn_embed_dim", self.shape(ffn)[0]),
-      heads=self.heads(kind, width, f"{prefix}{table}.relative_attention_bias.weight"),
+    reader.agreed("subln", True)
+    # Of HEAD, a decoder with Sub-LN can be post-norm.
+    return is_final or kind == "encoder", False
+  if not {"deepnorm", "subln"} & reader.config.keys():
+    raise ConversionError(
+      "the configuration must give deepnorm: no tensor shows whether there is DeepNorm"
     )
+  if is_deepnorm:
+    # Of HEAD, a decoder with DeepNorm can be pre-norm.
+    if is_final and kind == "encoder":
+      raise ConversionError("deepnorm is set, but the tensors have a final norm")
+    return is_final, True
+  reader.agreed("subln", False)
+  if is_final or kind == "decoder":
+    return reader.agreed(before, is_final), False
+  if before not in reader.config and reader.get("normalize_output", True):
+    raise ConversionError(
+      f"the configuration must give {before}: no tensor shows whether this is Post-LN, or Pre-LN"
+      " without a final norm"
+    )
+  return reader.get(before, True), False
+
+
+def _stack(reader: Reader, kind: str, prefixes: dict[str, str], *, multiway: bool):
+  """The fields of the model of one stack."""
+  prefix, a = prefixes[kind], ".A" if multiway else ""
+  first = f"{prefix}layers.0."
+  table = prefix + RELATIVE[kind][0]
+  is_relative = all(reader.get(key, 0) for key in ("rel_pos_buckets", "max_rel_pos"))
+  buckets, shown = reader.shape(table) if is_relative or reader.has(table) else (0, None)
+  # Half of the buckets are of keys ahead, and half of the others are of one distance each.
+  distance = reader.need("max_rel_pos", 1, "no tensor shows it") if buckets else 128
+  if buckets and (buckets < 4 or distance <= buckets // 4):
+    raise ConversionError(f"max_rel_pos={distance} must exceed a quarter of {buckets} buckets")
+  width = reader.agreed(f"{kind}_embed_dim", reader.shape(f"{first}self_attn.q_proj{a}.weight")[1])
+  layers = {f"{k}_layers": reader.depth(p) for k, p in prefixes.items()}
+  architecture = records.Architecture(
+    "_".join(prefixes),
+    **{key: reader.agreed(key, value) for key, value in layers.items()},
+    width=width,
+    ffn_width=reader.agreed(f"{kind}_ffn_embed_dim", reader.shape(f"{first}ffn{a}.fc1.weight")[0]),
+    heads=reader.heads(f"{kind}_attention_heads", width, shown),
+  )
+  activation = reader.choice("activation_fn", ACTIVATIONS, DEFAULTS["activation_fn"])
+  # Of any layer, and the weight or the bias: if one is missing, it is named as such.
+  inner = (".inner_attn_ln.", ".ffn_layernorm.")
+  is_subln = any(reader.holds(f"{prefix}layers.", part) for part in inner)
+  is_final = reader.holds(f"{prefix}layer_norm.")
+  is_pre, is_deepnorm = _norms(reader, kind, is_subln=is_subln, is_final=is_final)
+  positions = f"{prefix}embed_positions.weight"
+  rows = reader.shape(positions)[0] if reader.has(positions) else 0
+  kinds = ("learned",) if rows else ()
+  if reader.agreed("xpos_rel_pos", reader.holds(f"{prefix}layers.", ".xpos.")):
+    kinds += ("xpos",)
+  return {
+    "recipe": _recipe(
+      architecture,
+      kind,
+      is_pre=is_pre,
+      is_subln=is_subln,
+      is_deepnorm=is_deepnorm,
+      final_norm=is_final,
+      embedding_norm=reader.agreed(
+        "layernorm_embedding", reader.holds(f"{prefix}layernorm_embedding.")
+      ),
+      scale=1.0 if _get(reader, "no_scale_embedding") else math.sqrt(width),
+    ),
+    "width": width,
+    "num_heads": architecture.heads,
+    "ffn_width": architecture.ffn_width,
+    "activation": ACTIVATIONS[activation],
+    "positions": kinds if len(kinds) > 1 else "".join(kinds) or "none",
+    "max_length": _beyond_offset(positions, rows) if rows else 1024,
+    "position_offset": OFFSET,
+    "xpos_scale_base": float(_get(reader, "xpos_scale_base")),
+    "relative_buckets": reader.agreed("rel_pos_buckets", buckets) if buckets else 0,
+    "relative_max_distance": distance,
+    "relative_bidirectional": True,
+    "relative_cross": kind == "decoder" and len(prefixes) > 1 and buckets > 0,
+    "norm_epsilon": float(_get(reader, "layernorm_eps")),
+  }
+
+
+def _beyond_offset(name: str, rows: int, before: int = OFFSET) -> int:
+  """How many positions a table has behind the rows that are no positions."""
+  if rows <= before:
+    raise ConversionError(f"wrong shape: {name} has {rows} rows, expected more than {before}")
+  return rows - before
 
 
 def _recipe(
@@ -327,57 +292,74 @@ def _recipe(
 
 def build(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> nn.Module:
   """The model that a state dict is of; `config` has the keywords of torchscale's configuration."""
-  reader = _Reader(tensors, config)
-  model = _model(tensors, config)
+  reader = Reader(tensors, config)
+  if reader.get("moe_freq", 0) or any(".moe_layer." in name for name in tensors):
+    raise ConversionError("mixture of experts (moe_freq > 0) is not supported")
+  model = _model(reader)
   prefixes = {
     "Encoder": {"encoder": ""},
     "Decoder": {"decoder": ""},
     "EncoderDecoder": {"encoder": "encoder.", "decoder": "decoder."},
     "BEiT3": {"encoder": "encoder."},
   }[model]
-  multiway = any(".self_attn.q_proj.A." in name for name in tensors)
-  if multiway and model not in ("Encoder", "BEiT3"):
+  multiway = reader.agreed("multiway", any(".self_attn.q_proj.A." in name for name in tensors))
+  if multiway and "decoder" in prefixes:
     raise ConversionError("multiway decoders are not supported: only encoders have two experts")
 
   stacks = {}
+  shared = model == "EncoderDecoder" and _is_tied(
+    reader, "decoder.embed_tokens.weight", "encoder.embed_tokens.weight", "share_all_embeddings"
+  )
   for kind, prefix in prefixes.items():
-    architecture = reader.architecture(kind, prefixes, multiway=multiway)
-    fields = reader.stack(kind, prefix, architecture, multiway=multiway)
-    if reader.has(f"{prefix}embed_tokens.weight"):
-      fields["vocab_size"] = reader.shape(f"{prefix}embed_tokens.weight")[0]
-    elif kind == "decoder":
-      raise ConversionError(f"{prefix}embed_tokens.weight is missing: a decoder reads tokens")
+    fields = _stack(reader, kind, prefixes, multiway=multiway)
+    tokens, output = f"{prefix}embed_tokens.weight", f"{prefix}output_projection.weight"
     if kind == "decoder":
-      output = f"{prefix}output_projection.weight"
-      keys = ("share_all_embeddings", "share_decoder_input_output_embed")
-      key = next((key for key in keys if config.get(key)), keys[1])
-      fields["tied"] = reader.tied(key, output, f"{prefix}embed_tokens.weight")
+      tokens = "encoder.embed_tokens.weight" if shared else tokens
+      fields["vocab_size"] = _vocabulary(reader, tokens)
+      fields["tied"] = _is_tied(
+        reader, output, tokens, "share_decoder_input_output_embed", "share_all_embeddings"
+      )
       stacks[kind] = CausalLM(**fields)
     else:
-      fields["experts"] = tuple(EXPERTS) if multiway else ()
-      stacks[kind] = Encoder(**fields)
+      # Alone, an encoder may be of embeddings.
+      if reader.has(tokens) or reader.has(output) or len(prefixes) > 1:
+        fields["vocab_size"] = reader.shape(tokens)[0]
+      stacks[kind] = Encoder(**fields, experts=tuple(EXPERTS) if multiway else ())
 
   if model == "EncoderDecoder":
-    shared = reader.tied(
-      "share_all_embeddings", "decoder.embed_tokens.weight", "encoder.embed_tokens.weight"
-    )
     return EncoderDecoder(**stacks, shared_embedding=shared)
   if model == "BEiT3":
-    rows = {e: reader.shape(f"encoder.embed_positions.{e}.weight")[0] for e in "AB"}
-    return BEiT3(
-      encoder=stacks["encoder"],
-      vocab_size=reader.shape("text_embed.weight")[0],
-      num_patches=rows["A"] - OFFSET - 1,
-      patch_size=reader.shape("vision_embed.proj.weight")[-1],
-      max_text_length=rows["B"] - OFFSET,
-      position_offset=OFFSET,
-    )
+    return _beit3(reader, stacks["encoder"])
   if model == "Encoder" and reader.has("output_projection.weight"):
-    tied = reader.tied(
-      "share_encoder_input_output_embed", "output_projection.weight", "embed_tokens.weight"
-    )
+    tokens, output = "embed_tokens.weight", "output_projection.weight"
+    tied = _is_tied(reader, output, tokens, "share_encoder_input_output_embed")
     return MaskedLM(encoder=stacks["encoder"], head="linear", tied=tied)
   return stacks[model.lower()]
+
+
+def _is_tied(reader: Reader, copy: str, original: str, *keys: str) -> bool:
+  """Whether one table is another, which each of the keywords would make it."""
+  is_configured = any(reader.get(key, False) for key in keys)
+  return reader.tied(copy, original, is_configured, " or ".join(keys))
+
+
+def _vocabulary(reader: Reader, table: str) -> int:
+  """The rows of a table; a configuration of -1 leaves them to whoever gives the table."""
+  rows = reader.shape(table)[0]
+  return rows if reader.config.get("vocab_size") == -1 else reader.agreed("vocab_size", rows)
+
+
+def _beit3(reader: Reader, encoder: Encoder) -> BEiT3:
+  rows = {e: reader.shape(f"encoder.embed_positions.{e}.weight")[0] for e in "AB"}
+  return BEiT3(
+    encoder=encoder,
+    vocab_size=_vocabulary(reader, "text_embed.weight"),
+    num_patches=_beyond_offset("encoder.embed_positions.A.weight", rows["A"], OFFSET + 1),
+    patch_size=reader.agreed("patch_size", reader.shape("vision_embed.proj.weight", 4)[-1]),
+    max_text_length=_beyond_offset("encoder.embed_positions.B.weight", rows["B"]),
+    position_offset=OFFSET,
+    scale_patches=True,
+  )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -396,7 +378,7 @@ def _class(model: nn.Module) -> str:
   return classes[type(model)]
 
 
-def _inputs(model: nn.Module) -> tuple[tuple, dict]:
+def inputs_of(model: nn.Module) -> tuple[tuple, dict]:
   """Arguments that initialise a model."""
   tokens = jnp.zeros((1, 1), jnp.int32)
   if isinstance(model, EncoderDecoder):
@@ -411,11 +393,23 @@ def _inputs(model: nn.Module) -> tuple[tuple, dict]:
   return (tokens,), {}
 
 
+@functools.lru_cache(maxsize=8)
 def places(model: nn.Module) -> list[layout.Place]:
   """Where each tensor of torchscale lies in the model's parameters."""
-  args, kwargs = _inputs(model)
-  shapes = layout.shapes_of(model, *args, **kwargs)
-  return layout.places(shapes, functools.partial(_name, model=_class(model)))
+  name_of = functools.partial(_name, model=_class(model))
+  args, kwargs = inputs_of(model)
+  return layout.places(layout.shapes_of(model, *args, **kwargs), name_of)
+
+
+def _stacks(model: nn.Module) -> dict[str, tuple[str, nn.Module]]:
+  """(prefix, stack) of each kind of stack that a model has."""
+  if isinstance(model, EncoderDecoder):
+    return {"encoder": ("encoder.", model.encoder), "decoder": ("decoder.", model.decoder)}
+  if isinstance(model, BEiT3):
+    return {"encoder": ("encoder.", model.encoder)}
+  if isinstance(model, CausalLM):
+    return {"decoder": ("", model)}
+  return {"encoder": ("", model.encoder if isinstance(model, MaskedLM) else model)}
 
 
 def _copies(model: nn.Module) -> dict[str, str]:
@@ -432,24 +426,48 @@ def _copies(model: nn.Module) -> dict[str, str]:
   return copies
 
 
-def _buffers(model: nn.Module, names) -> dict[str, np.ndarray]:
-  """xPos's scales, which torchscale keeps in each layer: no parameters, but numbers that we have."""
+def _buffers(model: nn.Module) -> dict[str, np.ndarray]:
+  """xPos's scales, which torchscale keeps in each layer: no parameters, but known numbers."""
   scales = {}
-  stacks = {"": model}
-  if isinstance(model, EncoderDecoder):
-    stacks = {"encoder.": model.encoder, "decoder.": model.decoder}
-  elif isinstance(model, MaskedLM | BEiT3):
-    stacks = {"encoder." if isinstance(model, BEiT3) else "": model.encoder}
-  for prefix, stack in stacks.items():
-    positions = stack.positions if isinstance(stack.positions, tuple) else (stack.positions,)
-    if "xpos" in positions:
-      head_dim = stack.width // stack.num_heads
-      zeta = (np.arange(0, head_dim, 2, dtype=np.float32) + np.float32(0.4 * head_dim)) / np.float32(
-        1.4 * head_dim
-      )
-      for layer in range(stack.recipe.num_layers):
-        scales[f"{prefix}layers.{layer}.self_attn.xpos.scale"] = zeta
+  for prefix, stack in _stacks(model).values():
+    if "xpos" not in stack.positions:
+      continue
+    head_dim = stack.width // stack.num_heads
+    zeta = (np.arange(0, head_dim, 2, dtype=np.float32) + np.float32(0.4 * head_dim)) / np.float32(
+      1.4 * head_dim
+    )
+    for layer in range(stack.recipe.num_layers):
+      scales[f"{prefix}layers.{layer}.self_attn.xpos.scale"] = zeta
   return scales
+
+
+def config_of(model: nn.Module) -> dict[str, Any]:
+  """The keywords of torchscale's configuration with which `from_torchscale` reads the model."""
+  spelt = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
+  config = {}
+  for kind, (_, stack) in _stacks(model).items():
+    sublayer = stack.recipe.layers[0].self_attention
+    config |= {
+      f"{kind}_attention_heads": stack.num_heads,
+      f"{kind}_normalize_before": "in" in sublayer.norms,
+      "subln": "mid" in sublayer.norms,
+      "deepnorm": sublayer.skip.learned is None and float(sublayer.skip.value) != 1.0,
+      "no_scale_embedding": float(stack.recipe.embedding.scale) == 1.0,
+      "activation_fn": spelt.get(stack.activation, stack.activation),
+      "layernorm_eps": stack.norm_epsilon,
+    }
+    if stack.relative_buckets:
+      config["max_rel_pos"] = stack.relative_max_distance
+    if "xpos" in stack.positions:
+      config["xpos_scale_base"] = stack.xpos_scale_base
+  if isinstance(model, EncoderDecoder):
+    config["share_all_embeddings"] = model.shared_embedding and model.decoder.tied
+    config["share_decoder_input_output_embed"] = model.decoder.tied
+  if isinstance(model, CausalLM):
+    config["share_decoder_input_output_embed"] = model.tied
+  if isinstance(model, MaskedLM):
+    config["share_encoder_input_output_embed"] = model.tied
+  return config
 
 
 def from_torchscale(
@@ -458,17 +476,18 @@ def from_torchscale(
   """The model and its variables that a state dict of torchscale holds.
 
   Args:
-    state_dict: arrays by torchscale's names.
+    state_dict: arrays, or anything that NumPy takes for one, by torchscale's names.
     config: the keywords of its EncoderConfig, DecoderConfig or EncoderDecoderConfig. Sizes, norms,
       multiway, tied tables and relative positions are read from the tensors, which the keywords
-      must not contradict; the number of heads must be given; what else no tensor shows
-      (`activation_fn`, `deepnorm`, `no_scale_embedding`, `layernorm_eps`, `xpos_scale_base`) has
-      torchscale's defaults.
+      must not contradict. What no tensor shows must be given: the number of heads;
+      `max_rel_pos` where there are relative positions; `deepnorm` where there is no Sub-LN, and
+      `encoder_normalize_before` where there is no final norm either. The rest (`activation_fn`,
+      `no_scale_embedding`, `layernorm_eps`, `xpos_scale_base`) has torchscale's defaults.
 
   Returns:
     (model, variables): a `CausalLM`, an `Encoder` or `MaskedLM` (with an output projection), an
-    `EncoderDecoder` or a `BEiT3`. torchscale counts positions without regard to padding: give
-    `positions_BT` for sequences padded on the left.
+    `EncoderDecoder` or a `BEiT3`. Parameters are float32. torchscale counts positions without
+    regard to padding: give `positions_BT` for sequences with padding before tokens.
 
   Raises:
     ConversionError: for what is missing, unknown, of another shape, not finite or contradictory.
@@ -479,23 +498,35 @@ def from_torchscale(
 
 def read(state_dict, config=None) -> tuple[nn.Module, dict[str, Any], dict[str, np.ndarray]]:
   """`from_torchscale`, and third the known tensors that are no parameters of the model."""
-  tensors = dict(state_dict)
+  tensors = {name: np.asarray(tensor) for name, tensor in state_dict.items()}
   model = build(tensors, config or {})
-  buffers = _buffers(model, tensors)
+  buffers = _buffers(model)
   params, rest = layout.read(
     places(model), tensors, copies=_copies(model), known=buffers.__contains__
   )
   for name, tensor in rest.items():
-    if not np.allclose(tensor, buffers[name], rtol=1e-5):
+    if tensor.shape != buffers[name].shape or not np.allclose(tensor, buffers[name], rtol=1e-3):
       raise ConversionError(f"{name} has not xPos's values: this is another position encoding")
   return model, {"params": params}, rest
 
 
 def to_torchscale(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
-  """The state dict of a model: what `from_torchscale` read, bit for bit.
+  """The state dict of a model, in float32: what `from_torchscale` read, number for number.
+
+  `config_of` has the configuration that goes with it. A table of learned positions that begins with
+  position 0 is written behind the two rows that torchscale skips.
 
   Raises:
     ConversionError: if torchscale has no such model, or no name for one of the parameters.
   """
   tensors = layout.write(places(model), variables["params"], copies=_copies(model))
-  return tensors | _buffers(model, tensors)
+  for prefix, stack in _stacks(model).values():
+    owner = model if isinstance(model, BEiT3) else stack
+    layout.begin_positions_at(tensors, f"{prefix}embed_positions.", owner.position_offset, OFFSET)
+  tensors |= _buffers(model)
+  check_same(model, build(tensors, config_of(model)), "torchscale")
+  return tensors
+
+
+# As the command finds it.
+write = to_torchscale

@@ -14,13 +14,15 @@ class BEiT3(nn.Module, kw_only=True):
   """A multiway encoder of images, texts and pairs: joint attention, an expert a modality.
 
   Attributes:
-    encoder: with `experts=("vision", "text")`, no vocabulary and `positions="none"`, as each
-      modality has positions of its own here.
+    encoder: with `experts=("vision", "text")`, no vocabulary and neither learned nor sinusoidal
+      positions, as each modality has positions of its own here.
     vocab_size: V of the texts.
     num_patches: P, patches an image.
     patch_size: p, pixels on a patch's side.
     max_text_length: how many tokens a text may have.
     position_offset: rows of both position tables before position 0; 2 in the released models.
+    scale_patches: whether the recipe's scale of embeddings multiplies patches and the class token
+      as it does the text's tokens, which torchscale does.
 
   Reference: BEiT-3 (Image as a Foreign Language), arXiv 2208.10442, section 2.1.
   """
@@ -31,11 +33,15 @@ class BEiT3(nn.Module, kw_only=True):
   patch_size: int = 16
   max_text_length: int = 1024
   position_offset: int = 0
+  scale_patches: bool = False
 
   def setup(self):
     width, embedding = self.encoder.width, self.encoder.recipe.embedding
-    if self.encoder.experts != ("vision", "text") or self.encoder.positions != "none":
-      raise ValueError('BEiT3 needs an encoder with experts=("vision", "text"), positions="none"')
+    tables = {"learned", "sinusoidal"} & {*self.encoder.positions, self.encoder.positions}
+    if self.encoder.experts != ("vision", "text") or tables:
+      raise ValueError(
+        'BEiT3 needs an encoder with experts=("vision", "text") and without absolute positions'
+      )
     self.text_embedding = nn.Embed(
       self.vocab_size, width, embedding_init=kernel_init(embedding.tokens)
     )
@@ -84,9 +90,8 @@ class BEiT3(nn.Module, kw_only=True):
       batch, length, _ = part_BTD.shape
       table = self.position_embeddings[name]
       if length > table.num_embeddings - self.position_offset:
-        raise ValueError(
-          f"{length} positions do not fit the table of {name}, {table.num_embeddings}"
-        )
+        rows = table.num_embeddings
+        raise ValueError(f"{length} positions do not fit the table of {name}, {rows}")
       own = padding_mask(mask_BT, None) if name == "text" else None
       rows_BT = positions_of((batch, length), own) + self.position_offset
       embeddings.append(part_BTD + table(jnp.maximum(rows_BT, 0)))
@@ -106,11 +111,12 @@ class BEiT3(nn.Module, kw_only=True):
     masked_BP: jax.Array | None = None,
   ) -> dict[str, jax.Array]:
     """Embeddings [B, T, D] without positions, of `vision` and `text`, those that are there."""
-    parts = {}
+    parts, scale = {}, self.encoder.recipe.embedding.scale
     if images_BHWC is not None:
-      parts["vision"] = self.patch_embedding(images_BHWC, masked_BP)
+      patches_BPD = self.patch_embedding(images_BHWC, masked_BP)
+      patches_BPD *= scale if self.scale_patches else 1.0
+      parts["vision"] = patches_BPD.astype(self.encoder.dtype)
     if tokens_BT is not None:
-      scale = self.encoder.recipe.embedding.scale
       parts["text"] = (self.text_embedding(tokens_BT) * scale).astype(self.encoder.dtype)
     if not parts:
       raise ValueError("give images, tokens, or both")

@@ -1,0 +1,173 @@
+"""Released BEiT-3 files: the prefix, the heads beside the model, and positions of another size."""
+
+import numpy as np
+import pytest
+
+from magneto_jax import convert
+from magneto_jax.convert import beit3 as released
+from magneto_jax.convert import torchscale
+from tests.checkpoints import (
+  assert_round_trip,
+  assert_same_tensors,
+  beit3,
+  encoder,
+  message,
+  weights,
+)
+
+MODEL = beit3()
+CONFIG = torchscale.config_of(MODEL)
+HEADS = {
+  name: np.arange(3, dtype=np.float32)
+  for name in (
+    *("fc_norm.weight", "head.bias", "head.0.weight", "language_head.weight", "logit_scale"),
+    *("mim_head.bias", "mlm_head.dense.weight", "pooler.norm.bias", "vision_head.weight"),
+  )
+}
+POSITIONS = "beit3.encoder.embed_positions.A.weight"
+
+
+def checkpoint(**changes):
+  return convert.to_beit3(MODEL, weights(MODEL)) | changes
+
+
+def test_round_trip_is_exact_with_the_prefix():
+  tensors = assert_round_trip(MODEL, convert.from_beit3, convert.to_beit3, CONFIG)
+  assert all(name.startswith("beit3.") for name in tensors)
+  plain = {name.removeprefix("beit3."): tensor for name, tensor in tensors.items()}
+  assert_same_tensors(convert.to_torchscale(*convert.from_torchscale(plain, CONFIG)), plain)
+  # Without it, too.
+  assert_same_tensors(convert.to_beit3(*convert.from_beit3(plain, CONFIG)), tensors)
+
+
+def test_heads_are_kept_beside_the_model():
+  model, variables, kept = released.read(checkpoint(**HEADS), CONFIG)
+  assert_same_tensors(kept, HEADS)
+  assert_same_tensors(convert.to_beit3(model, variables) | kept, checkpoint(**HEADS))
+
+
+def test_the_released_sizes_need_no_configuration():
+  for width, heads in ((768, 12), (1024, 16)):
+    model = MODEL.clone(encoder=encoder(**{
+      "recipe": "magneto_torchscale", "depths": (1, 0), "vocab_size": None, "positions": "none",
+      "experts": ("vision", "text"),
+    }))  # fmt: skip
+    tensors = {
+      f"beit3.{name}": np.zeros([width if n == 8 else n for n in tensor.shape], np.float32)
+      for name, tensor in convert.to_torchscale(model, weights(model)).items()
+    }
+    read, _ = convert.from_beit3(tensors)
+    assert (read.encoder.width, read.encoder.num_heads) == (width, heads)
+  with_other_heads, _ = convert.from_beit3(tensors, {"encoder_attention_heads": 8})
+  assert with_other_heads.encoder.num_heads == 8
+
+
+# torch 2.13.0: interpolate(arange(9) ** 2 as [1, 1, 3, 3], mode="bicubic", align_corners=False).
+TORCH = {
+  2: [[1.43076, 6.52237], [32.39737, 53.18076]],
+  4: [
+    [-0.68686, -0.5641, 0.91175, 2.6771],
+    [2.49059, 4.78462, 9.65483, 13.59144],
+    [19.01332, 24.70171, 34.87837, 42.20934],
+    [36.97397, 44.83363, 58.40466, 67.90689],
+  ],
+  5: [
+    [-0.9047, -0.87401, -0.44, 1.07402, 2.21671],
+    [1.26999, 2.31915, 4.44401, 7.64888, 9.81003],
+    [8.328, 11.068, 16.0, 22.012, 25.864],
+    [25.10602, 29.53687, 37.276, 46.09514, 51.63799],
+    [37.28871, 42.73803, 52.16801, 62.678, 69.23932],
+  ],
+}
+
+
+def table(side: int, width: int = 8) -> np.ndarray:
+  return np.random.default_rng(0).standard_normal((3 + side * side, width)).astype(np.float32)
+
+
+def resized(table, image_size):
+  tensors = checkpoint(**{POSITIONS: table})
+  model, variables = convert.from_beit3(tensors, CONFIG, image_size=image_size)
+  found = np.asarray(variables["params"]["position_embeddings_vision"]["embedding"])
+  assert model.num_patches == len(found) - 3 == (image_size // model.patch_size) ** 2
+  return found
+
+
+@pytest.mark.parametrize("side", TORCH)
+def test_positions_are_interpolated_as_torch_does(side):
+  positions = np.repeat(np.concatenate([[-1, -2, -3], np.arange(9.0) ** 2])[:, None], 8, axis=1)
+  found = resized(positions.astype(np.float32), 2 * side)
+  np.testing.assert_array_equal(found[:3, 0], [-1, -2, -3])
+  np.testing.assert_allclose(found[3:, 5].reshape(side, side), TORCH[side], rtol=1e-6, atol=2e-5)
+
+
+def test_the_same_size_changes_nothing():
+  np.testing.assert_array_equal(resized(table(3), 6), table(3))
+
+
+@pytest.mark.parametrize("side", [1, 2, 5, 8])
+def test_a_constant_stays_constant(side):
+  np.testing.assert_allclose(resized(np.full((12, 8), 0.7, np.float32), 2 * side), 0.7, atol=1e-6)
+
+
+def test_interpolation_is_the_same_along_both_axes():
+  positions = table(4)
+  turned = positions.copy()
+  turned[3:] = positions[3:].reshape(4, 4, 8).swapaxes(0, 1).reshape(16, 8)
+  found = resized(turned, 10)[3:].reshape(5, 5, 8).swapaxes(0, 1)
+  np.testing.assert_allclose(resized(positions, 10)[3:].reshape(5, 5, 8), found, atol=1e-6)
+  # Away from the edges, twice the size has every step of a ramp in two.
+  ramp = np.concatenate([np.zeros(3), np.tile(np.arange(8.0), 8)])[:, None].repeat(8, axis=1)
+  rows = resized(ramp.astype(np.float32), 32)[3:, 0].reshape(16, 16)
+  np.testing.assert_allclose((rows[:, 2:] - rows[:, :-2])[:, 4:10], 1.0, atol=1e-5)
+
+
+WRONG = {
+  "no square": ({POSITIONS: table(3)[:-1]}, 8, "8 patches are no square"),
+  "no patches": ({POSITIONS: table(3)[:3]}, 8, "0 patches are no square"),
+  "no multiple": ({}, 9, "image_size=9 must be a multiple of the patch size 2"),
+  "too small": ({}, 1, "image_size=1 must be a multiple"),
+  "flat positions": ({POSITIONS: np.ones(9, np.float32)}, 8, f"wrong shape: {POSITIONS[6:]} [9]"),
+  "no projection": (
+    {"beit3.vision_embed.proj.weight": None},
+    8,
+    "missing: vision_embed.proj.weight",
+  ),
+  "no positions": ({POSITIONS: None}, 8, "this is no BEiT-3"),
+  "no text": ({"beit3.text_embed.weight": None}, None, "this is no BEiT-3"),
+  "flat text": (
+    {"beit3.text_embed.weight": np.ones(3)},
+    None,
+    "wrong shape: text_embed.weight [3]",
+  ),
+  "without prefix": ({"text_embed.weight": np.ones((7, 8))}, None, "unknown, as all others begin"),
+  "unknown": ({"beit3.head.weight": np.ones(2)}, None, "unknown: head.weight"),
+  "unknown head": ({"header.weight": np.ones(2)}, None, "begin with beit3.: header.weight"),
+  "NaN": (
+    {"beit3.text_embed.weight": np.full((7, 8), np.nan)},
+    None,
+    "NaN or infinity in 'text_em",
+  ),
+  "NaN in a head": ({"head.bias": np.float32([np.nan])}, None, "NaN or infinity in 'head.bias'"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_is_one_line(name):
+  changes, image_size, fragment = WRONG[name]
+  tensors = {k: v for k, v in checkpoint(**changes).items() if v is not None}
+  assert fragment in message(convert.from_beit3, tensors, CONFIG, image_size=image_size)
+
+
+def test_another_models_file_is_one_line():
+  assert "this is no BEiT-3" in message(convert.from_beit3, {"decoder.version": np.ones(1)})
+  assert "must give encoder_attention_heads" in message(convert.from_beit3, checkpoint())
+
+
+def test_patches_are_scaled_as_the_text_is():
+  """torchscale's no_scale_embedding=False."""
+  config = CONFIG | {"no_scale_embedding": False}
+  model, variables = convert.from_beit3(checkpoint(), config)
+  assert model.scale_patches and model.encoder.recipe.embedding.scale == 8**0.5
+  assert torchscale.config_of(model)["no_scale_embedding"] is False
+  assert_same_tensors(convert.to_beit3(model, variables), checkpoint())
