@@ -109,7 +109,7 @@ def _config(path: str, own: dict | None) -> dict:
     except (OSError, ValueError, RecursionError) as error:
       raise ConfigError(f"--model_config={path} cannot be read: {error}") from None
   # A configuration as torchscale completed it.
-  own = own.get("resolved", own) if isinstance(own, dict) else own or {}
+  own = {} if own is None else own.get("resolved", own) if isinstance(own, dict) else own
   if not isinstance(own, dict):
     raise ConfigError(f"--model_config={path} must hold a JSON object")
   return own
