@@ -87,10 +87,6 @@ def to_beit3(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, np.nda
   return {PREFIX + name: tensor for name, tensor in tensors.items()}
 
 
-# As the command finds them.
-write, config_of, DEFAULTS = to_beit3, torchscale.config_of, torchscale.DEFAULTS
-
-
 def _resized(table: np.ndarray, image_size: int, patch_size: int) -> np.ndarray:
   """The table of positions for images of another size."""
   patches = table[_BEFORE:]
