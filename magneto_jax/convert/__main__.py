@@ -2,6 +2,8 @@
 
 import json
 import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,29 @@ from magneto_jax.config import ConfigError
 from magneto_jax.convert import beit3, fairseq, saved, torchscale
 from magneto_jax.convert.files import read_state_dict, write_state_dict
 
-SOURCES = {"torchscale": torchscale, "fairseq": fairseq, "beit3": beit3}
+
+class Library(NamedTuple):
+  """What the command asks of each library.
+
+  Attributes:
+    read: from tensors and configuration to a model, its variables, and what is no parameter.
+    write: from a model and its variables to tensors.
+    config_of: the configuration of a model.
+    defaults: of what the tensors do not show.
+  """
+
+  read: Callable
+  write: Callable
+  config_of: Callable
+  defaults: Mapping[str, Any]
+
+
+_OF_TORCHSCALE = torchscale.config_of, torchscale.DEFAULTS
+SOURCES = {
+  "torchscale": Library(torchscale.read, torchscale.to_torchscale, *_OF_TORCHSCALE),
+  "fairseq": Library(fairseq.read, fairseq.to_fairseq, fairseq.config_of, fairseq.DEFAULTS),
+  "beit3": Library(beit3.read, beit3.to_beit3, *_OF_TORCHSCALE),
+}
 TARGETS = (*SOURCES, "safetensors")
 
 
@@ -66,7 +90,7 @@ def import_(args, source: str) -> None:
   origin["legacy"] = source == "fairseq" and fairseq.is_legacy(tensors)
   saved.save(args.output, model, variables, origin=origin, kept=kept)
   print(saved.describe(model, variables))
-  assumed = [f"{k}={v}" for k, v in SOURCES[source].DEFAULTS.items() if k not in config]
+  assumed = [f"{k}={v}" for k, v in SOURCES[source].defaults.items() if k not in config]
   if assumed:
     print(f"not in the configuration, so the defaults of {source}: {', '.join(assumed)}")
   if kept:
@@ -109,7 +133,7 @@ def _config(path: str, own: dict | None) -> dict:
     except (OSError, ValueError, RecursionError) as error:
       raise ConfigError(f"--model_config={path} cannot be read: {error}") from None
   # A configuration as torchscale completed it.
-  own = own.get("resolved", own) if isinstance(own, dict) else own or {}
+  own = {} if own is None else own.get("resolved", own) if isinstance(own, dict) else own
   if not isinstance(own, dict):
     raise ConfigError(f"--model_config={path} must hold a JSON object")
   return own

@@ -13,6 +13,7 @@ from flax import linen as nn
 from magneto_jax.convert import torchscale
 from magneto_jax.convert.files import ConversionError, check_finite
 from magneto_jax.convert.reader import Reader
+from magneto_jax.models.multimodal import BEiT3
 
 PREFIX = "beit3."
 # Of the fine-tuned and pre-trained models; kept for the way back, and no part of BEiT3.
@@ -80,12 +81,10 @@ def read(state_dict, config=None, *, image_size: int | None = None):
 
 def to_beit3(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
   """The state dict of a `BEiT3`, with the prefix of the released files."""
+  if not isinstance(model, BEiT3):
+    raise ConversionError(f"BEiT-3's files hold no {type(model).__name__}")
   tensors = torchscale.to_torchscale(model, variables)
   return {PREFIX + name: tensor for name, tensor in tensors.items()}
-
-
-# As the command finds them.
-write, config_of, DEFAULTS = to_beit3, torchscale.config_of, torchscale.DEFAULTS
 
 
 def _resized(table: np.ndarray, image_size: int, patch_size: int) -> np.ndarray:

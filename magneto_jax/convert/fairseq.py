@@ -343,7 +343,3 @@ def to_fairseq(
   )
   check_same(model, build(tensors, config_of(model)), "fairseq")
   return tensors
-
-
-# As the command finds it.
-write = to_fairseq

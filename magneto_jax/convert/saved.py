@@ -126,7 +126,9 @@ def _decoded(value):
   if kind == "set":
     return frozenset(value["items"])
   if kind == "dtype":
-    return jnp.dtype(value["name"])
+    if not jnp.issubdtype(dtype := jnp.dtype(value["name"]), jnp.floating):
+      raise ValueError(f"its dtype is {dtype}")
+    return dtype
   if kind not in _CLASSES:
     raise ValueError(f"it has an unknown class {kind!r}")
   return _CLASSES[kind](**{k: _decoded(v) for k, v in value.items() if k != "class"})

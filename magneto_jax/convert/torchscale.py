@@ -158,6 +158,10 @@ def _norms(reader: Reader, kind: str, *, is_subln: bool, is_final: bool) -> tupl
     if is_deepnorm:
       raise ConversionError("deepnorm is set, but the tensors have Sub-LN's inner norms")
     reader.agreed("subln", True)
+    if kind == "encoder":
+      reader.agreed("normalize_output", is_final)
+    elif reader.get(before, False):
+      reader.agreed(before, is_final)
     # Of HEAD, a decoder with Sub-LN can be post-norm.
     return is_final or kind == "encoder", False
   if not {"deepnorm", "subln"} & reader.config.keys():
@@ -170,7 +174,7 @@ def _norms(reader: Reader, kind: str, *, is_subln: bool, is_final: bool) -> tupl
       raise ConversionError("deepnorm is set, but the tensors have a final norm")
     return is_final, True
   reader.agreed("subln", False)
-  if is_final or kind == "decoder":
+  if kind == "decoder" or is_final:
     return reader.agreed(before, is_final), False
   if before not in reader.config and reader.get("normalize_output", True):
     raise ConversionError(
@@ -526,7 +530,3 @@ def to_torchscale(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, n
   tensors |= _buffers(model)
   check_same(model, build(tensors, config_of(model)), "torchscale")
   return tensors
-
-
-# As the command finds it.
-write = to_torchscale

@@ -43,7 +43,7 @@ def test_what_is_saved_is_loaded(name, tmp_path):
   variables = weights(model)
   save(folder, model, variables, origin=ORIGIN, kept=KEPT)
   again, loaded, origin, kept = saved.read(folder)
-  assert again == model and hash(again) == hash(model) and origin == ORIGIN
+  assert again == model and origin == ORIGIN
   jax.tree.map(np.testing.assert_array_equal, loaded, variables)
   assert_same_tensors(kept, KEPT)
   assert {path.name for path in folder.iterdir()} == {"model.json", "model.safetensors"}

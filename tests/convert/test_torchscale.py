@@ -208,6 +208,12 @@ def test_what_no_tensor_shows_is_asked_for_by_name(name):
   assert fragment in message(convert.from_torchscale, tensors, config | nones)
 
 
+def unfinished(architecture):
+  """Magneto's encoder without its final norm."""
+  recipe = RECIPES["magneto"](architecture)
+  return dataclasses.replace(recipe, encoder=dataclasses.replace(recipe.encoder, final_norm=False))
+
+
 @functools.cache
 def written(name):
   """A model and its state dict."""
@@ -216,6 +222,8 @@ def written(name):
     "pre": decoder("pre_ln"),
     "post": encoder("post_ln"),
     "pre encoder": encoder("pre_ln"),
+    "no output": encoder(unfinished),
+    "no final": decoder(with_norms("post_ln", norms=frozenset({"post", "mid"}))),
     "relative": decoder(**RELATIVE),
     "masked": masked_lm(tied=False),
     "beit3": beit3(),
@@ -253,6 +261,12 @@ CONTRADICTIONS = {
   "post": ("pre", {"decoder_normalize_before": False}, "decoder_normalize_before is False in"),
   "subln": ("pre", {"subln": True}, "subln is True in the configuration and False"),
   "final norm": ("pre encoder", {"deepnorm": True}, "the tensors have a final norm"),
+  "final norm of an encoder": ("no output", {"normalize_output": True}, "normalize_output is True"),
+  "final norm of a decoder": (
+    "no final",
+    {"decoder_normalize_before": True},
+    "decoder_normalize_b",
+  ),
   "heads": ("relative", {"decoder_attention_heads": 4}, "decoder_attention_heads is 4 in"),
   "buckets": ("relative", {"rel_pos_buckets": 8}, "rel_pos_buckets is 8 in"),
   "distance": ("relative", {"max_rel_pos": 1}, "max_rel_pos=1 must exceed"),
