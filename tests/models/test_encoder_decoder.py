@@ -164,8 +164,11 @@ def test_padding_reaches_no_token_and_rows_of_it_are_finite():
 
 
 def test_targets_see_the_whole_source_and_no_later_target():
-  """By changing one token at a time: exactly the logits that may see it change."""
-  model = both()
+  """By changing one token at a time: exactly the logits that may see it change.
+
+  The decoder's window, two of which reach over all targets, is of the self-attention alone.
+  """
+  model = both(decoder={"window": (T // 2, None)})
   params = reference.random_params(model, *INPUTS)
   call = common.compiled(lambda source, tokens: model.apply({"params": params}, source, tokens))
   plain = call(SOURCE[:1], TOKENS[:1])
