@@ -133,10 +133,15 @@ def test_cross_attention_is_its_formula():
 
 
 def test_cross_attentions_cache_is_filled_once_and_filled_anew():
-  """Without a memory a call reads the cache; with one it replaces what the cache held."""
+  """Without a memory a call reads the cache; with one it replaces what the cache held.
+
+  What it holds says nothing of where the queries stand, which T5's bias reads.
+  """
   layer = Attention(N, num_kv_heads=2, is_cross=True)
   params = reference.random_params(layer, X, MEMORY)
-  run = jax.jit(layer.apply)
+  table = np.random.default_rng(2).standard_normal((8, N)).astype(np.float32)
+  bias = RelativeBias(jnp.asarray(table), max_distance=10)
+  run = jax.jit(functools.partial(layer.apply, bias=bias))
   cache = KVCache.empty(B, 5, 2, D // N, dtype=jnp.float32)
   for memory in (MEMORY, MEMORY[::-1]):
     expected, none = run({"params": params}, X, memory)
@@ -146,6 +151,7 @@ def test_cross_attentions_cache_is_filled_once_and_filled_anew():
     for result in (y, again):
       np.testing.assert_allclose(result, expected, rtol=0, atol=1e-5)  # float32
     np.testing.assert_array_equal(after.k_LBKSH, cache.k_LBKSH)
+    assert cache.length == MEMORY.shape[1]
 
 
 @pytest.mark.parametrize("scope", ("head", "width"))

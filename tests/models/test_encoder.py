@@ -29,6 +29,11 @@ def encoder(recipe=None, **options) -> Encoder:
   return Encoder(recipe=recipe or record(), **{"vocab_size": VOCAB} | common.SIZES | options)
 
 
+def slow(*case):
+  """A case of a table that `pytest -m slow` runs."""
+  return pytest.param(*case, marks=pytest.mark.slow)
+
+
 # ---------------------------------------------------------------------------------------------
 # Formulae
 # ---------------------------------------------------------------------------------------------
@@ -83,7 +88,7 @@ def test_relative_bias_is_t5s_in_float64(bidirectional):
   np.testing.assert_allclose(h, expected, rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize("base", (512.0, 3.0))
+@pytest.mark.parametrize("base", common.main_and_slow((512.0, 3.0), (3.0,)))
 def test_xpos_encoder_is_torchscales_in_float64(base):
   """Which centres the positions of each call; 1e-11."""
   model = encoder(positions="xpos", xpos_scale_base=base, dtype=jnp.float64)
@@ -99,8 +104,10 @@ def test_xpos_encoder_is_torchscales_in_float64(base):
   np.testing.assert_allclose(h, expected, rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize("head", ("linear", "dense"))
-@pytest.mark.parametrize("tied", (True, False))
+@pytest.mark.parametrize(
+  ("head", "tied"),
+  (("linear", True), ("dense", False), slow("linear", False), slow("dense", True)),
+)
 def test_masked_language_models_heads_are_their_formulae_in_float64(head, tied):
   """W h; or W LN(gelu(W_d h + b_d)) + b, as BERT's; W the table of tokens, if tied. 1e-11."""
   inner = encoder(positions="none", dtype=jnp.float64)
@@ -133,7 +140,7 @@ def test_masked_language_model_hands_on_what_the_encoder_takes_and_returns():
 # ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", common.main_and_slow(KINDS, ("learned", "xpos", "relative")))
 def test_hugging_faces_attention_mask_with_padding_on_either_side(kind):
   """1 is a token, 0 is padding: the tokens come out as from the sequence alone, float32."""
   model = encoder(**KINDS[kind])
@@ -191,7 +198,7 @@ def test_segments_are_encoded_as_alone_and_segment_0_is_padding():
 # ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("window", (None, (1, 0)))
+@pytest.mark.parametrize("window", common.main_and_slow((None, (1, 0)), ((1, 0),)))
 def test_every_token_sees_every_token(window):
   """And with a window those in two layers' reach of it: the gradient is 0 from all others."""
   model = encoder(record(layers=2), window=window)

@@ -163,21 +163,25 @@ def test_padding_reaches_no_token_and_rows_of_it_are_finite():
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(results))
 
 
-def test_targets_see_the_whole_source_and_no_later_target():
-  """By changing one token at a time: exactly the logits that may see it change."""
-  model = both()
+def test_targets_see_the_whole_memory_and_no_other_target_than_their_window():
+  """By changing one row at a time: a window of 0 is of the decoder's self-attention alone."""
+  model = both(decoder={"window": (0, None)})
   params = reference.random_params(model, *INPUTS)
-  call = common.compiled(lambda source, tokens: model.apply({"params": params}, source, tokens))
-  plain = call(SOURCE[:1], TOKENS[:1])
+  memory = np.random.default_rng(2).standard_normal((1, S, WIDTH)).astype(np.float32)
+  call = common.compiled(
+    lambda tokens, memory: model.apply(
+      {"params": params}, tokens, memory_BSD=memory, method="decode"
+    )
+  )
+  plain = call(TOKENS[:1], memory)
   for s in range(S):
-    source = SOURCE[:1].copy()
-    source[0, s] = (source[0, s] + 1) % VOCAB
-    assert (np.abs(call(source, TOKENS[:1]) - plain)[0].max(-1) > 1e-4).all()
+    changed = memory + (np.arange(S) == s).reshape(1, S, 1) * memory
+    assert (np.abs(call(TOKENS[:1], changed) - plain)[0].max(-1) > 1e-4).all()
   for t in range(T):
     tokens = TOKENS[:1].copy()
     tokens[0, t] = (tokens[0, t] + 1) % VOCAB
-    changed = np.any(np.asarray(call(SOURCE[:1], tokens) != plain)[0], axis=-1)
-    np.testing.assert_array_equal(changed, np.arange(T) >= t)
+    changed = np.any(np.asarray(call(tokens, memory) != plain)[0], axis=-1)
+    np.testing.assert_array_equal(changed, np.arange(T) == t)
 
 
 # ---------------------------------------------------------------------------------------------
