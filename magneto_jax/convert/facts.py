@@ -29,8 +29,8 @@ def facts(model: nn.Module) -> dict[str, Any]:
   """What distinguishes one model from another, by name; inits and training's choices do not."""
   if isinstance(model, Backbone):
     return _stack_facts(model)
-  # What changes nothing: where tables begin, and a choice about a scale of 1.
-  unused = {"parent", "name", "position_offset"}
+  # What a library takes as it is: where tables begin, whether they are shared, a scale of 1.
+  unused = {"parent", "name", "position_offset", "tied", "shared_embedding"}
   if isinstance(model, BEiT3) and float(model.encoder.recipe.embedding.scale) == 1.0:
     unused.add("scale_patches")
   found = {}
@@ -62,7 +62,6 @@ def _stack_facts(model: Backbone) -> dict[str, Any]:
     "window": model.window,
     "logits_soft_cap": model.logits_soft_cap,
     "norm_epsilon": model.norm_epsilon,
-    "tied": getattr(model, "tied", None),
     "experts": getattr(model, "experts", None),
   }
   if "learned" in kinds:
@@ -79,10 +78,9 @@ def _stack_facts(model: Backbone) -> dict[str, Any]:
 
 
 def _recipe_facts(stack: records.Stack) -> dict[str, Any]:
+  # Of norms, the kind and the sites that share a name; whether they are there is in the weights.
   found = {
     "norm": stack.norm,
-    "final_norm": stack.final_norm,
-    "embedding norm": stack.embedding.norm,
     "embedding scale": float(stack.embedding.scale),
     "layers": stack.num_layers,
   }

@@ -61,9 +61,10 @@ def _linear(ours: tuple[int, ...], axes_in: int):
 
 def _convolution(ours: tuple[int, ...]):
   """A kernel [h, w, in, out]."""
+  height, width, fan_in, fan_out = ours
   swap = lambda array: array.transpose(3, 2, 0, 1)
   back = lambda tensor: tensor.transpose(2, 3, 1, 0)
-  return swap(np.empty(ours, np.bool_)).shape, swap, back
+  return (fan_out, fan_in, height, width), swap, back
 
 
 def _forms(path: Path, shape: tuple[int, ...]):

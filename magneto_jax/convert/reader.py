@@ -107,7 +107,9 @@ class Reader:
       raise ConversionError(
         f"missing: {copy}; if it is {original}, the configuration must set {how}"
       )
-    is_same = self.has(original) and np.array_equal(self.tensors[copy], self.tensors[original])
+    one, other = self.tensors[copy], self.tensors.get(original)
+    # Or one object: NaN is equal to nothing.
+    is_same = one is other or (other is not None and np.array_equal(one, other))
     if is_configured and not is_same:
       raise ConversionError(f"{copy} is not {original}, but the configuration sets {how}")
     return is_same

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -401,8 +402,13 @@ def inputs_of(model: nn.Module) -> tuple[tuple, dict]:
 def places(model: nn.Module) -> list[layout.Place]:
   """Where each tensor of torchscale lies in the model's parameters."""
   name_of = functools.partial(_name, model=_class(model))
-  args, kwargs = inputs_of(model)
-  return layout.places(layout.shapes_of(model, *args, **kwargs), name_of)
+
+  def init():
+    # In here nothing has memory: a checkpoint may show an image of any size.
+    args, kwargs = inputs_of(model)
+    return model.init(jax.random.key(0), *args, **kwargs)["params"]
+
+  return layout.places(jax.eval_shape(init), name_of)
 
 
 def _stacks(model: nn.Module) -> dict[str, tuple[str, nn.Module]]:

@@ -40,6 +40,24 @@ def test_round_trip_is_exact_with_the_prefix():
   assert_same_tensors(convert.to_beit3(*convert.from_beit3(plain, CONFIG)), tensors)
 
 
+def test_images_are_experts_a_and_texts_b():
+  params = weights(MODEL)["params"]
+  block = params["encoder"]["stack"]["segment_0"]["block_0"]
+  patches = params["patch_embedding"]
+  ours = {
+    "encoder.layers.1.ffn.A.fc1.weight": block["ffn"]["wi"]["vision"]["kernel"][1].T,
+    "encoder.layers.0.self_attn.v_proj.B.bias": block["self_attention"]["value"]["text"]["bias"][
+      0
+    ].ravel(),
+    "encoder.layer_norm.B.weight": params["encoder"]["stack"]["final_norm"]["text"]["scale"],
+    "encoder.embed_positions.A.weight": params["position_embeddings_vision"]["embedding"],
+    "vision_embed.proj.weight": patches["projection"]["kernel"].transpose(3, 2, 0, 1),
+    "vision_embed.cls_token": patches["class_token"].reshape(1, 1, 8),
+  }
+  for name, expected in ours.items():
+    np.testing.assert_array_equal(checkpoint()[f"beit3.{name}"], expected, err_msg=name)
+
+
 def test_heads_are_kept_beside_the_model():
   model, variables, kept = released.read(checkpoint(**HEADS), CONFIG)
   assert_same_tensors(kept, HEADS)
@@ -132,6 +150,11 @@ WRONG = {
     {"beit3.vision_embed.proj.weight": None},
     8,
     "missing: vision_embed.proj.weight",
+  ),
+  "endless patches": (
+    {"beit3.vision_embed.proj.weight": np.ones((1, 1, 1, 10**6), np.float32)},
+    None,
+    "wrong shape: vision_embed.proj.weight [1, 1, 1, 1000000], expected [8, 3, 1000000, 1000000]",
   ),
   "no positions": ({POSITIONS: None}, 8, "this is no BEiT-3"),
   "no text": ({"beit3.text_embed.weight": None}, None, "this is no BEiT-3"),

@@ -103,6 +103,15 @@ def test_names_and_layouts_are_torchscales():
     np.testing.assert_allclose(tensors[name], expected, rtol=1e-6, err_msg=name)
 
 
+def triple(architecture):
+  """Pre-LN with its embedding scaled by 3."""
+  recipe = RECIPES["pre_ln"](architecture)
+  embedding = dataclasses.replace(recipe.decoder.embedding, scale=3.0)
+  return dataclasses.replace(
+    recipe, decoder=dataclasses.replace(recipe.decoder, embedding=embedding)
+  )
+
+
 REFUSED = {
   "rotary positions": (decoder(positions="rotary"), "positions would be (), not ('rotary',)"),
   "sinusoids": (decoder(positions="sinusoidal"), "positions would be (), not ('sinusoidal',)"),
@@ -117,7 +126,8 @@ REFUSED = {
     "relative_bidirectional would be True, not False",
   ),
   "a late table": (decoder(position_offset=3), "position_offset=3, but positions begin at 2"),
-  "embedding scale": (
+  "embedding scale": (decoder(triple), "embedding scale would be 2.8284271247461903, not 3.0"),
+  "branch scale": (
     decoder(with_norms("pre_ln", branch=Scale(0.5))),
     "layer 2 self_attention branch would be 1.0, not 0.5",
   ),
@@ -302,6 +312,15 @@ def test_tables_are_tied_if_their_numbers_are_the_same():
   assert "missing: output_projection.weight; if it is embed_tokens.weight, the config" in text
   config["share_decoder_input_output_embed"] = True
   assert convert.from_torchscale(tensors, config)[0].tied
+
+
+@pytest.mark.parametrize("value", [0.0, np.nan])
+def test_what_is_written_does_not_depend_on_the_numbers(value):
+  """Gradients have the same names, too; and equal tables need not be tied."""
+  for model in (decoder(tied=True), decoder(), encoder_decoder(shared=True, tied=True)):
+    tree = jax.tree.map(lambda leaf: np.full_like(leaf, value), weights(model))
+    tensors = convert.to_torchscale(model, tree)
+    assert all(np.array_equal(t, np.full_like(t, value), equal_nan=True) for t in tensors.values())
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
