@@ -89,6 +89,7 @@ class ModelConfig(_Checked):
     "norm of queries and keys, of each head or of all together; empty: the recipe's",
     choices=("", "none", *records.QK_NORMS),
   )
+  use_bias: bool = _field(True, "whether projections have biases")
   tied_embeddings: bool = _field(True, "whether the output projection is the embedding table")
   window: int = _field(0, "how many earlier tokens attention reaches; 0: all", min=0)
   logits_soft_cap: float = _field(0.0, "cap of the attention logits; 0: none", min=0.0)
@@ -247,6 +248,12 @@ class TrainConfig(_Checked):
         raise ConfigError(
           f"config.recipe={self.recipe!r} has no option {name}: it is of {', '.join(having)}"
         )
+    longest = 70 * self.model.xpos_scale_base
+    if self.model.positions == "xpos" and self.data.seq_length > longest:
+      raise ConfigError(
+        f"config.model.xpos_scale_base={self.model.xpos_scale_base} serves {longest:.0f} positions,"
+        f" and config.data.seq_length={self.data.seq_length}: xPos's scales would overflow"
+      )
     if re.search("[\ud800-\udfff]", self.sample_prompt):  # Bytes that were not UTF-8.
       raise ConfigError(f"sample_prompt={self.sample_prompt!r} is not valid text")
 

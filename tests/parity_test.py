@@ -144,7 +144,7 @@ def _mask(case, name):
 
 def _allowed(case):
   mask = case.inputs.get("attn_mask")
-  return None if mask is None else mask == 0
+  return None if mask is None else (mask == 0).reshape(-1, *mask.shape[-2:])
 
 
 def _normed(model, params, hidden):
@@ -162,7 +162,7 @@ def _encoder(case, params):
   options = {
     "mask_BT": _mask(case, "encoder_padding_mask"),
     "positions_BT": jnp.arange(length)[None] * jnp.ones((batch, 1), jnp.int32),
-    "attention_mask": _allowed(case),
+    "visible_BTT": _allowed(case),
     "return_hidden_states": True,
   }
   if isinstance(case.model, MaskedLM):
@@ -278,7 +278,7 @@ def _beit3(case, params):
   out, hidden = apply(
     mask_BT=_mask(case, "text_padding_position"),
     positions_BT=jnp.arange(length)[None] * jnp.ones((batch, 1), jnp.int32),
-    attention_mask=_allowed(case),
+    visible_BTT=_allowed(case),
     return_hidden_states=True,
   )
   outputs = {"output/encoder_out": out, "output/encoder_embedding": embedded} | _streams(hidden)

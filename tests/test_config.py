@@ -71,6 +71,7 @@ def test_a_misspelt_field_names_the_right_one(name):
     ("seed", 2**32, r"config.seed=4294967296 must be at most 4294967295"),
     ("recipe_options.head_scale", "pre", r"head_scale='pre' must be one of '', none, pre_out_proj"),
     ("recipe_options.head_scale", "none", r"'magneto' has no option head_scale: it is of normform"),
+    ("model", {"positions": "xpos", "xpos_scale_base": 1.0}, r"serves 70 positions, and config.da"),
     ("clip", 1.0, r"did you mean config.optimizer.clip_norm\?"),
     ("sample_prompt", "\udcff", r"is not valid text"),
   ],

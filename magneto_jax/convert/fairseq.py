@@ -76,7 +76,7 @@ _HEAD = {
   "head_norm/scale": "layer_norm.weight",
   "head_norm/bias": "layer_norm.bias",
   "head_bias": "bias",
-  "output_embedding": "weight",
+  "output_embedding/embedding": "weight",
 }
 
 

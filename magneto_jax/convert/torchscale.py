@@ -87,8 +87,6 @@ def _stack_name(path: layout.Path, layer: int | None, kind: str) -> str:
   key = "/".join(module for module in modules if module not in EXPERTS)
   if leaf in ("relative_bias", "cross_relative_bias"):
     return RELATIVE[kind][leaf == "cross_relative_bias"]
-  if leaf == "output_embedding":
-    return "output_projection.weight"
   if layer is None:
     return f"{_STACK[key].format(e=letter)}.{layout.LEAVES[leaf]}"
   name = _LAYER[key.removeprefix("stack/")].format(e=letter)

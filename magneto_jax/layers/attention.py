@@ -41,6 +41,13 @@ class KVCache(NamedTuple):
 
     There must be room: XLA moves a write that would pass the end back over earlier rows.
     """
+    _, batch, kv_heads, length, head_dim = self.k_LBKSH.shape
+    (B, T, K, H), fits = k_BTKH.shape, (batch, kv_heads, head_dim)
+    if (B, K, H) != fits or T > length:
+      raise ValueError(
+        f"keys [B, T, K, H] = {list(k_BTKH.shape)} do not fit a cache of {batch=}, {length=},"
+        f" {kv_heads=}, {head_dim=}"
+      )
     # Of one dtype: with 64-bit mode on, a literal 0 and the scan's index are int64.
     start = [jnp.asarray(i, jnp.int32) for i in (self.layer, 0, 0, self.length, 0)]
 
@@ -163,7 +170,9 @@ class Attention(nn.Module):
     def normed(x_BTNH, name):
       if self.qk_norm is None:
         return x_BTNH
-      shape = x_BTNH.shape if self.qk_norm_scope == "head" else (*x_BTNH.shape[:2], -1)
+      batch, length, *features = shape = x_BTNH.shape
+      if self.qk_norm_scope == "width":
+        shape = (batch, length, math.prod(features))
       return self.qk_norm(name=name)(x_BTNH.reshape(shape)).reshape(x_BTNH.shape)
 
     q_BTNH = normed(dense(x_BTD, (heads, head_dim), self.qk_init, "query"), "query_norm")
@@ -206,7 +215,7 @@ class Attention(nn.Module):
       o_BTNH = o_BTNH * gamma_N.reshape(1, 1, heads, 1)
     if self.mid_norm is not None:
       # One norm over all heads of a token, as in the paper, not one a head.
-      o_BTNH = self.mid_norm(name="mid_norm")(o_BTNH.reshape(*o_BTNH.shape[:2], -1))
+      o_BTNH = self.mid_norm(name="mid_norm")(o_BTNH.reshape(*o_BTNH.shape[:2], heads * head_dim))
       o_BTNH = o_BTNH.reshape(*o_BTNH.shape[:2], heads, head_dim)
     y_BTD = dense(o_BTNH, width, self.out_init, "out")
     if self.head_scale not in (None, "pre_out_proj"):
@@ -215,6 +224,8 @@ class Attention(nn.Module):
 
   def _check(self, x_BTD, memory_BSD, cache):
     """Raises where attributes and arguments contradict each other."""
+    if x_BTD.ndim != 3:
+      raise ValueError(f"x {list(x_BTD.shape)} is not [B, T, D]")
     width, heads = x_BTD.shape[-1], self.num_heads
     if self.head_dim is None and width % heads:
       raise ValueError(f"num_heads={heads} must divide {width=}; or give head_dim")
@@ -229,6 +240,12 @@ class Attention(nn.Module):
       raise ValueError("is_cross goes with neither is_causal nor a rotation: both read positions")
     if not self.is_cross and memory_BSD is not None:
       raise ValueError("a memory needs is_cross=True: this attention is to x itself")
+    if cache is not None and not (self.is_cross or self.is_causal):
+      raise ValueError("a cache needs is_causal=True: rows that are not yet written must be hidden")
+    if self.is_cross and cache is not None and memory_BSD is not None:
+      rows = cache.k_LBKSH.shape[-2]
+      if memory_BSD.shape[1] != rows:
+        raise ValueError(f"a memory of {memory_BSD.shape[1]} must fill its cache of {rows} rows")
     if self.is_cross and memory_BSD is None and cache is None:
       raise ValueError("cross-attention needs a memory, or a cache that holds one")
 

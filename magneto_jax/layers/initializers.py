@@ -46,8 +46,13 @@ def kernel_init(init: records.Init) -> Initializer:
 
   def draw(key, shape, dtype=jnp.float32, out_sharding=None):
     del out_sharding
-    *window, fan_in, fan_out = shape
-    std = init.std(math.prod(window) * fan_in, math.prod(window) * fan_out)
+    if init.family == "normal":
+      std = init.std(1, 1)  # Whatever the fans: biases and scales have none.
+    elif len(shape) < 2:
+      raise ValueError(f"{init.family} draws kernels [..., in, out], not {shape=}")
+    else:
+      *window, fan_in, fan_out = shape
+      std = init.std(math.prod(window) * fan_in, math.prod(window) * fan_out)
     if init.family in ("xavier_uniform", "torch_uniform"):
       unit = jax.random.uniform(key, shape, dtype, -math.sqrt(3), math.sqrt(3))
     else:

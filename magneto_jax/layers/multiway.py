@@ -29,7 +29,11 @@ class Multiway(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps [B, T, ...] to [B, T, ...], where T is the sum of `lengths`."""
-    if len(self.lengths) != len(self.experts) or sum(self.lengths) != x.shape[1]:
+    if (
+      len(self.lengths) != len(self.experts)
+      or min(self.lengths) < 0
+      or sum(self.lengths) != x.shape[1]
+    ):
       raise ValueError(f"{self.lengths=} of {self.experts=} do not add up to {x.shape[1]} tokens")
     parts, start = [], 0
     for name, length in zip(self.experts, self.lengths, strict=True):

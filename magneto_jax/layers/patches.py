@@ -26,7 +26,7 @@ class PatchEmbedding(nn.Module):
   patch_size: int
   projection_init: DenseInit = DenseInit()
   class_token: bool = True
-  mask_token: bool = True
+  mask_token: bool = False
   dtype: jnp.dtype | None = None
 
   @nn.compact
@@ -40,24 +40,33 @@ class PatchEmbedding(nn.Module):
     Returns:
       [B, 1 + P, D] with P = HW / p^2 patches; [B, P, D] without a class token.
     """
+    if images_BHWC.ndim != 4:
+      raise ValueError(f"images {list(images_BHWC.shape)} are not [B, H, W, C]")
     batch, height, width, channels = images_BHWC.shape
     p = self.patch_size
-    if height % p or width % p:
+    if p < 1 or height % p or width % p:
       raise ValueError(f"images of {height} x {width} pixels are not whole patches of {p} x {p}")
+
+    def kernel_init(key, shape, dtype=jnp.float32):
+      # Of the linear map from a patch to D: as a window's, its fan-out would be p^2 D.
+      return self.projection_init.kernel(key, (p * p * channels, self.width), dtype).reshape(shape)
+
     x_BHWD = nn.Conv(
       self.width,
       (p, p),
       strides=(p, p),
       padding="VALID",
-      kernel_init=self.projection_init.kernel,
+      kernel_init=kernel_init,
       bias_init=self.projection_init.bias(p * p * channels),
       dtype=self.dtype,
       name="projection",
     )(images_BHWC)
-    x_BPD = x_BHWD.reshape(batch, -1, self.width)
+    x_BPD = x_BHWD.reshape(batch, (height // p) * (width // p), self.width)
     if self.mask_token:
       token_D = self.param("mask_token", nn.initializers.zeros, (self.width,))
       if masked_BP is not None:
+        if jnp.shape(masked_BP) != x_BPD.shape[:2]:
+          raise ValueError(f"{jnp.shape(masked_BP)=} is not [B, P] = {list(x_BPD.shape[:2])}")
         token = token_D.astype(x_BPD.dtype).reshape(1, 1, -1)
         x_BPD = jnp.where(jnp.asarray(masked_BP, bool)[..., None], token, x_BPD)
     elif masked_BP is not None:

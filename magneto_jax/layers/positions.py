@@ -32,7 +32,7 @@ def sinusoidal(positions: jax.Array, width: int, *, max_period: float = 10_000.0
   return jnp.pad(encoding, [(0, 0)] * positions.ndim + [(0, width % 2)])
 
 
-def rotary(x_BTNH: jax.Array, positions_BT: jax.Array, *, max_period: float = 10_000.0):
+def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, *, max_period: float = 10_000.0):
   """Rotates the channel pairs (i, i + H/2) of queries or keys by the angle p max_period^(-2i/H).
 
   A query at p and a key at q then meet in a score that depends on p and q only by p - q.
@@ -68,9 +68,9 @@ def _rotation(x_BTNH, positions_BT, max_period: float):
   return wide, jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate_both(q_BTNH: jax.Array, k_BTKH: jax.Array, positions_BT: jax.Array):
-  """`rotary` on queries and keys."""
-  return rotary(q_BTNH, positions_BT), rotary(k_BTKH, positions_BT)
+def rotary(q_BTNH: jax.Array, k_BTKH: jax.Array, positions_BT: jax.Array):
+  """Rotary positions, as `Attention.rotation` takes them: `rotate` on queries and keys."""
+  return rotate(q_BTNH, positions_BT), rotate(k_BTKH, positions_BT)
 
 
 def xpos(
@@ -90,8 +90,8 @@ def xpos(
   Args:
     q_BTNH: queries; H must be even.
     k_BTKH: keys.
-    positions_BT: integers. float32 holds the scales up to about 70 scale_base; beyond they
-      overflow.
+    positions_BT: integers. float32 and bfloat16 hold the scales up to 70 scale_base, float16 up to
+      8 scale_base; beyond they overflow.
     scale_base: a larger one decays slower.
     max_period: the longest wavelength over 2 pi.
 
@@ -119,5 +119,5 @@ def xpos(
 
 # (queries, keys, positions) -> (queries, keys), as `Attention.rotation` takes it.
 Rotation = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
-ROTATIONS: dict[str, Rotation] = {"rotary": rotate_both, "xpos": xpos}
+ROTATIONS: dict[str, Rotation] = {"rotary": rotary, "xpos": xpos}
 KINDS = ("learned", "sinusoidal", *ROTATIONS, "none")

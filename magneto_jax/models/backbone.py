@@ -27,6 +27,7 @@ class Backbone(nn.Module, kw_only=True):
     num_kv_heads: K, a divisor of N; N by default.
     head_dim: H; D / N by default.
     activation: of the feed-forward network.
+    use_bias: whether projections have biases.
     positions: `learned`, `sinusoidal`, `rotary`, `xpos` or `none`, or a tuple of several.
     max_length: how many positions the learned table holds.
     position_offset: the row (or the angle) of position 0; torchscale's learned positions and
@@ -55,6 +56,7 @@ class Backbone(nn.Module, kw_only=True):
   num_kv_heads: int | None = None
   head_dim: int | None = None
   activation: str = "gelu"
+  use_bias: bool = True
   positions: str | tuple[str, ...] = "sinusoidal"
   max_length: int = 1024
   position_offset: int = 0
@@ -165,6 +167,7 @@ class Backbone(nn.Module, kw_only=True):
       num_kv_heads=self.num_kv_heads,
       head_dim=self.head_dim,
       dense=wrap(nn.DenseGeneral),
+      use_bias=self.use_bias,
       logits_soft_cap=self.logits_soft_cap,
       dropout_rate=self.attention_dropout_rate,
       dtype=self.dtype,
@@ -188,6 +191,7 @@ class Backbone(nn.Module, kw_only=True):
         ffn_width=self.ffn_width,
         activation=self.activation,
         dense=wrap(nn.DenseGeneral),
+        use_bias=self.use_bias,
         dropout_rate=self.activation_dropout_rate,
         dtype=self.dtype,
       ),
@@ -225,10 +229,23 @@ class TokenTable(nn.Module):
     return self.param("embedding", kernel_init(init), (self.vocab_size, self.width))
 
 
-def padding_mask(mask_BT, segment_ids_BT) -> jax.Array | None:
+def as_mask(mask, shape: tuple[int, ...], name: str) -> jax.Array:
+  """The mask as booleans, if it is one of this shape.
+
+  Floats are refused: they would be additive masks, 0 for what is seen, the opposite of ours.
+  """
+  mask = jnp.asarray(mask)
+  if mask.shape != shape:
+    raise ValueError(f"{name} must be of shape {list(shape)}, not {list(mask.shape)}")
+  if not (mask.dtype == bool or jnp.issubdtype(mask.dtype, jnp.integer)):
+    raise ValueError(f"{name} must be of booleans, or of integers 0 and 1, not {mask.dtype}")
+  return mask.astype(bool)
+
+
+def padding_mask(shape, mask_BT, segment_ids_BT) -> jax.Array | None:
   """True for tokens: as it is given, or else where the segment ids are positive."""
   if mask_BT is not None:
-    return jnp.asarray(mask_BT, bool)
+    return as_mask(mask_BT, shape, "mask_BT")
   return None if segment_ids_BT is None else segment_ids_BT > 0
 
 
@@ -241,7 +258,7 @@ def visibility(shape, mask_BT, segment_ids_BT) -> tuple[jax.Array, jax.Array] | 
   if mask_BT is None:
     return None
   ids_BT = jnp.ones(shape, jnp.int32) if segment_ids_BT is None else segment_ids_BT
-  return ids_BT, jnp.where(mask_BT, ids_BT, -1)
+  return ids_BT, jnp.where(mask_BT, ids_BT, jnp.iinfo(ids_BT.dtype).min)
 
 
 def positions_of(shape, mask_BT, start=0) -> jax.Array:

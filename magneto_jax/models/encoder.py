@@ -10,6 +10,7 @@ from magneto_jax.layers.multiway import multiway
 from magneto_jax.models.backbone import (
   Backbone,
   TokenTable,
+  as_mask,
   padding_mask,
   positions_of,
   visibility,
@@ -47,7 +48,7 @@ class Encoder(Backbone, kw_only=True):
     mask_BT: jax.Array | None = None,
     positions_BT: jax.Array | None = None,
     segment_ids_BT: jax.Array | None = None,
-    attention_mask: jax.Array | None = None,
+    visible_BTT: jax.Array | None = None,
     lengths: tuple[int, ...] | None = None,
     recipe: records.Stack | None = None,
     return_hidden_states: bool = False,
@@ -64,7 +65,7 @@ class Encoder(Backbone, kw_only=True):
       positions_BT: by default the number of tokens before each, -1 for padding.
       segment_ids_BT: tokens attend within their segment only. Positive; where no mask is given,
         0 is padding.
-      attention_mask: [T, T] or [B, T, T]; True where the query (first) may see the key.
+      visible_BTT: [B, T, T] or [1, T, T]; True where the query (first) may see the key.
       lengths: how many of the T tokens belong to each expert, in their order.
       recipe: a record of the same structure to run instead; see `CausalLM`.
       return_hidden_states: whether to return the stream as well.
@@ -75,6 +76,8 @@ class Encoder(Backbone, kw_only=True):
       each, without the final norm.
     """
     recipe = self._checked(recipe)
+    if records.has_cross_attention(recipe):
+      raise ValueError("an encoder has no memory: this recipe has cross-attention, a decoder's")
     if (tokens_BT is None) == (embeddings_BTD is None):
       raise ValueError("give tokens or embeddings, one of the two")
     if tokens_BT is not None:
@@ -83,9 +86,12 @@ class Encoder(Backbone, kw_only=True):
       table_VD = self.token_embedding(recipe.embedding.tokens)
       embeddings_BTD = jnp.take(table_VD, tokens_BT, axis=0) * recipe.embedding.scale
     if bool(self.experts) != (lengths is not None):
-      raise ValueError(f"give lengths, one for each of {self.experts=}")
+      raise ValueError("lengths go with experts: one for each, or neither")
+    if embeddings_BTD.ndim != 3 or embeddings_BTD.shape[-1] != self.width:
+      found = list(embeddings_BTD.shape)
+      raise ValueError(f"embeddings {found} are not [B, T, D] with D = {self.width}")
     shape = embeddings_BTD.shape[:2]
-    mask_BT = padding_mask(mask_BT, segment_ids_BT)
+    mask_BT = padding_mask(shape, mask_BT, segment_ids_BT)
     if positions_BT is None:
       self._check_length(shape[1])
       positions_BT = positions_of(shape, mask_BT)
@@ -96,13 +102,18 @@ class Encoder(Backbone, kw_only=True):
       embeddings_BTD, positions_BT, recipe, self._norm(wrap), mask_BT, deterministic=deterministic
     )
     bias = None
-    if attention_mask is not None:
-      allowed = jnp.asarray(attention_mask, bool)
-      bias = jnp.where(allowed, 0.0, -jnp.inf).reshape(-1, 1, *allowed.shape[-2:])
+    if visible_BTT is not None:
+      rows = 1 if jnp.shape(visible_BTT)[:1] == (1,) else shape[0]
+      visible_BTT = as_mask(visible_BTT, (rows, shape[1], shape[1]), "visible_BTT")
+      bias = jnp.where(visible_BTT, 0.0, -jnp.inf)[:, None]
     out = self._run(
       x_BTD,
       recipe,
-      Context(positions_BT, visibility(shape, mask_BT, segment_ids_BT), bias),
+      Context(
+        positions_BT=positions_BT,
+        segment_ids=visibility(shape, mask_BT, segment_ids_BT),
+        bias=bias,
+      ),
       is_causal=False,
       wrap=wrap,
       return_hidden_states=return_hidden_states,

@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from magneto_jax.layers.feed_forward import ACTIVATIONS
-from magneto_jax.layers.initializers import dense_init, kernel_init
+from magneto_jax.layers.feed_forward import ACTIVATIONS, GATED
+from magneto_jax.layers.initializers import dense_init
 from magneto_jax.layers.norms import norm_factory
 from magneto_jax.models.backbone import (
   Backbone,
   TokenTable,
+  as_mask,
   padding_mask,
   positions_of,
   visibility,
@@ -21,13 +22,18 @@ from magneto_jax.models.transformer import Caches, Context, init_caches
 from magneto_jax.theory import records
 
 
+# In a state's memory_ids_BS: no memory has been given yet.
+UNWRITTEN = -1
+
+
 class DecodingState(NamedTuple):
   """What decoding carries from one call to the next.
 
   Attributes:
     caches: keys and values of every layer.
     segment_ids_BS: of the tokens written so far; 0 where nothing lies, not positive for padding.
-    memory_ids_BS: 1 where the memory holds a token, as far as there is a memory.
+    memory_ids_BS: 1 where the memory holds a token, 0 for its padding, UNWRITTEN before its first
+      call; None without cross-attention.
   """
 
   caches: Caches
@@ -107,10 +113,14 @@ class CausalLM(Backbone, kw_only=True):
     Returns:
       Logits [B, T, V] in float32 or wider; then, with a state, the new state; then, if asked for,
       the stream [L + 1, B, T, D] before the first layer and after each, without the final norm.
-      Tokens that do not fit the state are lost, and all logits of the call are NaN.
+      Tokens that do not fit the state are lost, and all logits of the call are NaN, as they are
+      while the state has no memory that the recipe reads. A window and relative biases count the
+      rows of the state, padding too: pad prompts in front.
     """
     recipe = self._checked(recipe)
-    mask_BT = padding_mask(mask_BT, segment_ids_BT)
+    if tokens_BT.ndim != 2:
+      raise ValueError(f"tokens {list(tokens_BT.shape)} are not [B, T]")
+    mask_BT = padding_mask(tokens_BT.shape, mask_BT, segment_ids_BT)
     if positions_BT is None:
       self._check_length(tokens_BT.shape[1])
       before = 0 if state is None else jnp.sum(state.segment_ids_BS > 0, axis=1, keepdims=True)
@@ -118,6 +128,9 @@ class CausalLM(Backbone, kw_only=True):
     init = recipe.embedding.tokens
     if embedding_VD is None:
       embedding_VD = self.token_embedding(init)
+    if embedding_VD.shape != (self.vocab_size, self.width):
+      found, wanted = list(embedding_VD.shape), [self.vocab_size, self.width]
+      raise ValueError(f"the table {found} is not [V, D] = {wanted}")
     x_BTD = self._start(
       jnp.take(embedding_VD, tokens_BT, axis=0) * recipe.embedding.scale,
       positions_BT,
@@ -134,7 +147,13 @@ class CausalLM(Backbone, kw_only=True):
     out = self._run(
       x_BTD,
       recipe,
-      Context(positions_BT, segment_ids, None, offset, memory_BSD, memory),
+      Context(
+        positions_BT=positions_BT,
+        segment_ids=segment_ids,
+        q_offset=offset,
+        memory_BSD=memory_BSD,
+        memory_segment_ids=memory,
+      ),
       is_causal=True,
       caches=None if state is None else state.caches,
       return_hidden_states=return_hidden_states,
@@ -147,6 +166,8 @@ class CausalLM(Backbone, kw_only=True):
       # The length may be traced, so this cannot raise; XLA would clamp, and overwrite rows.
       fits = state.length + tokens_BT.shape[1] <= state.segment_ids_BS.shape[1]
       memory_ids = None if memory is None else memory[1]
+      if memory is not None:
+        fits &= jnp.all(memory_ids != UNWRITTEN)
       new = DecodingState(out.caches, segment_ids[1], memory_ids)
       results = jnp.where(fits, logits_BTV, jnp.nan), new
     if return_hidden_states:
@@ -168,9 +189,11 @@ class CausalLM(Backbone, kw_only=True):
   def _memory(self, shape, memory_BSD, memory_mask_BS, state: DecodingState | None):
     """Segment ids of queries and memory; None without cross-attention."""
     if not records.has_cross_attention(self.recipe):
-      if memory_BSD is not None:
+      if memory_BSD is not None or memory_mask_BS is not None:
         raise ValueError("this recipe has no cross-attention: it cannot read a memory")
       return None
+    if memory_BSD is None and memory_mask_BS is not None:
+      raise ValueError("memory_mask_BS goes with memory_BSD: a state keeps the mask it was given")
     if memory_BSD is None and state is None:
       raise ValueError("this recipe has cross-attention: give memory_BSD, an encoder's output")
     if memory_BSD is None:
@@ -178,8 +201,10 @@ class CausalLM(Backbone, kw_only=True):
     batch, length = memory_BSD.shape[:2]
     if state is not None and length != state.memory_ids_BS.shape[1]:
       raise ValueError(f"a memory of {length} does not fit the state's {state.memory_ids_BS.shape}")
-    mask_BS = jnp.ones((batch, length), bool) if memory_mask_BS is None else memory_mask_BS
-    return jnp.ones(shape, jnp.int32), jnp.asarray(mask_BS, bool).astype(jnp.int32)
+    mask_BS = jnp.ones((batch, length), bool)
+    if memory_mask_BS is not None:
+      mask_BS = as_mask(memory_mask_BS, (batch, length), "memory_mask_BS")
+    return jnp.ones(shape, jnp.int32), mask_BS.astype(jnp.int32)
 
   def init_state(self, batch: int, length: int, memory_length: int | None = None) -> DecodingState:
     """An empty decoding state for `length` tokens, prompt included, and a memory."""
@@ -194,7 +219,7 @@ class CausalLM(Backbone, kw_only=True):
       dtype=self.dtype,
       memory_length=memory_length,
     )
-    memory = jnp.zeros((batch, memory_length), jnp.int32) if has_memory else None
+    memory = jnp.full((batch, memory_length), UNWRITTEN, jnp.int32) if has_memory else None
     return DecodingState(caches, jnp.zeros((batch, length), jnp.int32), memory)
 
 
@@ -222,12 +247,29 @@ class MaskedLM(nn.Module, kw_only=True):
   tied: bool = True
 
   @nn.compact
-  def __call__(self, tokens_BT: jax.Array, *, return_hidden_states: bool = False, **kwargs):
+  def __call__(
+    self,
+    tokens_BT: jax.Array,
+    *,
+    mask_BT: jax.Array | None = None,
+    recipe: records.Stack | None = None,
+    return_hidden_states: bool = False,
+    **kwargs,
+  ):
     """Logits [B, T, V], in float32 or wider, and, if asked for, the stream; see `Encoder`."""
-    encoder, recipe = self.encoder, kwargs.get("recipe") or self.encoder.recipe
+    encoder = self.encoder
     if self.head not in HEADS:
-      raise ValueError(f"{self.head=} must be one of {', '.join(HEADS)}")
-    out = encoder(tokens_BT, return_hidden_states=return_hidden_states, **kwargs)
+      raise ValueError(f"head={self.head!r} must be one of {', '.join(HEADS)}")
+    if self.head == "dense" and encoder.activation in GATED:
+      raise ValueError(f"the dense head has no gate for activation={encoder.activation!r}")
+    out = encoder(
+      tokens_BT,
+      mask_BT=mask_BT,
+      recipe=recipe,
+      return_hidden_states=return_hidden_states,
+      **kwargs,
+    )
+    recipe = encoder.recipe if recipe is None else recipe
     h_BTD, hidden_LBTD = out if return_hidden_states else (out, None)
     if self.head == "dense":
       init = dense_init(recipe.embedding.tokens)
@@ -235,12 +277,14 @@ class MaskedLM(nn.Module, kw_only=True):
         encoder.width, kernel_init=init.kernel, dtype=encoder.dtype, name="head_dense"
       )
       norm = norm_factory(recipe.norm, epsilon=encoder.norm_epsilon, dtype=encoder.dtype)
-      h_BTD = norm(name="head_norm")(ACTIVATIONS[encoder.activation](dense(h_BTD)))
+      wide = jnp.promote_types(encoder.dtype, jnp.float32)
+      h_BTD = ACTIVATIONS[encoder.activation](dense(h_BTD).astype(wide)).astype(encoder.dtype)
+      h_BTD = norm(name="head_norm")(h_BTD)
     if self.tied:
       table_VD = encoder.token_embedding(recipe.embedding.tokens)
     else:
-      shape = (encoder.vocab_size, encoder.width)
-      table_VD = self.param("output_embedding", kernel_init(recipe.embedding.tokens), shape)
+      table = TokenTable(encoder.vocab_size, encoder.width, name="output_embedding")
+      table_VD = table(recipe.embedding.tokens)
     logits_BTV = _logits(h_BTD, table_VD)
     if self.head == "dense":
       bias_V = self.param("head_bias", nn.initializers.zeros, (encoder.vocab_size,))

@@ -8,6 +8,7 @@ from magneto_jax.layers.initializers import dense_init, kernel_init
 from magneto_jax.layers.patches import PatchEmbedding
 from magneto_jax.models.backbone import padding_mask, positions_of
 from magneto_jax.models.encoder import Encoder
+from magneto_jax.theory import records
 
 
 class BEiT3(nn.Module, kw_only=True):
@@ -49,6 +50,7 @@ class BEiT3(nn.Module, kw_only=True):
       width,
       self.patch_size,
       projection_init=dense_init(embedding.patches),
+      mask_token=True,
       dtype=self.encoder.dtype,
     )
     rows = {"vision": 1 + self.num_patches, "text": self.max_text_length}
@@ -66,6 +68,7 @@ class BEiT3(nn.Module, kw_only=True):
     *,
     mask_BT: jax.Array | None = None,
     masked_BP: jax.Array | None = None,
+    recipe: records.Stack | None = None,
     **kwargs,
   ):
     """Encodes images, texts, or pairs of both.
@@ -76,13 +79,16 @@ class BEiT3(nn.Module, kw_only=True):
       mask_BT: True for the text's tokens, False for its padding, on either side; see `Encoder`.
         Positions count tokens, not padding.
       masked_BP: True for the patches, read row by row, that the mask token replaces.
-      **kwargs: `attention_mask`, `return_hidden_states`, `deterministic` of `Encoder`.
+      recipe: a record of the same structure to run instead; see `CausalLM`.
+      **kwargs: `visible_BTT`, `return_hidden_states`, `deterministic` of `Encoder`.
 
     Returns:
       [B, 1 + P + T, D]: the class token, the patches and the text, of those that are there; if
       asked for, then also the stream.
     """
-    parts = self.embed(images_BHWC, tokens_BT, masked_BP=masked_BP)
+    if mask_BT is not None and tokens_BT is None:
+      raise ValueError("mask_BT is of a text, and there is none")
+    parts = self.embed(images_BHWC, tokens_BT, masked_BP=masked_BP, recipe=recipe)
     if self.is_initializing() and len(parts) < 2:
       raise ValueError("initialise BEiT3 with an image and a text: both have parameters")
     embeddings, masks = [], []
@@ -92,13 +98,14 @@ class BEiT3(nn.Module, kw_only=True):
       if length > table.num_embeddings - self.position_offset:
         rows = table.num_embeddings
         raise ValueError(f"{length} positions do not fit the table of {name}, {rows}")
-      own = padding_mask(mask_BT, None) if name == "text" else None
+      own = padding_mask((batch, length), mask_BT, None) if name == "text" else None
       rows_BT = positions_of((batch, length), own) + self.position_offset
       embeddings.append(part_BTD + table(jnp.maximum(rows_BT, 0)))
       masks.append(jnp.ones((batch, length), bool) if own is None else own)
     return self.encoder(
       embeddings_BTD=jnp.concatenate(embeddings, axis=1),
       mask_BT=None if mask_BT is None else jnp.concatenate(masks, axis=1),
+      recipe=recipe,
       lengths=tuple(parts[n].shape[1] if n in parts else 0 for n in self.encoder.experts),
       **kwargs,
     )
@@ -109,9 +116,12 @@ class BEiT3(nn.Module, kw_only=True):
     tokens_BT: jax.Array | None = None,
     *,
     masked_BP: jax.Array | None = None,
+    recipe: records.Stack | None = None,
   ) -> dict[str, jax.Array]:
     """Embeddings [B, T, D] without positions, of `vision` and `text`, those that are there."""
-    parts, scale = {}, self.encoder.recipe.embedding.scale
+    if masked_BP is not None and images_BHWC is None:
+      raise ValueError("masked_BP is of an image, and there is none")
+    parts, scale = {}, (self.encoder.recipe if recipe is None else recipe).embedding.scale
     if images_BHWC is not None:
       patches_BPD = self.patch_embedding(images_BHWC, masked_BP)
       patches_BPD *= scale if self.scale_patches else 1.0

@@ -60,6 +60,7 @@ def build_model(config: TrainConfig, facts: dict[str, int]) -> CausalLM:
     num_kv_heads=model.kv_heads or None,
     head_dim=model.head_dim or None,
     activation=model.activation,
+    use_bias=model.use_bias,
     positions=model.positions,
     max_length=config.data.seq_length,
     xpos_scale_base=model.xpos_scale_base,

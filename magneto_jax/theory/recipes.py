@@ -27,9 +27,18 @@ SUB_LN = frozenset({"in", "mid"})
 
 
 def _embedding(architecture: Architecture) -> Embedding:
-  """Tables of N(0, 1/D) with tokens scaled by sqrt(D): unit variance into the stack."""
+  """Tables of N(0, 1/D) with tokens scaled by sqrt(D): unit variance into the stack.
+
+  Patches are projected by a Xavier kernel: of order one for pixels of unit variance.
+  """
   table = Init("normal", gain=architecture.width**-0.5)
-  return Embedding(table, positions=table, relative=table, scale=math.sqrt(architecture.width))
+  return Embedding(
+    table,
+    positions=table,
+    relative=table,
+    patches=Init(),
+    scale=math.sqrt(architecture.width),
+  )
 
 
 def _recipe(name: str, architecture: Architecture, layer, *, final_norm: bool) -> Recipe:
@@ -361,7 +370,7 @@ def peri_ln(architecture: Architecture) -> Recipe:
 def olmo2(architecture: Architecture) -> Recipe:
   """OLMo 2: x <- x + RMSNorm(f(x)), queries and keys normalised over all heads, N(0, 0.02^2).
 
-  A final norm follows. Biases, where the model has them, are zero.
+  A final norm follows. The published models have no biases (`use_bias=False`) and rotary positions.
 
   Reference: OLMo 2, arXiv 2501.00656, section 3.
   """
@@ -373,7 +382,7 @@ def olmo2(architecture: Architecture) -> Recipe:
     return Layer(attention, ffn, _cross(architecture, kind, attention))
 
   recipe = _recipe("olmo2", architecture, layer, final_norm=True)
-  embedding = Embedding(tokens=draw, positions=draw, relative=draw)
+  embedding = Embedding(tokens=draw, positions=draw, relative=draw, patches=draw)
   return _with(recipe, norm="rms_norm", embedding=embedding)
 
 

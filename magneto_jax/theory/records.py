@@ -145,6 +145,8 @@ class Sublayer:
   in_scale: Scale = Scale()
 
   def __post_init__(self):
+    if not isinstance(self.norms, frozenset):
+      raise TypeError(f"norms={self.norms!r} must be a frozenset of {', '.join(SITES)}")
     for site in self.norms:
       _check("norm site", site, SITES)
 
@@ -222,7 +224,7 @@ class Embedding:
   tokens: Init
   positions: Init
   relative: Init
-  patches: Init = Init()
+  patches: Init
   scale: Number = dataclasses.field(default=1.0, metadata=NUMBER)
   norm: bool = False
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from magneto_jax.layers.positions import KINDS, ROTATIONS, rotary, sinusoidal, xpos
+from magneto_jax.layers.positions import KINDS, ROTATIONS, rotate, sinusoidal, xpos
 from tests import reference
 
 X = np.random.default_rng(0).standard_normal((2, 5, 3, 8)).astype(np.float32)
@@ -36,41 +36,41 @@ def test_rotary_is_its_formula():
   angles = POSITIONS[..., None, None] * 10_000.0 ** (-2 * np.arange(4) / 8)
   turned = (X[..., :4] + 1j * X[..., 4:]) * np.exp(1j * angles)
   expected = np.concatenate([turned.real, turned.imag], axis=-1)
-  np.testing.assert_allclose(rotary(X, POSITIONS), expected, rtol=0, atol=2e-4)
+  np.testing.assert_allclose(rotate(X, POSITIONS), expected, rtol=0, atol=2e-4)
 
 
 def test_rotary_scores_depend_on_relative_positions_only():
   """All pairs q_t k_s at positions t + c and s + c score alike for every shift c; float32."""
   score = lambda shift: np.einsum(
-    "btnh,bsnh->bnts", rotary(X, POSITIONS + shift), rotary(X[::-1], POSITIONS + shift)
+    "btnh,bsnh->bnts", rotate(X, POSITIONS + shift), rotate(X[::-1], POSITIONS + shift)
   )
   np.testing.assert_allclose(score(13), score(0), rtol=0, atol=1e-3)
-  one_sided = np.einsum("btnh,bsnh->bnts", rotary(X, POSITIONS + 13), rotary(X[::-1], POSITIONS))
+  one_sided = np.einsum("btnh,bsnh->bnts", rotate(X, POSITIONS + 13), rotate(X[::-1], POSITIONS))
   assert np.abs(one_sided - score(0)).max() > 0.1
 
 
 def test_rotary_keeps_position_zero_and_all_lengths():
-  np.testing.assert_array_equal(rotary(X, np.zeros((2, 5), int)), X)
-  norms = np.linalg.norm(rotary(X, POSITIONS), axis=-1)
+  np.testing.assert_array_equal(rotate(X, np.zeros((2, 5), int)), X)
+  norms = np.linalg.norm(rotate(X, POSITIONS), axis=-1)
   np.testing.assert_allclose(norms, np.linalg.norm(X, axis=-1), rtol=1e-6)  # float32
 
 
 def test_rotary_of_bfloat16_has_float32_angles():
   """Position 1000 is no bfloat16 number: the result is the exact one, rounded once (2^-8)."""
   x = X.astype(jnp.bfloat16)
-  rotated = rotary(x, POSITIONS)
+  rotated = rotate(x, POSITIONS)
   assert rotated.dtype == jnp.bfloat16
-  expected = rotary(x.astype(np.float32), POSITIONS)
+  expected = rotate(x.astype(np.float32), POSITIONS)
   np.testing.assert_allclose(rotated.astype(np.float32), expected, rtol=2**-8, atol=1e-6)
 
 
 def test_positions_broadcast_over_the_batch():
-  np.testing.assert_array_equal(rotary(X, POSITIONS[:1]), rotary(X, POSITIONS[[0, 0]]))
+  np.testing.assert_array_equal(rotate(X, POSITIONS[:1]), rotate(X, POSITIONS[[0, 0]]))
 
 
 def test_odd_head_width_raises():
   with pytest.raises(ValueError, match="head_dim=7 must be even"):
-    rotary(X[..., :7], POSITIONS)
+    rotate(X[..., :7], POSITIONS)
 
 
 # ---------------------------------------------------------------------------------------------

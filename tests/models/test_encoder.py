@@ -67,7 +67,7 @@ def test_relative_bias_is_t5s_in_float64(bidirectional):
   model = encoder(**options, dtype=jnp.float64)
   allowed = np.random.default_rng(1).random((LENGTH, LENGTH)) < 0.7
   allowed |= np.eye(LENGTH, dtype=bool)
-  h, params = in_float64(model, TOKENS, attention_mask=allowed)
+  h, params = in_float64(model, TOKENS, visible_BTT=allowed[None])
   assert params["relative_bias"].shape == (8, common.HEADS)
   bias = reference.t5_bias(
     params["relative_bias"],
@@ -120,7 +120,11 @@ def test_masked_language_models_heads_are_their_formulae_in_float64(head, tied):
     h = reference.layer_norm(params["head_norm"], h)
     expected_names |= {"head_dense", "head_norm", "head_bias"}
   assert set(params) == expected_names
-  table = params["encoder"]["token_embedding"]["embedding"] if tied else params["output_embedding"]
+  table = (
+    params["encoder"]["token_embedding"]["embedding"]
+    if tied
+    else params["output_embedding"]["embedding"]
+  )
   expected = h @ table.T + (params["head_bias"] if head == "dense" else 0)
   np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-11)
 
@@ -225,15 +229,15 @@ def test_without_positions_the_order_of_tokens_does_not_matter(kind):
 
 
 def test_attention_mask_forbids_exactly_what_it_says():
-  """[T, T] for all rows or [B, T, T], the query first; one layer, held against the reference."""
+  """[1, T, T] for all rows or [B, T, T], the query first; one layer, held against the reference."""
   model = encoder(record("pre_ln", layers=1), positions="none")
   params = reference.random_params(model, TOKENS)
   rng = np.random.default_rng(1)
   each = (rng.random((3, LENGTH, LENGTH)) < 0.5) | np.eye(LENGTH, dtype=bool)
   x = math.sqrt(WIDTH) * params["token_embedding"]["embedding"][TOKENS]
-  for allowed, padding in ((each[0], None), (each.astype(int), None), (each, MASK)):
-    h = run(model, params, TOKENS, attention_mask=allowed, mask_BT=padding)
-    visible = (allowed if allowed.ndim == 3 else allowed[None]).astype(bool)[:, None]
+  for allowed, padding in ((each[:1], None), (each.astype(int), None), (each, MASK)):
+    h = run(model, params, TOKENS, visible_BTT=allowed, mask_BT=padding)
+    visible = allowed.astype(bool)[:, None]
     mask = np.ones_like(MASK) if padding is None else padding
     expected = reference.stack(
       params["stack"],
@@ -349,8 +353,12 @@ EMBEDDINGS = np.zeros((3, LENGTH, WIDTH), np.float32)
     ({}, {}, "give tokens or embeddings, one of the two"),
     ({}, {"tokens_BT": TOKENS, "embeddings_BTD": EMBEDDINGS}, "give tokens or embeddings"),
     ({"vocab_size": None}, {"tokens_BT": TOKENS}, "this encoder has no vocabulary: give embed"),
-    ({}, {"tokens_BT": TOKENS, "lengths": (8, 0)}, r"give lengths, .* of self.experts=\(\)"),
-    ({"experts": ("a", "b")}, {"tokens_BT": TOKENS}, "give lengths, one for each of self.exp"),
+    ({}, {"tokens_BT": TOKENS, "lengths": (8, 0)}, "lengths go with experts: one for each"),
+    ({"experts": ("a", "b")}, {"tokens_BT": TOKENS}, "lengths go with experts"),
+    ({"vocab_size": None}, {"embeddings_BTD": EMBEDDINGS[..., :8]}, r"are not \[B, T, D\] with D = "),
+    ({}, {"tokens_BT": TOKENS, "mask_BT": MASK[:, :3]}, r"mask_BT must be of shape \[3, 8\], not"),
+    ({}, {"tokens_BT": TOKENS, "mask_BT": MASK * 1.0}, "mask_BT must be of booleans, or of integers"),
+    ({}, {"tokens_BT": TOKENS, "visible_BTT": MASK}, r"visible_BTT must be of shape \[3, 8, 8\]"),
     (
       {"experts": ("a", "b")},
       {"tokens_BT": TOKENS, "lengths": (4, 3)},
@@ -369,11 +377,11 @@ def test_wrong_arguments_raise(options, inputs, message):
 
 def test_unknown_heads_of_masked_language_models_raise():
   model = MaskedLM(encoder=encoder(), head="pooled")
-  with pytest.raises(ValueError, match="self.head='pooled' must be one of linear, dense"):
+  with pytest.raises(ValueError, match="head='pooled' must be one of linear, dense"):
     jax.eval_shape(model.init, jax.random.key(0), TOKENS)
 
 
 def test_a_decoders_record_with_cross_attention_raises():
   model = encoder(common.recipe(kind="encoder_decoder").decoder)
-  with pytest.raises(ValueError, match="needs a memory, or a cache that holds one"):
+  with pytest.raises(ValueError, match="an encoder has no memory: this recipe has cross-attention"):
     jax.eval_shape(model.init, jax.random.key(0), TOKENS)

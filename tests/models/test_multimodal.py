@@ -109,7 +109,7 @@ def blocks(*, text_sees_image=False, image_sees_text=False, causal=False):
 def test_a_pair_that_does_not_see_each_other_is_its_parts_alone():
   """The image alone, the text alone, and both behind a block-diagonal mask; float32."""
   model, params = model_and_params()
-  pair = run(model, params, *PAIR, attention_mask=blocks(), mask_BT=MASK)
+  pair = run(model, params, *PAIR, visible_BTT=blocks()[None], mask_BT=MASK)
   image = run(model, params, IMAGES)
   text = run(model, params, None, TOKENS, mask_BT=MASK)
   assert (image.shape, text.shape) == ((3, V, WIDTH), (3, T, WIDTH))
@@ -127,7 +127,7 @@ def test_captioning_mask():
   changed = TOKENS.copy()
   changed[:, 3] = (changed[:, 3] + 1) % VOCAB
   call = common.compiled(
-    lambda images, tokens: model.apply({"params": params}, images, tokens, attention_mask=mask)
+    lambda images, tokens: model.apply({"params": params}, images, tokens, visible_BTT=mask[None])
   )
   h, later, other = call(*PAIR), call(IMAGES, changed), call(IMAGES[::-1], TOKENS)
   np.testing.assert_allclose(h[:, :V], run(model, params, IMAGES), rtol=0, atol=1e-5)  # float32
@@ -141,7 +141,7 @@ def test_an_expert_touches_its_modality_alone():
   model, params = model_and_params()
 
   def loss(params, part):
-    h = model.apply({"params": params}, *PAIR, attention_mask=blocks())
+    h = model.apply({"params": params}, *PAIR, visible_BTT=blocks()[None])
     return jnp.sum(jnp.where(part, jnp.sin(h), 0))
 
   backward = common.compiled(jax.grad(loss))

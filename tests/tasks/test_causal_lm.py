@@ -32,6 +32,7 @@ REACHED = {
   "relative_buckets": (8, "relative_buckets", 8),
   "relative_max_distance": (32, "relative_max_distance", 32),
   "qk_norm": ("head", "recipe.layers.0.self_attention.qk_norm", "head"),
+  "use_bias": (False, "use_bias", False),
   "tied_embeddings": (False, "tied", False),
   "window": (7, "window", (7, 0)),
   "logits_soft_cap": (30.0, "logits_soft_cap", 30.0),
