@@ -1,6 +1,7 @@
 """Small models with random weights, and what every converter must do with them."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -83,12 +84,16 @@ def with_norms(recipe: str, **changes):
   return function
 
 
+@functools.cache
+def _shapes(model):
+  args, kwargs = torchscale.inputs_of(model)
+  return layout.shapes_of(model, *args, **kwargs)
+
+
 def weights(model, seed=0) -> dict:
   """Random numbers for every parameter of a model."""
-  args, kwargs = torchscale.inputs_of(model)
   draw = np.random.default_rng(seed).standard_normal
-  shapes = layout.shapes_of(model, *args, **kwargs)
-  return {"params": jax.tree.map(lambda leaf: draw(leaf.shape, np.float32), shapes)}
+  return {"params": jax.tree.map(lambda leaf: draw(leaf.shape, np.float32), _shapes(model))}
 
 
 def assert_same_tensors(found, expected):
