@@ -117,6 +117,8 @@ def generate(
     raise ValueError(f"{temperature=} and {top_k=} must be at least 0 and {top_p=} in (0, 1]")
   if temperature and key is None:
     raise ValueError("give a key to sample with, or temperature=0 for the best token each time")
+  if not all(0 <= token < model.vocab_size for prompt in prompts for token in prompt):
+    raise ValueError(f"prompts hold tokens outside of the vocabulary, 0 .. {model.vocab_size - 1}")
   lengths = np.array([len(prompt) for prompt in prompts], np.int32)
   if (longest := model.longest) is not None and lengths.max() + max_new_tokens > longest:
     raise ValueError(

@@ -30,7 +30,7 @@ class Patches(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    embed = layers.PatchEmbedding(x.shape[-1], 2, name="embed")
+    embed = layers.PatchEmbedding(x.shape[-1], 2, mask_token=True, name="embed")
     return embed(x.reshape(x.shape[0], 2, 4, 3), np.array([[True, False], [False, True]]))
 
 

@@ -128,6 +128,7 @@ def test_samples_have_the_tempered_and_filtered_probabilities(options, kept):
   "options, message",
   [
     (dict(prompts=[[]]), "at least one token"),
+    (dict(prompts=[[1], [7, 50]]), "tokens outside of the vocabulary, 0 .. 49"),
     (dict(max_new_tokens=0), "max_new_tokens=0"),
     (dict(top_p=0.0), "top_p=0.0"),
     (dict(temperature=float("nan")), "temperature=nan"),

@@ -21,7 +21,6 @@ from magneto_jax.models.encoder import Encoder
 from magneto_jax.models.transformer import Caches, Context, init_caches
 from magneto_jax.theory import records
 
-
 # In a state's memory_ids_BS: no memory has been given yet.
 UNWRITTEN = -1
 

@@ -377,6 +377,29 @@ def test_wrong_options_raise(options, message):
     jax.eval_shape(Attention(**options).init, jax.random.key(0), X)
 
 
+@pytest.mark.parametrize(
+  ("options", "memory", "cache", "message"),
+  (
+    ({"is_causal": True, "num_kv_heads": 2}, None, (B, T, N, D // N), "do not fit a cache of"),
+    ({"is_causal": True}, None, (B, T - 1, N, D // N), "do not fit a cache of"),
+    ({"is_causal": True}, None, (B + 1, T, N, D // N), "do not fit a cache of"),
+    ({}, None, (B, T, N, D // N), "a cache needs is_causal=True"),
+    ({"is_cross": True}, MEMORY, (B, MEMORY.shape[1] + 1, N, D // N), "must fill its cache of"),
+  ),
+)
+def test_caches_that_do_not_fit_raise(options, memory, cache, message):
+  """Else rows or heads of zeros would be attended to."""
+  layer = Attention(N, **options)
+  cache = KVCache.empty(*cache, dtype=jnp.float32)
+  with pytest.raises(ValueError, match=message):
+    jax.eval_shape(lambda: layer.init(jax.random.key(0), X, memory, cache=cache))
+
+
+def test_inputs_of_other_ranks_raise():
+  with pytest.raises(ValueError, match=r"is not \[B, T, D\]"):
+    jax.eval_shape(Attention(N).init, jax.random.key(0), X[None])
+
+
 def test_a_memory_without_cross_attention_raises():
   """Else it would go unread."""
   with pytest.raises(ValueError, match="a memory needs is_cross=True"):

@@ -128,3 +128,10 @@ def test_shorthands_are_the_recipes_groups(name, kind, layers):
     np.testing.assert_array_equal(
       draw(kernel_init(layer.self_attention.qk)), draw(initializers.xavier_normal())
     )
+
+
+def test_normal_draws_arrays_of_any_rank():
+  """Biases and scales as well, which have no fans; the others say that they draw kernels."""
+  assert initializers.normal(2.0)(jax.random.key(0), (4096,)).std() == pytest.approx(2.0, rel=0.1)
+  with pytest.raises(ValueError, match=r"xavier_normal draws kernels \[..., in, out\], not shape"):
+    initializers.xavier_normal()(jax.random.key(0), (8,))

@@ -63,7 +63,7 @@ def test_every_expert_is_drawn_and_by_itself(lengths):
   assert abs(np.corrcoef(kernels)[0, 1]) < 0.2
 
 
-@pytest.mark.parametrize("lengths", ((2, 3), (T,), (2, 2, 2)))
+@pytest.mark.parametrize("lengths", ((2, 3), (T,), (2, 2, 2), (T + 2, -2)))
 def test_lengths_that_do_not_add_up_raise(lengths):
   with pytest.raises(ValueError, match="do not add up to 6 tokens"):
     run("norm", {}, lengths)

@@ -31,7 +31,7 @@ def test_layer_is_its_formula(mask_token, class_token):
 
 def test_masked_pixels_are_not_seen():
   """The mask, of 0 and 1 as well, hides its patches to the bit; the class token is never masked."""
-  layer = PatchEmbedding(8, 2)
+  layer = PatchEmbedding(8, 2, mask_token=True)
   params = reference.random_params(layer, IMAGES)
   run = lambda images, masked: layer.apply({"params": params}, images, masked)
   hidden = np.kron(MASKED.reshape(2, 2, 3), np.ones((2, 2), bool))[..., None]
@@ -44,18 +44,18 @@ def test_masked_pixels_are_not_seen():
 
 
 def test_projection_is_drawn_with_the_fans_of_the_whole_patch():
-  """In: p^2 C = 192, out: p^2 D, as torch's convolutions count; the two tokens are zeros."""
-  init = dense_init(Init("torch_uniform", bias="torch_uniform"))
-  layer = PatchEmbedding(64, 8, projection_init=init)
-  params = layer.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
-  bound = 192**-0.5
-  for leaf in params["projection"].values():
-    assert 0.9 * bound < np.abs(leaf).max() <= bound
+  """In: p^2 C = 192; out: D = 64, those of the linear map it is; the two tokens are zeros."""
+  for family, bound in (("torch_uniform", 192**-0.5), ("xavier_uniform", (6 / 256) ** 0.5)):
+    init = dense_init(Init(family, bias="torch_uniform"))
+    layer = PatchEmbedding(64, 8, projection_init=init, mask_token=True)
+    params = layer.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+    assert 0.9 * bound < np.abs(params["projection"]["kernel"]).max() <= bound
+    assert 0.9 * 192**-0.5 < np.abs(params["projection"]["bias"]).max() <= 192**-0.5
   assert not params["class_token"].any() and not params["mask_token"].any()
 
 
 def test_bfloat16_patches_keep_float32_parameters():
-  layer = PatchEmbedding(8, 2, dtype=jnp.bfloat16)
+  layer = PatchEmbedding(8, 2, mask_token=True, dtype=jnp.bfloat16)
   variables = jax.eval_shape(layer.init, jax.random.key(0), IMAGES, MASKED)
   assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables))
   assert jax.eval_shape(layer.apply, variables, IMAGES, MASKED).dtype == jnp.bfloat16
@@ -66,6 +66,8 @@ def test_bfloat16_patches_keep_float32_parameters():
   (
     ({"patch_size": 4}, (IMAGES,), "images of 4 x 6 pixels are not whole patches of 4 x 4"),
     ({"patch_size": 3}, (IMAGES,), "images of 4 x 6 pixels are not whole patches of 3 x 3"),
+    ({}, (IMAGES[0],), r"images \[4, 6, 3\] are not \[B, H, W, C\]"),
+    ({"mask_token": True}, (IMAGES, MASKED[:, :1]), r"is not \[B, P\] = \[2, 6\]"),
     ({"mask_token": False}, (IMAGES, MASKED), "masked patches need mask_token=True"),
   ),
 )

@@ -355,9 +355,17 @@ EMBEDDINGS = np.zeros((3, LENGTH, WIDTH), np.float32)
     ({"vocab_size": None}, {"tokens_BT": TOKENS}, "this encoder has no vocabulary: give embed"),
     ({}, {"tokens_BT": TOKENS, "lengths": (8, 0)}, "lengths go with experts: one for each"),
     ({"experts": ("a", "b")}, {"tokens_BT": TOKENS}, "lengths go with experts"),
-    ({"vocab_size": None}, {"embeddings_BTD": EMBEDDINGS[..., :8]}, r"are not \[B, T, D\] with D = "),
+    (
+      {"vocab_size": None},
+      {"embeddings_BTD": EMBEDDINGS[..., :8]},
+      r"are not \[B, T, D\] with D = ",
+    ),
     ({}, {"tokens_BT": TOKENS, "mask_BT": MASK[:, :3]}, r"mask_BT must be of shape \[3, 8\], not"),
-    ({}, {"tokens_BT": TOKENS, "mask_BT": MASK * 1.0}, "mask_BT must be of booleans, or of integers"),
+    (
+      {},
+      {"tokens_BT": TOKENS, "mask_BT": MASK * 1.0},
+      "mask_BT must be of booleans, or of integers",
+    ),
     ({}, {"tokens_BT": TOKENS, "visible_BTT": MASK}, r"visible_BTT must be of shape \[3, 8, 8\]"),
     (
       {"experts": ("a", "b")},

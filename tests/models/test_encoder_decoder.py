@@ -270,6 +270,18 @@ def test_dropout_is_in_both_stacks():
     assert np.abs(first[stream] - other[stream]).max() > 0.01
 
 
+def test_a_state_without_a_memory_scores_nan():
+  """Forgotten at the first call, it would be a memory of zeros; given once, it is kept."""
+  model = decoder()
+  variables = {"params": reference.random_params(model, TOKENS, memory_BSD=MEMORY)}
+  call = common.compiled(functools.partial(model.apply, variables))
+  logits, state = call(TOKENS[:, :2], state=model.init_state(3, T, S))
+  assert np.isnan(logits).all()
+  logits, state = call(TOKENS[:, :2], memory_BSD=MEMORY, state=model.init_state(3, T, S))
+  assert np.isfinite(logits).all()
+  assert np.isfinite(call(TOKENS[:, 2:4], state=state)[0]).all()
+
+
 # ---------------------------------------------------------------------------------------------
 # Errors
 # ---------------------------------------------------------------------------------------------
@@ -297,6 +309,25 @@ def init(model, *args, **inputs):
       lambda: init(decoder(), TOKENS, memory_BSD=MEMORY, state=decoder().init_state(3, T, S - 1)),
       r"a memory of 6 does not fit the state's \(3, 5\)",
     ),
+    (
+      lambda: init(decoder(), TOKENS, memory_BSD=MEMORY, memory_mask_BS=np.ones((3, S))),
+      "memory_mask_BS must be of booleans, or of integers",
+    ),
+    (
+      lambda: init(decoder("decoder"), TOKENS, memory_mask_BS=np.ones((3, S), int)),
+      "this recipe has no cross-attention: it cannot read a memory",
+    ),
+    (
+      lambda: init(
+        decoder(), TOKENS, memory_mask_BS=np.ones((3, S), int), state=decoder().init_state(3, T, S)
+      ),
+      "memory_mask_BS goes with memory_BSD",
+    ),
+    (
+      lambda: init(decoder(), TOKENS, memory_BSD=MEMORY, embedding_VD=np.zeros((2, WIDTH))),
+      r"the table \[2, 16\] is not \[V, D\] = \[\d+, 16\]",
+    ),
+    (lambda: init(decoder(), TOKENS[0], memory_BSD=MEMORY), r"tokens \[8\] are not \[B, T\]"),
     (lambda: decoder().init_state(3, T), "a decoder with cross-attention needs the memory_len"),
     (
       lambda: init(both(positions="learned", max_length=T - 1), *INPUTS),

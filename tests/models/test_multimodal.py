@@ -1,5 +1,6 @@
 """BEiT-3: its formula, its modalities alone and together, padding, masks, errors."""
 
+import dataclasses
 import functools
 
 import jax
@@ -270,6 +271,8 @@ def test_bfloat16_model_keeps_float32_parameters():
   ("options", "inputs", "message"),
   (
     ({}, (), "give images, tokens, or both"),
+    ({}, (IMAGES, None, {"mask_BT": MASK}), "mask_BT is of a text, and there is none"),
+    ({}, (None, TOKENS, {"masked_BP": MASKED}), "masked_BP is of an image, and there is none"),
     ({}, (IMAGES,), "initialise BEiT3 with an image and a text"),
     ({}, (None, TOKENS), "initialise BEiT3 with an image and a text"),
     ({"encoder": {"experts": ("text", "vision")}}, PAIR, r"experts=\(\"vision\", \"text\"\)"),
@@ -282,5 +285,16 @@ def test_bfloat16_model_keeps_float32_parameters():
   ),
 )
 def test_wrong_arguments_raise(options, inputs, message):
+  *inputs, keywords = inputs if inputs and isinstance(inputs[-1], dict) else (*inputs, {})
   with pytest.raises(ValueError, match=message):
-    jax.eval_shape(lambda: beit3(**options).init(jax.random.key(0), *inputs))
+    jax.eval_shape(lambda: beit3(**options).init(jax.random.key(0), *inputs, **keywords))
+
+
+def test_a_calls_recipe_scales_the_text():
+  model, params = model_and_params()
+  recipe = model.encoder.recipe
+  scaled = dataclasses.replace(recipe, embedding=dataclasses.replace(recipe.embedding, scale=3.0))
+  own = model.clone(encoder=model.encoder.clone(recipe=scaled))
+  expected = run(own, params, *PAIR)
+  np.testing.assert_array_equal(run(model, params, *PAIR, recipe=scaled), expected)
+  assert np.abs(expected - run(model, params, *PAIR)).max() > 0.01

@@ -150,3 +150,10 @@ def test_contradictory_architectures_raise(arguments, message):
 def test_unknown_names_and_lengths_raise(make, message):
   with pytest.raises(ValueError, match=message):
     make()
+
+
+@pytest.mark.parametrize("norms", ("in", {"in"}, ["in"]))
+def test_norm_sites_are_a_frozenset(norms):
+  """Records are hashable."""
+  with pytest.raises(TypeError, match="must be a frozenset of in, mid, out, post"):
+    Attention(norms)
