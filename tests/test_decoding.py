@@ -97,6 +97,10 @@ class SameEachStep:
   logits: tuple[float, ...]
   longest = None
 
+  @property
+  def vocab_size(self):
+    return len(self.logits)
+
   def init_state(self, batch, length):
     del batch, length
     return ()
