@@ -257,7 +257,7 @@ def visibility(shape, mask_BT, segment_ids_BT) -> tuple[jax.Array, jax.Array] | 
   """
   if mask_BT is None:
     return None
-  ids_BT = jnp.ones(shape, jnp.int32) if segment_ids_BT is None else segment_ids_BT
+  ids_BT = jnp.ones(shape, jnp.int32) if segment_ids_BT is None else jnp.asarray(segment_ids_BT)
   return ids_BT, jnp.where(mask_BT, ids_BT, jnp.iinfo(ids_BT.dtype).min)
 
 
