@@ -246,7 +246,7 @@ def test_tokens_decoded_without_ids_join_segment_1():
   logits, state = apply(TOKENS[:, 4:], state=state)
   expected = score(model, params, TOKENS[:1, 2:])
   np.testing.assert_allclose(logits[:1], expected[:, 2:], rtol=0, atol=1e-5)  # float32
-  np.testing.assert_array_equal(state.segment_ids_BS, [[-1, -1] + [1] * 6, [1] * 8])
+  np.testing.assert_array_equal(state.segment_ids_BS > 0, [[0, 0] + [1] * 6, [1] * 8])
 
 
 @pytest.mark.parametrize("dtype", (np.int8, np.int64))
