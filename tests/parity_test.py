@@ -274,10 +274,10 @@ def _beit3(case, params):
   }
   apply = functools.partial(case.model.apply, {"params": params}, **parts)
   embedded = jnp.concatenate([*apply(method="embed").values()], axis=1)
-  batch, length, _ = embedded.shape
+  tokens = parts["tokens_BT"]
   out, hidden = apply(
     mask_BT=_mask(case, "text_padding_position"),
-    positions_BT=jnp.arange(length)[None] * jnp.ones((batch, 1), jnp.int32),
+    positions_BT=None if tokens is None else jnp.arange(tokens.shape[1])[None],
     visible_BTT=_allowed(case),
     return_hidden_states=True,
   )

@@ -68,6 +68,7 @@ class BEiT3(nn.Module, kw_only=True):
     *,
     mask_BT: jax.Array | None = None,
     masked_BP: jax.Array | None = None,
+    positions_BT: jax.Array | None = None,
     recipe: records.Stack | None = None,
     **kwargs,
   ):
@@ -77,8 +78,9 @@ class BEiT3(nn.Module, kw_only=True):
       images_BHWC: pixels; None for texts alone.
       tokens_BT: integers in [0, V); None for images alone.
       mask_BT: True for the text's tokens, False for its padding, on either side; see `Encoder`.
-        Positions count tokens, not padding.
       masked_BP: True for the patches, read row by row, that the mask token replaces.
+      positions_BT: of the text; by default the number of its tokens before each, -1 for padding
+        (torchscale counts padding too).
       recipe: a record of the same structure to run instead; see `CausalLM`.
       **kwargs: `visible_BTT`, `return_hidden_states`, `deterministic` of `Encoder`.
 
@@ -91,7 +93,7 @@ class BEiT3(nn.Module, kw_only=True):
     parts = self.embed(images_BHWC, tokens_BT, masked_BP=masked_BP, recipe=recipe)
     if self.is_initializing() and len(parts) < 2:
       raise ValueError("initialise BEiT3 with an image and a text: both have parameters")
-    embeddings, masks = [], []
+    embeddings, masks, positions = [], [], []
     for name, part_BTD in parts.items():
       batch, length, _ = part_BTD.shape
       table = self.position_embeddings[name]
@@ -99,12 +101,19 @@ class BEiT3(nn.Module, kw_only=True):
         rows = table.num_embeddings
         raise ValueError(f"{length} positions do not fit the table of {name}, {rows}")
       own = padding_mask((batch, length), mask_BT, None) if name == "text" else None
-      rows_BT = positions_of((batch, length), own) + self.position_offset
-      embeddings.append(part_BTD + table(jnp.maximum(rows_BT, 0)))
+      places_BT = positions_of((batch, length), own)
+      if name == "text" and positions_BT is not None:
+        places_BT = jnp.asarray(positions_BT)
+      embeddings.append(part_BTD + table(jnp.maximum(places_BT + self.position_offset, 0)))
+      # Where the encoder rotates, the text stands behind the image.
+      before = sum(mask.shape[1] for mask in masks)
+      places_BT = jnp.where(places_BT < 0, -1, places_BT + before)
+      positions.append(jnp.broadcast_to(places_BT, (batch, length)))
       masks.append(jnp.ones((batch, length), bool) if own is None else own)
     return self.encoder(
       embeddings_BTD=jnp.concatenate(embeddings, axis=1),
       mask_BT=None if mask_BT is None else jnp.concatenate(masks, axis=1),
+      positions_BT=jnp.concatenate(positions, axis=1),
       recipe=recipe,
       lengths=tuple(parts[n].shape[1] if n in parts else 0 for n in self.encoder.experts),
       **kwargs,

@@ -290,6 +290,17 @@ def test_wrong_arguments_raise(options, inputs, message):
     jax.eval_shape(lambda: beit3(**options).init(jax.random.key(0), *inputs, **keywords))
 
 
+@pytest.mark.parametrize("positions", ("none", "xpos"))
+def test_positions_of_the_text_can_be_given(positions):
+  """Those it has by default, and others; also where the encoder rotates."""
+  model = beit3({"positions": positions})
+  params = reference.random_params(model, *PAIR)
+  h = run(model, params, *PAIR)
+  given = lambda places: run(model, params, *PAIR, positions_BT=places[None])
+  np.testing.assert_array_equal(given(np.arange(T)), h)
+  assert np.abs(given(np.arange(T)[::-1]) - h).max() > 0.01
+
+
 def test_a_calls_recipe_scales_the_text():
   model, params = model_and_params()
   recipe = model.encoder.recipe
