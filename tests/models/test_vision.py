@@ -86,13 +86,13 @@ def test_keywords_are_the_encoders():
   "name", common.main_and_slow(("magneto", "magneto_torchscale"), ("magneto_torchscale",))
 )
 def test_patches_are_drawn_as_the_record_says(name):
-  """Xavier over a whole patch's fans; torchscale: torch's uniform default, biases too."""
+  """Xavier for the linear map of a patch; torchscale: torch's uniform default, biases too."""
   model = vision(name, patch_size=32)
   images = jnp.zeros((1, 32, 32, 3))
   projection = jax.jit(model.init)(jax.random.key(0), images)["params"]["patch_embedding"][
     "projection"
   ]
-  fan_in, fan_out = 32 * 32 * 3, 32 * 32 * WIDTH
+  fan_in, fan_out = 32 * 32 * 3, WIDTH
   torch = name == "magneto_torchscale"
   std = (3 * fan_in) ** -0.5 if torch else (2 / (fan_in + fan_out)) ** 0.5
   # 49,152 numbers: their deviation is off by 0.3 %.
