@@ -55,6 +55,7 @@ def _stack_facts(model: Backbone) -> dict[str, Any]:
     "num_kv_heads": model.num_kv_heads or model.num_heads,
     "head_dim": model.head_dim or model.width // model.num_heads,
     "ffn_width": model.ffn_width,
+    "use_bias": model.use_bias,
     "activation": model.activation,
     "positions": tuple(sorted(kind for kind in kinds if kind != "none")),
     "relative_buckets": model.relative_buckets,

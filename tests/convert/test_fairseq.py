@@ -85,6 +85,7 @@ REFUSED = {
     decoder("pre_ln", positions="sinusoidal", position_offset=0),
     "position_offset would be 2, not 0",
   ),
+  "no biases": (decoder("pre_ln", use_bias=False), "use_bias would be True, not False"),
   "relative positions": (decoder("pre_ln", relative_buckets=4), "relative_bias has no counterpart"),
   "gated FFN": (decoder("pre_ln", activation="swiglu"), "ffn/wi_gate/bias has no counterpart"),
   "another activation": (decoder("pre_ln", activation="silu"), "activation_fn='silu' must be one"),

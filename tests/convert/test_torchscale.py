@@ -125,6 +125,7 @@ REFUSED = {
     decoder(relative_buckets=6),
     "relative_bidirectional would be True, not False",
   ),
+  "no biases": (decoder(use_bias=False), "use_bias would be True, not False"),
   "a late table": (decoder(position_offset=3), "position_offset=3, but positions begin at 2"),
   "embedding scale": (decoder(triple), "embedding scale would be 2.8284271247461903, not 3.0"),
   "branch scale": (
