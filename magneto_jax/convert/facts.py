@@ -47,7 +47,7 @@ def facts(model: nn.Module) -> dict[str, Any]:
 
 def _stack_facts(model: Backbone) -> dict[str, Any]:
   """Of one stack; what is not in use is left out, and defaults are what they stand for."""
-  kinds = (model.positions,) if isinstance(model.positions, str) else model.positions
+  kinds = model.position_kinds
   found = {
     "vocab_size": model.vocab_size,
     "width": model.width,

@@ -198,10 +198,7 @@ def _fields(reader: Reader, kind: str) -> dict[str, Any]:
   architecture = _architecture(reader, kind)
   table, fields = f"{prefix}embed_positions.weight", {"positions": "sinusoidal"}
   if reader.has(table) or reader.get(f"{kind}_learned_pos", False):
-    rows = reader.shape(table)[0]
-    if rows <= OFFSET:
-      raise ConversionError(f"wrong shape: {table} has {rows} rows, expected more than {OFFSET}")
-    fields = {"positions": "learned", "max_length": rows - OFFSET}
+    fields = {"positions": "learned", "max_length": reader.positions(table, OFFSET)}
   elif reader.get("no_token_positional_embeddings", False):
     fields = {"positions": "none"}
   return fields | {

@@ -41,6 +41,13 @@ class Reader:
       raise ConversionError(f"wrong shape: {name} {list(shape)}, expected {rank} axes")
     return shape
 
+  def positions(self, name: str, before: int) -> int:
+    """How many positions a table has behind its first rows, `before`, which are none."""
+    rows = self.shape(name)[0]
+    if rows <= before:
+      raise ConversionError(f"wrong shape: {name} has {rows} rows, expected more than {before}")
+    return rows - before
+
   def depth(self, prefix: str) -> int:
     """How many layers there are of those named `<prefix>layers.<number>.`, without a gap."""
     pattern = re.compile(re.escape(prefix) + r"layers\.([0-9]{1,6})\.")

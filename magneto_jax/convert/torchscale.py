@@ -210,7 +210,7 @@ def _stack(reader: Reader, kind: str, prefixes: dict[str, str], *, multiway: boo
   is_final = reader.holds(f"{prefix}layer_norm.")
   is_pre, is_deepnorm = _norms(reader, kind, is_subln=is_subln, is_final=is_final)
   positions = f"{prefix}embed_positions.weight"
-  rows = reader.shape(positions)[0] if reader.has(positions) else 0
+  rows = reader.positions(positions, OFFSET) if reader.has(positions) else 0
   kinds = ("learned",) if rows else ()
   if reader.agreed("xpos_rel_pos", reader.holds(f"{prefix}layers.", ".xpos.")):
     kinds += ("xpos",)
@@ -232,7 +232,7 @@ def _stack(reader: Reader, kind: str, prefixes: dict[str, str], *, multiway: boo
     "ffn_width": architecture.ffn_width,
     "activation": ACTIVATIONS[activation],
     "positions": kinds if len(kinds) > 1 else "".join(kinds) or "none",
-    "max_length": _beyond_offset(positions, rows) if rows else 1024,
+    "max_length": rows or 1024,
     "position_offset": OFFSET,
     "xpos_scale_base": float(_get(reader, "xpos_scale_base")),
     "relative_buckets": reader.agreed("rel_pos_buckets", buckets) if buckets else 0,
@@ -241,13 +241,6 @@ def _stack(reader: Reader, kind: str, prefixes: dict[str, str], *, multiway: boo
     "relative_cross": kind == "decoder" and len(prefixes) > 1 and buckets > 0,
     "norm_epsilon": float(_get(reader, "layernorm_eps")),
   }
-
-
-def _beyond_offset(name: str, rows: int, before: int = OFFSET) -> int:
-  """How many positions a table has behind the rows that are no positions."""
-  if rows <= before:
-    raise ConversionError(f"wrong shape: {name} has {rows} rows, expected more than {before}")
-  return rows - before
 
 
 def _recipe(
@@ -353,13 +346,12 @@ def _vocabulary(reader: Reader, table: str) -> int:
 
 
 def _beit3(reader: Reader, encoder: Encoder) -> BEiT3:
-  rows = {e: reader.shape(f"encoder.embed_positions.{e}.weight")[0] for e in "AB"}
   return BEiT3(
     encoder=encoder,
     vocab_size=_vocabulary(reader, "text_embed.weight"),
-    num_patches=_beyond_offset("encoder.embed_positions.A.weight", rows["A"], OFFSET + 1),
+    num_patches=reader.positions("encoder.embed_positions.A.weight", OFFSET + 1),
     patch_size=reader.agreed("patch_size", reader.shape("vision_embed.proj.weight", 4)[-1]),
-    max_text_length=_beyond_offset("encoder.embed_positions.B.weight", rows["B"]),
+    max_text_length=reader.positions("encoder.embed_positions.B.weight", OFFSET),
     position_offset=OFFSET,
     scale_patches=True,
   )
@@ -438,7 +430,7 @@ def _buffers(model: nn.Module) -> dict[str, np.ndarray]:
   """xPos's scales, which torchscale keeps in each layer: no parameters, but known numbers."""
   scales = {}
   for prefix, stack in _stacks(model).values():
-    if "xpos" not in stack.positions:
+    if "xpos" not in stack.position_kinds:
       continue
     head_dim = stack.width // stack.num_heads
     zeta = (np.arange(0, head_dim, 2, dtype=np.float32) + np.float32(0.4 * head_dim)) / np.float32(
@@ -466,7 +458,7 @@ def config_of(model: nn.Module) -> dict[str, Any]:
     }
     if stack.relative_buckets:
       config["max_rel_pos"] = stack.relative_max_distance
-    if "xpos" in stack.positions:
+    if "xpos" in stack.position_kinds:
       config["xpos_scale_base"] = stack.xpos_scale_base
   if isinstance(model, EncoderDecoder):
     config["share_all_embeddings"] = model.shared_embedding and model.decoder.tied

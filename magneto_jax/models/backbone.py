@@ -80,11 +80,11 @@ class Backbone(nn.Module, kw_only=True):
   @property
   def longest(self) -> int | None:
     """How many tokens the model can read at most; None where there is no bound."""
-    return self.max_length if "learned" in self._positions else None
+    return self.max_length if "learned" in self.position_kinds else None
 
   @property
-  def _positions(self) -> tuple[str, ...]:
-    """The kinds of position encodings."""
+  def position_kinds(self) -> tuple[str, ...]:
+    """The kinds of position encodings, however `positions` gives them."""
     kinds = (self.positions,) if isinstance(self.positions, str) else self.positions
     for kind in kinds:
       if kind not in position_layers.KINDS:
@@ -117,10 +117,10 @@ class Backbone(nn.Module, kw_only=True):
   ) -> jax.Array:
     """The stream's start: embeddings with positions, then norm, dropout and, if given, a mask."""
     rows_BT = jnp.maximum(positions_BT + self.position_offset, 0)
-    if "sinusoidal" in self._positions:
+    if "sinusoidal" in self.position_kinds:
       encoding_BTD = position_layers.sinusoidal(rows_BT, self.width)
       x_BTD += jnp.where(positions_BT[..., None] < 0, 0.0, encoding_BTD)
-    if "learned" in self._positions:
+    if "learned" in self.position_kinds:
       table = nn.Embed(
         self.max_length + self.position_offset,
         self.width,
@@ -173,7 +173,7 @@ class Backbone(nn.Module, kw_only=True):
       dtype=self.dtype,
       implementation=self.attention_implementation,
     )
-    rotations = [kind for kind in self._positions if kind in position_layers.ROTATIONS]
+    rotations = [kind for kind in self.position_kinds if kind in position_layers.ROTATIONS]
     if len(rotations) > 1:
       raise ValueError(f"{self.positions=}: queries and keys can be rotated in one way only")
     rotation = position_layers.ROTATIONS[rotations[0]] if rotations else None

@@ -38,7 +38,7 @@ class BEiT3(nn.Module, kw_only=True):
 
   def setup(self):
     width, embedding = self.encoder.width, self.encoder.recipe.embedding
-    tables = {"learned", "sinusoidal"} & {*self.encoder.positions, self.encoder.positions}
+    tables = {"learned", "sinusoidal"} & set(self.encoder.position_kinds)
     if self.encoder.experts != ("vision", "text") or tables:
       raise ValueError(
         'BEiT3 needs an encoder with experts=("vision", "text") and without absolute positions'
