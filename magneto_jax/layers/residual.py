@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from magneto_jax.layers import probes
 from magneto_jax.layers.norms import NormFactory, norm_factory
 from magneto_jax.theory import records
 
@@ -35,6 +36,8 @@ class Residual(nn.Module):
 
   Which norms and scales exist is read from a recipe's `Sublayer`; its numbers may be traced.
   The sum is taken in float32 or wider and cast back, so a bfloat16 stream stays bfloat16.
+  `layers.probes` can be asked for statistics of the sum, before a norm at the site post, and of the
+  gradient with respect to the output.
 
   Attributes:
     norm: factory `(name=...) -> norm` of the norms at the sites in, out and post.
@@ -86,5 +89,7 @@ class Residual(nn.Module):
     if drop_path_rate is not None and not deterministic:
       y = drop_path(y, drop_path_rate, self.make_rng("dropout"))
     x = scaled(x, sublayer.skip, "skip") + scaled(y, sublayer.branch, "branch")
+    probes.observe_stream(self, "sum", x)
     # The norm may promote, by its own dtype or its parameters': the stream must not.
-    return normed(x.astype(dtype), "post").astype(dtype), aux
+    x = normed(x.astype(dtype), "post").astype(dtype)
+    return probes.observe_gradient(self, "out", x), aux

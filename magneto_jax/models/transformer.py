@@ -10,6 +10,7 @@ import numpy as np
 from flax import linen as nn
 
 from magneto_jax.kernels import RelativeBias
+from magneto_jax.layers import probes
 from magneto_jax.layers.attention import KVCache
 from magneto_jax.layers.initializers import dense_init
 from magneto_jax.layers.norms import NormFactory, norm_factory
@@ -233,6 +234,8 @@ class Stack(nn.Module):
     body = _Repeat
     if self.remat != "none":
       body = nn.remat(body, prevent_cse=False, policy=REMAT[self.remat])
+    probes.observe_stream(self, "input", x_BTD)
+    x_BTD = probes.observe_gradient(self, "input", x_BTD)
     rates = iter(np.linspace(0.0, self.drop_path_rate, recipe.num_layers, dtype=np.float32))
     updated, streams = [], [x_BTD[None]]
     for i, segment in enumerate(recipe.segments):
@@ -242,7 +245,7 @@ class Stack(nn.Module):
         drop_path_rates = tuple(table.T)
       run = nn.scan(
         body,
-        variable_axes={"params": 0},
+        variable_axes={"params": 0} | dict.fromkeys(probes.COLLECTIONS, 0),
         split_rngs={"params": True, "dropout": True},
         in_axes=(0, nn.broadcast),
         length=segment.repeats,
