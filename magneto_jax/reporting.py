@@ -7,7 +7,8 @@ import pathlib
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -225,3 +226,89 @@ def draw_learning_curve(workdir: pathlib.Path, *, title: str, unit: str) -> path
   path = pathlib.Path(workdir) / "learning_curve.png"
   figure.savefig(path)
   return path
+
+
+# Okabe and Ito's colours, which people with any colour vision tell apart; beyond them lines are
+# told apart by their dashes and marks.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKS = ("o", "s", "^", "D", "v", "P", "X")
+DASHES = ("-", "--", ":")
+
+
+class Curve(NamedTuple):
+  """One line of a panel, by layer: `predicted` is drawn as a line, `measured` as marks.
+
+  Attributes:
+    measured, predicted: [L + 1]; None for what there is not.
+    band: the factor by which the prediction is known to err; drawn if it is not 1.
+  """
+
+  measured: np.ndarray | None
+  predicted: np.ndarray | None
+  band: float = 1.0
+
+
+class Panel(NamedTuple):
+  """A panel: its title, the label of its y axis, and a curve for each name."""
+
+  title: str
+  label: str
+  curves: Mapping[str, Curve]
+  log: bool = True
+
+
+def draw_by_layer(
+  path: pathlib.Path, panels: Sequence[Panel], *, title: str, columns: int = 3
+) -> pathlib.Path:
+  """Draws panels over the layers: predictions as lines, measurements as marks, names as colours."""
+  from matplotlib.figure import Figure
+  from matplotlib.lines import Line2D
+
+  names = list(dict.fromkeys(name for panel in panels for name in panel.curves))
+  styles = {
+    name: {
+      "color": COLOURS[i % len(COLOURS)],
+      "linestyle": DASHES[i // len(COLOURS) % len(DASHES)],
+      "marker": MARKS[(i + i // len(COLOURS)) % len(MARKS)],
+    }
+    for i, name in enumerate(names)
+  }
+  rows = -(-len(panels) // columns)
+  figure = Figure(figsize=(4.6 * columns, 3.9 * rows + 0.8), dpi=130, layout="constrained")
+  grid = figure.subplots(rows, columns, squeeze=False)
+  for axes, panel in zip(grid.flat, panels, strict=False):
+    for name, curve in panel.curves.items():
+      _draw_curve(axes, curve, styles[name])
+    axes.set(title=panel.title, xlabel="layer (0: the stack's input)", ylabel=panel.label)
+    if panel.log:
+      axes.set_yscale("log")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+  for axes in grid.flat[len(panels) :]:
+    axes.set_visible(False)
+  handles = [Line2D([], [], label=name, ms=5, lw=1.4, **styles[name]) for name in names]
+  kinds = [
+    Line2D([], [], color="#666666", lw=1.4, label="line: predicted"),
+    Line2D([], [], color="#666666", lw=0, marker="o", ms=5, label="marks: measured"),
+  ]
+  figure.legend(
+    handles=handles + kinds, loc="outside lower center", ncols=min(8, len(names) + 2), frameon=False
+  )
+  figure.suptitle(title)
+  figure.savefig(path)
+  return path
+
+
+def _draw_curve(axes, curve: Curve, style: Mapping[str, str]) -> None:
+  colour = style["color"]
+  if curve.predicted is not None:
+    layers = np.arange(len(curve.predicted))
+    axes.plot(layers, curve.predicted, lw=1.4, color=colour, linestyle=style["linestyle"])
+    if curve.band != 1.0:
+      low, high = curve.predicted / curve.band, curve.predicted * curve.band
+      axes.fill_between(layers, low, high, color=colour, alpha=0.12, lw=0)
+  if curve.measured is not None:
+    # As many marks as can be told apart, the first and the last layer among them.
+    last = len(curve.measured) - 1
+    at = np.unique(np.round(np.linspace(0, last, min(last, 14) + 1)).astype(int))
+    axes.plot(at, curve.measured[at], lw=0, ms=4.5, color=colour, marker=style["marker"])

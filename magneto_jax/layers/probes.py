@@ -1,13 +1,13 @@
 """Statistics of the residual stream and of its gradient, taken from the live model.
 
-They cost nothing until they are asked for, by the two variable collections of a call:
+They cost nothing until a call asks for them, by two collections of variables:
 
-  _, taken = model.apply(variables, ..., mutable=[probes.STREAM])      # forward statistics
-  zeros = probes.gradient_probes(model, variables, ...)                # then differentiate the loss
-  loss({**variables, probes.GRADIENT: zeros})                          # with respect to the zeros
+  STREAM    if it is mutable, the statistics of the stream are left in it;
+  GRADIENT  if it is mutable, zeros of its shape are left in it; if it is given, the loss's gradient
+            with respect to it holds the statistics of the loss's gradient.
 
-Nothing but these numbers is kept, and nothing of them under remat, so that a thousand layers fit
-where their training step does.
+Only these numbers are kept, so that a thousand layers fit where their training step does.
+`diagnostics.statistics` takes both from one forward and backward pass.
 """
 
 import jax
@@ -19,11 +19,11 @@ GRADIENT = "stream_gradient"
 COLLECTIONS = (STREAM, GRADIENT)
 
 # What a vector of statistics holds, in this order.
-FIELDS = ("second_moment", "covariance", "largest")
+FIELDS = ("second_moment", "covariance", "largest", "tokens")
 
 
 def statistics(x: jax.Array) -> jax.Array:
-  """[E x^2, covariance, max |x|] of [B, ..., D], in float32.
+  """[E x^2, covariance, max |x|, T] of [B, ..., D] with T tokens a sample, in float32.
 
   The covariance is the mean of x_i x_j over features and over pairs of different tokens i, j of
   a sample (0 where there is one token), without removing means: kernels of zero mean leave none.
@@ -37,6 +37,7 @@ def statistics(x: jax.Array) -> jax.Array:
       squares / x_BTD.size,
       pairs / max(batch * width * tokens * (tokens - 1), 1),
       jnp.max(jnp.abs(x_BTD)),
+      jnp.float32(tokens),
     ]
   )
 
@@ -57,12 +58,6 @@ def observe_gradient(module: nn.Module, name: str, x: jax.Array) -> jax.Array:
   elif module.has_variable(GRADIENT, name):
     return _probed(x, module.get_variable(GRADIENT, name))
   return x
-
-
-def gradient_probes(model: nn.Module, variables, *args, **kwargs):
-  """The zeros to differentiate with respect to: the collection GRADIENT of a call."""
-  run = lambda: model.apply(variables, *args, mutable=[GRADIENT], **kwargs)[1][GRADIENT]
-  return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(run))
 
 
 @jax.custom_vjp
