@@ -142,6 +142,11 @@ class RecipeConfig(_Checked):
     "", "the same of the attention's residual", choices=("", "none", "vector", "scalar")
   )
   bert_init: bool = _field(False, "whether torchscale's recipes draw from N(0, 0.02^2)")
+  placement: str = _field(
+    "", "DeepScaleLM's norms, before or after a sublayer", choices=("", "pre", "post")
+  )
+  depth_unit: str = _field("", "what DeepScaleLM's depth counts", choices=("", "layers", "blocks"))
+  beta_squared: float = _rate(0.0, "DeepScaleLM's beta^2; 0: by the depth")
 
   def chosen(self) -> dict[str, Any]:
     """The keywords of the recipe's function that are set."""

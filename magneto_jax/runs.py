@@ -25,6 +25,7 @@ from magneto_jax.config import (
 from magneto_jax.convert import saved
 from magneto_jax.data import files, text, tokenizers
 from magneto_jax.tasks import TASKS
+from magneto_jax.tasks.task import Facts
 
 
 class Run(NamedTuple):
@@ -45,7 +46,7 @@ class Record(NamedTuple):
 
   config: TrainConfig
   data: dict[str, Any]
-  facts: dict[str, int]
+  facts: Facts
 
 
 def checkpoints_in(workdir: str | pathlib.Path) -> pathlib.Path:

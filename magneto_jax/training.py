@@ -449,7 +449,7 @@ def _overview(job: Job) -> list[str]:
   state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
   return [
     f"{_title(config)} on {device.device_kind}",
-    *(f"  {line}" for line in job.task.describe(config)),
+    *(f"  {line}" for line in job.task.describe(config, job.record.facts)),
     f"{reporting.count(job.abstract_state.params):,} parameters; a step: {config.batch_size} x "
     f"{config.data.seq_length} tokens, {reporting.in_units(job.flops, 'FLOP')}{bound}",
     f"data: {len(data.train):,} training and {len(data.validation):,} validation samples of "

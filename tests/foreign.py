@@ -61,6 +61,7 @@ KERNELS = {
   "deepnet": initializers.deepnet(24),
   "dense_init": initializers.dense_init(WO).kernel,
   "kernel_init": initializers.kernel_init(Init("normal", 0.02)),
+  "lecun_normal": initializers.lecun_normal(0.5),
   "magneto": initializers.magneto(24),
   "normal": initializers.normal(0.02),
   "torch_uniform": initializers.torch_uniform(0.5),

@@ -319,6 +319,30 @@ def olmo2(p, x, depth, cross=no_cross, **see):
   return x + rms_norm(norms[1]["out_norm"], dense(ffn["wo"], gelu(dense(ffn["wi"], x))))
 
 
+def _lambda_beta(depth):
+  """arXiv 2403.09635: lambda^2 = 1 - 2 / N and beta^2 = 2 / N."""
+  return math.sqrt(1 - 2 / depth), math.sqrt(2 / depth)
+
+
+def deepscalelm(p, x, depth, cross=no_cross, **see):
+  """arXiv 2403.09635: lambda skip + beta block, Pre-LN."""
+  att, ffn, ln = p["self_attention"], p["ffn"], _norms(p)
+  lam, beta = _lambda_beta(depth)
+  x = lam * x + beta * dense(att["out"], heads(att, ln("self_attention", "in", x), **see))
+  x = cross(p, x)
+  return lam * x + beta * dense(ffn["wo"], gelu(dense(ffn["wi"], ln("ffn", "in", x))))
+
+
+def deepscalelm_post(p, x, depth, cross=no_cross, **see):
+  """arXiv 2403.09635, Post-LN: lambda multiplies what the last norm gave."""
+  att, ffn, ln = p["self_attention"], p["ffn"], _norms(p)
+  lam, beta = _lambda_beta(depth)
+  h = dense(att["out"], heads(att, x, **see))
+  x = ln("self_attention", "post", lam * x + beta * h)
+  x = cross(p, x)
+  return ln("ffn", "post", lam * x + beta * dense(ffn["wo"], gelu(dense(ffn["wi"], x))))
+
+
 def pre_ln_qk_norm(p, x, depth, cross=no_cross, **see):
   """arXiv 2302.05442, section 2: q_i and k_i normalised before their product."""
   see["qk_norm"] = each_head(layer_norm)
@@ -449,6 +473,13 @@ def cross_keel(p, x, memory, depth, layer, **see):
   att, ln = p["cross_attention"], _norms(p)
   h = dense(att["out"], heads(att, ln("cross_attention", "in", x), memory, **see))
   return ln("cross_attention", "post", 3 * depth * x + h)
+
+
+def cross_deepscalelm(p, x, memory, depth, layer, **see):
+  """Scaled as the stack's other residuals are, which the authors' code does not do."""
+  att, h = p["cross_attention"], _norms(p)("cross_attention", "in", x)
+  lam, beta = _lambda_beta(depth)
+  return lam * x + beta * dense(att["out"], heads(att, h, memory, **see))
 
 
 # ---------------------------------------------------------------------------------------------

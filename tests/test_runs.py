@@ -8,7 +8,9 @@ from magneto_jax.data import documents, tokenizers
 
 
 def record(**data):
-  return runs.Record(from_config_dict({"data": data}), {"train": "a", "seq_length": 8}, {"n": 1})
+  return runs.Record(
+    from_config_dict({"data": data}), {"train": "a", "seq_length": 8}, {"n": 1, "r": 0.1}
+  )
 
 
 def test_a_record_is_read_as_it_was_written(tmp_path):

@@ -111,7 +111,7 @@ class Bigrams(nn.Module):
 @pytest.fixture
 def bigrams(monkeypatch):
   """The task with that model."""
-  task = TASKS["causal_lm"]._replace(build_model=lambda config, facts: Bigrams(**facts))
+  task = TASKS["causal_lm"]._replace(build_model=lambda config, facts: Bigrams(facts["vocab_size"]))
   monkeypatch.setitem(TASKS, "causal_lm", task)
 
 
@@ -283,9 +283,12 @@ def test_dry_run_prints_and_trains_nothing(tmp_path, capsys):
   assert not list(tmp_path.iterdir())
 
 
+FACTS = {"vocab_size": 260, "token_correlation": 0.02}
+
+
 def a_step(config, batch, **options):
   task = TASKS[config.task]
-  model = task.build_model(config, {"vocab_size": 260})
+  model = task.build_model(config, FACTS)
   optimizer, _ = training.make_optimizer(config.optimizer, config.steps)
   state = training.init_state(
     jax.random.key(0),
@@ -420,9 +423,33 @@ def test_every_recipe_lowers_the_loss_on_one_batch(recipe):
   config = tiny(recipe=recipe, model={**TINY["model"], "dropout": 0.0})
   task = TASKS[config.task]
   before, after, metrics = a_step(config, a_batch())
-  model = task.build_model(config, {"vocab_size": 260})
+  model = task.build_model(config, FACTS)
   loss_sum, weight_sum = task.loss(model, after.params, a_batch())
   assert float(loss_sum / weight_sum) < float(metrics["loss"])
+
+
+def test_a_recipe_of_the_runs_text_is_loaded_as_it_was_trained(tmp_path):
+  """The text's correlation is kept with the run; without it the model cannot be had."""
+  options = {"recipe": "deepscalelm", "sample_tokens": 0, "steps": 1}
+  config = tiny(**options, model={**TINY["model"], "layers": 3, "positions": "learned"})
+  training.train(config, tmp_path)
+  record = runs.read_record(tmp_path)
+  tokens = np.asarray(
+    TASKS["causal_lm"].load_data(config.data, runs.data_in(tmp_path)).train.tokens
+  )
+  same = np.sum((np.unique(tokens, return_counts=True)[1] / len(tokens)) ** 2)
+  assert record.facts == {"vocab_size": 260, "token_correlation": pytest.approx(same, rel=1e-12)}
+  loaded, _ = runs.load(tmp_path)
+  architecture = magneto_jax.Architecture(
+    *("decoder", 0, 3, 16, 32, 2),
+    dropout=0.1,
+    token_correlation=record.facts["token_correlation"] / 2,
+    embedding_tables=2,
+  )
+  assert loaded.recipe == magneto_jax.RECIPES["deepscalelm"](architecture).decoder
+  runs.write_record(tmp_path, record._replace(facts={"vocab_size": 260}))
+  with pytest.raises(ConfigError, match="this run has no token_correlation"):
+    runs.load(tmp_path)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_checkpoints(tmp_path):

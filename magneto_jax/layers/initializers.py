@@ -91,6 +91,14 @@ def xavier_uniform(gain: records.Number = 1.0) -> Initializer:
   return kernel_init(records.Init("xavier_uniform", gain))
 
 
+def lecun_normal(gain: records.Number = 1.0) -> Initializer:
+  """N(0, gain^2 / in), not truncated as `jax.nn.initializers.lecun_normal` is.
+
+  Reference: LeCun et al., Efficient BackProp, section 4.6.
+  """
+  return kernel_init(records.Init("lecun_normal", gain))
+
+
 def torch_uniform(gain: records.Number = 1.0) -> Initializer:
   """Uniform on +-gain / sqrt(in): the default of torch.nn.Linear's kernel."""
   return kernel_init(records.Init("torch_uniform", gain))

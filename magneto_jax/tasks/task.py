@@ -10,6 +10,7 @@ from flax import linen as nn
 from magneto_jax.config import DataConfig, TrainConfig
 
 Batch = dict[str, jax.Array]
+Facts = dict[str, int | float]
 
 
 class Task(NamedTuple):
@@ -19,7 +20,7 @@ class Task(NamedTuple):
     load_data: `(config.data, directory for what is derived from it, identity that the data must
       have or None) -> data`.
     facts: `data -> {name: number}`: what a model must know of its data, kept beside its weights.
-    describe: `config -> lines` that say in words what the config's recipe does.
+    describe: `(config, facts) -> lines` that say in words what the config's recipe does.
     build_model: `(config, facts) -> module`.
     dummy_inputs: `config -> positional arguments` that initialise the module.
     loss: `(module, params, batch, dropout key or None) -> (sum of losses, sum of weights)`.
@@ -31,9 +32,9 @@ class Task(NamedTuple):
   """
 
   load_data: Callable[[DataConfig, pathlib.Path, Mapping[str, Any] | None], Any]
-  facts: Callable[[Any], dict[str, int]]
-  describe: Callable[[TrainConfig], list[str]]
-  build_model: Callable[[TrainConfig, dict[str, int]], nn.Module]
+  facts: Callable[[Any], Facts]
+  describe: Callable[[TrainConfig, Facts], list[str]]
+  build_model: Callable[[TrainConfig, Facts], nn.Module]
   dummy_inputs: Callable[[TrainConfig], tuple]
   loss: Callable[[nn.Module, Any, Batch, jax.Array | None], tuple[jax.Array, jax.Array]]
   metrics: Callable[..., dict[str, float]]

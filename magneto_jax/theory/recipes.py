@@ -463,6 +463,182 @@ def keel(architecture: Architecture) -> Recipe:
   return _recipe("keel", architecture, layer, final_norm=False)
 
 
+# ---------------------------------------------------------------------------------------------
+# DeepScaleLM
+# ---------------------------------------------------------------------------------------------
+
+
+def _kappa(r: float) -> float:
+  """The correlation, means kept, of ReLU's outputs for normal inputs that are correlated by r."""
+  return r + (math.sqrt((1 - r) * (1 + r)) - r * math.acos(r)) / math.pi
+
+
+def _beta_squared(
+  architecture: Architecture, depth_unit: str, beta_squared: float | None
+) -> dict[str, float]:
+  """beta^2 of each stack: what is given, or 2 / n and at most 1, for n layers or blocks."""
+  if depth_unit not in ("layers", "blocks"):
+    raise ValueError(f"{depth_unit=} must be one of layers, blocks")
+  if beta_squared is not None and not 0 < beta_squared < 1:
+    raise ValueError(f"{beta_squared=} must lie in (0, 1)")
+
+  def of(kind: str) -> float:
+    if beta_squared is not None:
+      return beta_squared
+    layers = getattr(architecture, f"{kind}_layers")
+    return 2 / max(2, layers if depth_unit == "layers" else _branches(architecture, kind))
+
+  return {kind: of(kind) for kind in ("encoder", "decoder")}
+
+
+def _correlations(
+  architecture: Architecture, kind: str, beta_squared: float
+) -> tuple[tuple[float, ...], float]:
+  """DeepScaleLM's schedule: r as it enters each layer of a stack, and at the stack's end.
+
+  Every block has unit variance, and lambda^2 + beta^2 = 1, so that the stream keeps it. Attention
+  averages all that differs between tokens away; what is left is its dropout's: r = 1 - p. The FFN
+  turns r into (1 - p) kappa(r). Sizes are large; attention's own dropout does not count.
+  """
+  keep, entering = 1 - architecture.dropout, []
+  cross = kind == "decoder" and architecture.kind == "encoder_decoder"
+  r = keep * architecture.token_correlation
+  for _ in range(getattr(architecture, f"{kind}_layers")):
+    entering.append(r)
+    for _ in range(2 if cross else 1):
+      r += beta_squared * (keep - r)
+    r += beta_squared * (keep * _kappa(r) - r)
+  return tuple(entering), r
+
+
+def _ffn_init(architecture: Architecture) -> Init:
+  """N(0, sqrt(2 (1 - p) / (D F))): behind its dropout, a ReLU FFN of unit variance."""
+  sizes = architecture.width * architecture.ffn_width
+  return Init("normal", gain=(2 * (1 - architecture.dropout) / sizes) ** 0.25)
+
+
+def _deepscalelm(
+  name: str,
+  architecture: Architecture,
+  values: dict[str, Init],
+  *,
+  placement: str,
+  beta_squared: dict[str, float],
+) -> Recipe:
+  """What both recipes share; `values` draw v and out of each stack and of the `memory`."""
+  if placement not in ("pre", "post"):
+    raise ValueError(f"{placement=} must be one of pre, post")
+  norms, ffn = PRE if placement == "pre" else POST, _ffn_init(architecture)
+
+  def layer(kind):
+    beta2 = beta_squared[kind]
+    scales = {"skip": Scale(math.sqrt(1 - beta2)), "branch": Scale(math.sqrt(beta2))}
+
+    def attention(init):
+      return Attention(norms, qk=Init("lecun_normal"), v=init, out=init, **scales)
+
+    return Layer(
+      attention(values[kind]),
+      FeedForward(norms, wi=ffn, wo=ffn, **scales),
+      _cross(architecture, kind, attention(values["memory"])),
+    )
+
+  keep = 1 - architecture.dropout
+  std = math.sqrt(keep / architecture.embedding_tables)
+  embedding = dataclasses.replace(
+    _embedding(architecture),
+    positions=Init("normal", gain=std),
+    patches=Init("lecun_normal", gain=math.sqrt(keep)),
+    scale=math.sqrt(architecture.width) * std,
+    norm=placement == "post",
+  )
+  recipe = _recipe(name, architecture, layer, final_norm=placement == "pre")
+  return _with(recipe, embedding=embedding)
+
+
+def deepscalelm(
+  architecture: Architecture,
+  *,
+  placement: str = "pre",
+  depth_unit: str = "layers",
+  beta_squared: float | None = None,
+) -> Recipe:
+  """DeepScaleLM: x <- lambda x + beta f(LN(x)), lambda^2 + beta^2 = 1, with a final LN.
+
+  beta^2 = 2 / N; up to N = 2 it is 1, and lambda 0. With p the architecture's dropout, which is
+  that of training, e its embedding tables and r_l the correlation of two tokens as it enters layer
+  l, the kernels are normal and biases zero:
+
+    | group         | variance                        |                                  |
+    |---------------|---------------------------------|----------------------------------|
+    | q, k          | 1 / D                           |                                  |
+    | v, out        | sqrt((1 - p) / r_l) / D         | whatever the heads               |
+    | wi, wo        | sqrt(2 (1 - p) / (D F))         | sqrt((1 - p) / 2) / D at F = 4 D |
+    | tables        | (1 - p) / e                     |                                  |
+    | patches       | (1 - p) / (their fan-in)        |                                  |
+
+  so that every block, and the stream behind the embedding's dropout, has variance 1. r starts at
+  (1 - p) token_correlation. In each layer attention makes it lambda^2 r + beta^2 (1 - p), then the
+  FFN lambda^2 r + beta^2 (1 - p) kappa(r), with kappa(r) = r + (sqrt(1 - r^2) - r acos r) / pi.
+
+  Assumes a ReLU in the FFN, features and weights that are independent, and sizes that are large.
+  Sinusoidal positions add a variance of 1/2 to the stream, which the formulae do not know of.
+
+  The table of tokens is N(0, 1 / D) and its rows are multiplied by sqrt(D (1 - p) / e): the
+  stream is that of a table with the variance above, and logits of a tied one have unit variance.
+  The authors' code has that table and divides its logits by sqrt(D (1 - p) / e): the same
+  function; only the optimizer sees another unit.
+
+  Args:
+    architecture: the model's sizes, its dropout, token_correlation and embedding_tables.
+    placement: `pre`, or `post`: x <- LN(lambda x + beta f(x)), with an LN after the embedding and
+      no final one. That first LN stands before the embedding's dropout, which leaves a variance of
+      1 / (1 - p) up to the next LN.
+    depth_unit: whether N counts the stack's `layers`, or its residual `blocks`: two a layer, three
+      with cross-attention.
+    beta_squared: beta^2 in (0, 1), in place of 2 / N.
+
+  Reference: Transformers Get Stable, arXiv 2403.09635 (ICML 2024); code
+  akhilkedia/TranformersGetStable 7f48e64.
+  Ours: the choice of `depth_unit`, as the code's figures of 192 layers have lambda^2 = 0.995, that
+  is, 2 / N over blocks (or 1 / N over layers); and cross-attention. It is scaled too, which the
+  code does not do: beta as in its stack, v and out with the r that leaves the encoder, and r
+  behind it as behind self-attention.
+  """
+  beta2 = _beta_squared(architecture, depth_unit, beta_squared)
+  schedules = {kind: _correlations(architecture, kind, beta2[kind]) for kind in beta2}
+  gain = lambda r: ((1 - architecture.dropout) / r) ** 0.25
+  values = {
+    kind: Init("lecun_normal", gain=tuple(map(gain, entering)))
+    for kind, (entering, _) in schedules.items()
+  }
+  _, memory = schedules["encoder"]
+  values["memory"] = Init("lecun_normal", gain=gain(memory))
+  return _deepscalelm("deepscalelm", architecture, values, placement=placement, beta_squared=beta2)
+
+
+def deepscalelm_simple(
+  architecture: Architecture,
+  *,
+  placement: str = "pre",
+  depth_unit: str = "layers",
+  beta_squared: float | None = None,
+) -> Recipe:
+  """DeepScaleLM with v and out drawn as the FFN is, whatever the correlation of tokens.
+
+  All else, options too, is `deepscalelm`'s. Attention's variance is then r / 2 at F = 4 D, and the
+  stream's falls with depth to a value that depends on r.
+
+  Reference: that of `deepscalelm`.
+  Ours: also cross-attention's v and out are drawn so.
+  """
+  beta2 = _beta_squared(architecture, depth_unit, beta_squared)
+  values = dict.fromkeys(("encoder", "decoder", "memory"), _ffn_init(architecture))
+  return _deepscalelm(
+    "deepscalelm_simple", architecture, values, placement=placement, beta_squared=beta2
+  )
+
+
 RECIPES: dict[str, Callable[..., Recipe]] = {
   "pre_ln": pre_ln,
   "post_ln": post_ln,
@@ -482,6 +658,8 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
   "depth_mup": depth_mup,
   "completep": completep,
   "keel": keel,
+  "deepscalelm": deepscalelm,
+  "deepscalelm_simple": deepscalelm_simple,
 }
 
 

@@ -26,10 +26,15 @@ NUMBER = {"number": True}
 Number = float | tuple[float, ...] | Any
 
 SITES = ("in", "mid", "out", "post")
-FAMILIES = ("xavier_normal", "xavier_uniform", "normal", "torch_uniform")
+FAMILIES = ("xavier_normal", "xavier_uniform", "lecun_normal", "normal", "torch_uniform")
 HEAD_SCALES = ("pre_out_proj", "post_out_proj_contiguous", "post_out_proj_interleaved")
 QK_NORMS = ("head", "width")
 NORMS = ("layer_norm", "rms_norm")
+
+_RANKS = np.arange(1, 32_001)
+# sum_k p_k^2 of a text whose k-th most frequent token of 32,000 has p_k ~ 1 / k (Zipf): how often
+# two of its tokens are the same; about 0.0137.
+ZIPF_CORRELATION = float(np.sum(1 / _RANKS**2) / np.sum(1 / _RANKS) ** 2)
 
 
 def _check(name: str, value, choices) -> None:
@@ -54,7 +59,10 @@ class Architecture:
     ffn_width: F, the width of the feed-forward network's hidden layer.
     heads: the number of query heads.
     dropout: the rate of the dropout after each sublayer.
-    token_correlation: the correlation of two tokens' features at the stack's input.
+    token_correlation: r_0 in (0, 1], the correlation of two tokens' features at a stack's input,
+      before the embedding's dropout; by default that of the tokens of a Zipf text, in one table.
+    embedding_tables: how many learned tables are summed at a stack's input: 1 for tokens alone, 2
+      with learned positions.
   """
 
   kind: str
@@ -64,7 +72,8 @@ class Architecture:
   ffn_width: int = 2048
   heads: int = 8
   dropout: float = 0.0
-  token_correlation: float = 0.0
+  token_correlation: float = ZIPF_CORRELATION
+  embedding_tables: int = 1
 
   def __post_init__(self):
     _check("kind", self.kind, ("encoder", "decoder", "encoder_decoder"))
@@ -72,6 +81,12 @@ class Architecture:
       layers, present = getattr(self, f"{stack}_layers"), stack in self.kind.split("_")
       if layers < 0 or (layers > 0) != present:
         raise ValueError(f"kind={self.kind!r} does not go with {stack}_layers={layers}")
+    if not 0 <= self.dropout < 1:
+      raise ValueError(f"dropout={self.dropout} must lie in [0, 1)")
+    if not 0 < self.token_correlation <= 1:
+      raise ValueError(f"token_correlation={self.token_correlation} must lie in (0, 1]")
+    if self.embedding_tables < 1:
+      raise ValueError(f"embedding_tables={self.embedding_tables} must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,11 +113,12 @@ class Init:
   |------------------|--------------------------------------------|----------------------------|
   | `xavier_normal`  | normal                                     | gain sqrt(2 / (in + out))  |
   | `xavier_uniform` | uniform on +-gain sqrt(6 / (in + out))     | gain sqrt(2 / (in + out))  |
+  | `lecun_normal`   | normal                                     | gain / sqrt(in)            |
   | `torch_uniform`  | uniform on +-gain / sqrt(in)               | gain / sqrt(3 in)          |
   | `normal`         | normal                                     | gain                       |
 
   Attributes:
-    family: one of the four above; `in` and `out` are the kernel's fan-in and fan-out.
+    family: one of the five above; `in` and `out` are the kernel's fan-in and fan-out.
     gain: multiplies the family's unit (for `normal` it is the standard deviation).
     bias: `zeros`, or `torch_uniform`: uniform on +-bias_gain / sqrt(in).
     bias_gain: multiplies the bias's unit.
@@ -122,6 +138,7 @@ class Init:
     unit = {
       "xavier_normal": math.sqrt(2 / (fan_in + fan_out)),
       "xavier_uniform": math.sqrt(2 / (fan_in + fan_out)),
+      "lecun_normal": math.sqrt(1 / fan_in),
       "torch_uniform": math.sqrt(1 / (3 * fan_in)),
       "normal": 1.0,
     }[self.family]

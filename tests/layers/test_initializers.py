@@ -17,6 +17,7 @@ SHAPE = (200, 600)
 DISTRIBUTIONS = {
   "xavier_normal": (math.sqrt(2 / 800), None),
   "xavier_uniform": (math.sqrt(2 / 800), math.sqrt(6 / 800)),
+  "lecun_normal": (1 / math.sqrt(200), None),
   "torch_uniform": (1 / math.sqrt(3 * 200), 1 / math.sqrt(200)),
   "normal": (1.0, None),
 }
@@ -80,6 +81,7 @@ variance_scaling = jax.nn.initializers.variance_scaling
 THEIRS = {
   "xavier_normal": lambda g: variance_scaling(g**2, "fan_avg", "normal"),
   "xavier_uniform": lambda g: variance_scaling(g**2, "fan_avg", "uniform"),
+  "lecun_normal": lambda g: variance_scaling(g**2, "fan_in", "normal"),
   "torch_uniform": lambda g: variance_scaling(g**2 / 3, "fan_in", "uniform"),
   "normal": jax.nn.initializers.normal,
 }

@@ -39,10 +39,14 @@ PAPERS = {
   "depth_mup": (reference.depth_mup, reference.cross_depth_mup, reference.layer_norm),
   "completep": (reference.completep, reference.cross_completep, reference.layer_norm),
   "keel": (reference.keel, reference.cross_keel, None),
+  "deepscalelm": (reference.deepscalelm, reference.cross_deepscalelm, reference.layer_norm),
+  "deepscalelm_simple": (reference.deepscalelm, reference.cross_deepscalelm, reference.layer_norm),
 }
 
 
-def recipe(name="magneto", kind="encoder", layers=2):
+def recipe(name="magneto", kind="encoder", layers=None):
+  if layers is None:
+    layers = 3 if name.startswith("deepscalelm") else 2  # Two layers of it have no skip.
   depths = {f"{stack}_layers": layers for stack in kind.split("_")}
   return RECIPES[name](Architecture(kind, **depths, width=WIDTH, ffn_width=FFN, heads=HEADS))
 

@@ -12,7 +12,8 @@ import pytest
 from magneto_jax.layers import positions as position_layers
 from magneto_jax.models.encoder import Encoder
 from magneto_jax.models.language import MaskedLM
-from magneto_jax.theory.records import Segment
+from magneto_jax.theory.recipes import RECIPES
+from magneto_jax.theory.records import Architecture, Segment
 from tests import reference
 from tests.models import common
 from tests.models.common import KINDS, LENGTH, PAPERS, RELATIVE, VOCAB, WIDTH, in_float64, run
@@ -21,7 +22,7 @@ TOKENS = np.random.default_rng(0).integers(0, VOCAB, (3, LENGTH))
 MASK = np.array([[1, 1, 1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, 1, 1, 1], [1] * LENGTH])
 
 
-def record(name="magneto", layers=2):
+def record(name="magneto", layers=None):
   return common.recipe(name, layers=layers).encoder
 
 
@@ -58,6 +59,37 @@ def test_encoder_is_its_papers_in_float64(name):
   assert h.dtype == np.float64
   np.testing.assert_allclose(h[mask == 1], expected[mask == 1], rtol=0, atol=1e-11)
   assert not hidden[0][mask == 0].any()
+
+
+def test_deepscalelm_is_drawn_as_its_record_says():
+  """Kernels of 2^14 numbers and more, whose deviation is off by 0.6 %; rows of 2^14, likewise."""
+  sizes = {"width": 128, "ffn_width": 512}
+  architecture = Architecture(
+    "encoder", 3, **sizes, heads=4, dropout=0.1, token_correlation=0.2, embedding_tables=2
+  )
+  stack = RECIPES["deepscalelm"](architecture).encoder
+  sizes |= {"num_heads": 4, "vocab_size": 256, "max_length": 128, "positions": "learned"}
+  model = Encoder(recipe=stack, **sizes)
+  params = common.compiled(model.init)(jax.random.key(0), TOKENS)["params"]
+  block = params["stack"]["segment_0"]["block_0"]
+  for number, layer in enumerate(stack.layers):
+    attention, ffn = layer.self_attention, layer.ffn
+    for sublayer, projection, init, fan_in in (
+      ("self_attention", "query", attention.qk, 128),
+      ("self_attention", "key", attention.qk, 128),
+      ("self_attention", "value", attention.v, 128),
+      ("self_attention", "out", attention.out, 128),
+      ("ffn", "wi", ffn.wi, 128),
+      ("ffn", "wo", ffn.wo, 512),
+    ):
+      kernel = block[sublayer][projection]["kernel"][number]
+      assert kernel.std() == pytest.approx(init.std(fan_in, 1), rel=0.03)
+  # sqrt((1 - p) / r_0) of the first layer's v and out, r_0 = 0.2 (1 - p).
+  first = np.std(block["self_attention"]["value"]["kernel"][0])
+  assert 128 * first**2 == pytest.approx(0.2**-0.5, rel=0.06)
+  tokens, positions = (params[f"{of}_embedding"]["embedding"] for of in ("token", "position"))
+  assert stack.embedding.scale * tokens.std() == pytest.approx(math.sqrt(0.9 / 2), rel=0.03)
+  assert positions.std() == pytest.approx(math.sqrt(0.9 / 2), rel=0.03)
 
 
 @pytest.mark.parametrize("bidirectional", (None, False))

@@ -113,6 +113,18 @@ PAPERS = {
   "depth_mup": (decoder("depth_mup"), [(reference.depth_mup,)], reference.layer_norm),
   "completep": (decoder("completep"), [(reference.completep,)], reference.layer_norm),
   "keel": (decoder("keel"), [(reference.keel,)], None),
+  # Two layers of it have no skip.
+  "deepscalelm": (decoder("deepscalelm", 3), [(reference.deepscalelm,)], reference.layer_norm),
+  "deepscalelm_simple": (
+    decoder("deepscalelm_simple", 3),
+    [(reference.deepscalelm,)],
+    reference.layer_norm,
+  ),
+  "deepscalelm, Post-LN": (
+    decoder("deepscalelm", 3, placement="post"),
+    [(reference.deepscalelm_post,)],
+    None,
+  ),
   "normformer with residual scale": (
     decoder("normformer", residual_scale="vector"),
     [(reference.normformer_residual_scale,)],
@@ -166,6 +178,9 @@ PAPERS = {
 }
 
 
+EMBEDDING_NORMS = ("peri_ln", "deepscalelm, Post-LN")
+
+
 def test_every_recipe_is_held_against_its_paper():
   assert set(RECIPES) <= set(PAPERS)
 
@@ -189,7 +204,7 @@ def expected_logits(name, params):
     layers,
     final_norm=final_norm,
     scale=1.0 if "torchscale" in name or name == "olmo2" else math.sqrt(WIDTH),
-    embedding_norm=reference.layer_norm if name == "peri_ln" else None,
+    embedding_norm=reference.layer_norm if name in EMBEDDING_NORMS else None,
   )
 
 
@@ -293,7 +308,17 @@ SQUARE, TO_FFN = math.sqrt(2 / (WIDE + WIDE)), math.sqrt(2 / (WIDE + WIDE_FFN))
 GAMMA, BETA = math.sqrt(math.log(2 * DEPTH)), (8 * DEPTH) ** -0.25
 LAST = 0.02 / math.sqrt(2 * DEPTH)
 TORCH, TORCH_WO = 1 / math.sqrt(3 * WIDE), 1 / math.sqrt(3 * WIDE_FFN)
+# DeepScaleLM without dropout: r of a Zipf text as it enters each layer; beta^2 = 2 / DEPTH = 1 / 2.
+RS = [np.sum(np.arange(1, 32_001) ** -2.0) / np.sum(np.arange(1, 32_001) ** -1.0) ** 2]
+for _ in range(DEPTH - 1):
+  r = (RS[-1] + 1) / 2
+  RS.append((r + r + (math.sqrt(1 - r**2) - r * math.acos(r)) / math.pi) / 2)
+CORRELATED = np.power(RS, -0.25) / math.sqrt(WIDE)
+RELU = (2 / (WIDE * WIDE_FFN)) ** 0.25
+# A number for all layers, or one for each.
 STDS = dict.fromkeys(RECIPES, (SQUARE, SQUARE, SQUARE, TO_FFN, TO_FFN)) | {
+  "deepscalelm": (WIDE**-0.5, CORRELATED, CORRELATED, RELU, RELU),
+  "deepscalelm_simple": (WIDE**-0.5, *4 * (RELU,)),
   "pre_ln_scaled_init": (0.02, 0.02, LAST, 0.02, LAST),
   "olmo2": (0.02,) * 5,
   "magneto_torchscale": (TORCH, *3 * (GAMMA * TORCH,), GAMMA * TORCH_WO),
@@ -323,8 +348,8 @@ def test_initial_kernels_have_the_papers_deviations(name):
     (ffn["wi"], wi),
     (ffn["wo"], wo),
   ):
-    for layer in kernel["kernel"]:
-      assert_std(layer, std)
+    for layer, own in zip(kernel["kernel"], np.broadcast_to(std, DEPTH), strict=True):
+      assert_std(layer, own)
 
 
 @pytest.mark.parametrize("name", main_and_slow(RECIPES))
@@ -332,7 +357,8 @@ def test_initial_embeddings_have_the_papers_deviations(name):
   params = initial(name)
   for table in ("token_embedding", "output_embedding"):
     assert_std(params[table]["embedding"], 0.02 if name == "olmo2" else WIDE**-0.5)
-  positions = 1.0 if "torchscale" in name else 0.02 if name == "olmo2" else WIDE**-0.5
+  unit = "torchscale" in name or "deepscalelm" in name
+  positions = 1.0 if unit else 0.02 if name == "olmo2" else WIDE**-0.5
   assert_std(params["position_embedding"]["embedding"], positions)
 
 

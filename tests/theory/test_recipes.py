@@ -57,6 +57,8 @@ SITES = {
   "depth_mup": (PRE, PRE, PRE, True),
   "completep": (PRE, PRE, PRE, True),
   "keel": (PRE | POST, PRE | POST, PRE | POST, False),
+  "deepscalelm": (PRE, PRE, PRE, True),
+  "deepscalelm_simple": (PRE, PRE, PRE, True),
 }
 
 
@@ -95,7 +97,10 @@ def test_a_recipe_is_hashable_and_reproducible(name):
   assert RECIPES[name](BOTH) == RECIPES[name](BOTH)
 
 
-OWN_EMBEDDING = ("magneto_torchscale", "deepnet_torchscale", "olmo2")
+OWN_EMBEDDING = (
+  *("magneto_torchscale", "deepnet_torchscale", "olmo2"),
+  *("deepscalelm", "deepscalelm_simple"),
+)
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name not in OWN_EMBEDDING])
@@ -402,12 +407,291 @@ def test_scaled_init_shrinks_the_last_product_of_each_branch():
       assert layer.cross_attention == layer.self_attention
 
 
+# ---------------------------------------------------------------------------------------------
+# DeepScaleLM
+# ---------------------------------------------------------------------------------------------
+
+GOLDEN = json.loads((TESTDATA / "moments_reference.json").read_text())["dslm_golden"]
+DEEPSCALELM = ("deepscalelm", "deepscalelm_simple")
+BERT = Architecture(
+  *("encoder", 12, 0, 768, 3072, 12),
+  dropout=0.1,
+  token_correlation=0.221,
+  embedding_tables=3,
+)
+
+
+def changed(architecture, **fields):
+  return dataclasses.replace(architecture, **fields)
+
+
+def relu_moment(r):
+  """E[relu(a) relu(b)] / E[relu(a)^2] of standard normal a and b correlated by r, by quadrature.
+
+  In polar coordinates, with t = acos r: (2 / pi) int_0^(pi - t) sin u sin(u + t) du.
+  """
+  t = math.acos(r)
+  nodes, weights = np.polynomial.legendre.leggauss(40)
+  u = (math.pi - t) * (nodes + 1) / 2
+  return float((math.pi - t) / math.pi * np.sum(weights * np.sin(u) * np.sin(u + t)))
+
+
+def schedule(r0, dropout, beta2, layers, attentions=1):
+  """The authors' loop with the stream's variance S in it: r before each layer, and behind all."""
+  r, s, seen, lambda2 = r0 * (1 - dropout), 1.0, [], 1 - beta2
+  for _ in range(layers):
+    seen.append(r)
+    for correlation in [lambda r: 1.0] * attentions + [relu_moment]:
+      total = lambda2 * s + beta2
+      r = (lambda2 * s * r + beta2 * (1 - dropout) * correlation(r)) / total
+      s = total
+  return seen, r
+
+
+def v_stds(stack: Stack, sublayer="self_attention") -> list[float]:
+  """The deviations of v in every layer, which are those of out."""
+  found = [getattr(layer, sublayer) for layer in stack.layers]
+  stds = [float(attention.v.std(stack.width, stack.width)) for attention in found]
+  assert stds == [float(attention.out.std(stack.width, stack.width)) for attention in found]
+  return stds
+
+
+def of_correlations(correlations, dropout, width):
+  """sqrt(sqrt((1 - p) / r) / D)."""
+  return [math.sqrt(math.sqrt((1 - dropout) / r) / width) for r in correlations]
+
+
+@pytest.mark.parametrize("name", DEEPSCALELM)
+@pytest.mark.parametrize("case", GOLDEN, ids=lambda case: f"{case['params']['n_layers']}_layers")
+def test_deepscalelm_has_the_reference_numbers(case, name):
+  """Every one, to 1e-12."""
+  given, expected = case["params"], case["theory"]
+  width = given["d"]
+  architecture = changed(
+    BERT,
+    encoder_layers=given["n_layers"],
+    width=width,
+    ffn_width=given["d_ff"],
+    dropout=given["p"],
+    token_correlation=given["r0"],
+  )
+  stack = RECIPES[name](architecture, beta_squared=given.get("bet2")).encoder
+  exactly = lambda value: pytest.approx(value, rel=1e-12)
+  for sublayer in only_layer(stack).sublayers.values():
+    assert sublayer.skip == Scale(exactly(expected["lam"]))
+    assert sublayer.branch == Scale(exactly(expected["beta"]))
+    assert sublayer.in_scale == Scale()
+  layer = stack.layers[0]
+  assert layer.self_attention.qk.std(width, width) == exactly(expected["std_qk"])
+  assert layer.ffn.wi.std(width, given["d_ff"]) == exactly(expected["std_ffn"])
+  assert layer.ffn.wo.std(given["d_ff"], width) == exactly(expected["std_ffn"])
+  embedding = stack.embedding
+  assert embedding.scale * embedding.tokens.gain == exactly(expected["std_embed"])
+  assert embedding.positions.gain == exactly(expected["std_embed"])
+  stds = v_stds(stack)
+  if name == "deepscalelm_simple":
+    assert stds == [exactly(expected["std_v_o_simple"])] * given["n_layers"]
+  else:
+    for which, std in expected["std_v_o"].items():
+      assert stds[int(which)] == exactly(std)
+      r = (1 - given["p"]) / (width * stds[int(which)] ** 2) ** 2
+      assert r == exactly(expected["r"][which])
+
+
+@pytest.mark.parametrize("dropout", (0.0, 0.1, 0.4))
+@pytest.mark.parametrize("r0", (1e-3, 0.221, 1.0))
+def test_deepscalelm_follows_the_correlation_through_the_stack(r0, dropout):
+  """In every layer, by the r that enters it; kappa keeps the means of ReLU's outputs."""
+  architecture = changed(BERT, token_correlation=r0, dropout=dropout)
+  seen, _ = schedule(r0, dropout, 2 / 12, 12)
+  stds = v_stds(recipes.deepscalelm(architecture).encoder)
+  assert stds == pytest.approx(of_correlations(seen, dropout, 768), rel=1e-10)  # The quadrature.
+
+
+def test_deepscalelms_kappa_is_of_second_moments():
+  """1 / pi of independent inputs, whose outputs are correlated by 0 about their means.
+
+  With beta^2 near 1 a layer's r is (1 - p) kappa of the r behind attention, which is near 1 - p.
+  """
+  for dropout in (0.1, 0.5, 0.9):
+    architecture = changed(BERT, dropout=dropout)
+    stds = v_stds(recipes.deepscalelm(architecture, beta_squared=1 - 1e-9).encoder)
+    r = (1 - dropout) / (768 * stds[1] ** 2) ** 2
+    assert r == pytest.approx((1 - dropout) * relu_moment(1 - dropout), rel=1e-6)
+
+
+@pytest.mark.parametrize("r0", (1.0, 1e-9))
+def test_deepscalelm_does_not_leave_correlations_by_rounding(r0):
+  """Without dropout r goes to 1, where an r above it has no kappa."""
+  for layers in (1, 3, 200, 3000):
+    stack = recipes.deepscalelm(changed(BERT, encoder_layers=layers, token_correlation=r0)).encoder
+    assert all(np.isfinite(v_stds(stack)))
+    clean = changed(BERT, encoder_layers=layers, token_correlation=r0, dropout=0.0)
+    assert min(v_stds(recipes.deepscalelm(clean).encoder)) >= 768**-0.5
+
+
+def test_deepscalelms_ffn_is_not_the_misread_one():
+  """sqrt((1 - p) / 2) / D at F = 4 D, not sqrt(1 - p) / (2 D); sqrt(2 (1 - p) / (D F)) else."""
+  ffn = recipes.deepscalelm(BERT).encoder.layers[0].ffn
+  assert ffn.wi == ffn.wo == Init("normal", pytest.approx(math.sqrt(math.sqrt(0.9 / 2) / 768)))
+  assert ffn.wi.gain != pytest.approx(math.sqrt(math.sqrt(0.9) / 2 / 768), rel=0.1)
+  narrow = recipes.deepscalelm(changed(BERT, ffn_width=768)).encoder.layers[0].ffn
+  assert narrow.wi == narrow.wo == Init("normal", pytest.approx((2 * 0.9) ** 0.25 / 768**0.5))
+
+
+@pytest.mark.parametrize("name", DEEPSCALELM)
+def test_deepscalelm_is_the_same_for_any_heads(name):
+  assert RECIPES[name](BERT) == RECIPES[name](changed(BERT, heads=3))
+
+
+@pytest.mark.parametrize("name", DEEPSCALELM)
+@pytest.mark.parametrize("dropout", (0.0, 0.1, 0.5))
+def test_deepscalelms_blocks_have_unit_variance_in_training(dropout, name):
+  """Behind its dropout: attention's is (D s_v^2) (D s_o^2) r / (1 - p), with `simple` r / 2, the
+  FFN's D F s^4 / 2 / (1 - p), and the embedding's the sum of its tables'."""
+  architecture = changed(BERT, dropout=dropout, embedding_tables=2)
+  stack, keep = RECIPES[name](architecture).encoder, 1 - dropout
+  seen, _ = schedule(0.221, dropout, 2 / 12, 12)
+  for std, r in zip(v_stds(stack), seen, strict=True):
+    variance = (768 * std**2) ** 2 * r / keep
+    assert variance == pytest.approx(1.0 if name == "deepscalelm" else r / 2)
+  wi, wo = stack.layers[0].ffn.wi.std(768, 3072), stack.layers[0].ffn.wo.std(3072, 768)
+  assert 768 * 3072 * wi**2 * wo**2 / 2 / keep == pytest.approx(1)
+  embedding = stack.embedding
+  tables = (embedding.scale * embedding.tokens.gain, embedding.positions.gain)
+  assert sum(std**2 for std in tables) / keep == pytest.approx(1)
+  assert 48 * embedding.patches.std(48, 768) ** 2 / keep == pytest.approx(1)
+  # As everywhere in the house: logits of unit variance with a tied table.
+  assert embedding.tokens == embedding.relative == Init("normal", 768**-0.5)
+
+
+@pytest.mark.parametrize("name", DEEPSCALELM)
+def test_deepscalelm_draws_tables_by_their_number(name):
+  for tables in (1, 2, 3):
+    embedding = RECIPES[name](changed(BERT, embedding_tables=tables)).encoder.embedding
+    assert embedding.positions == Init("normal", pytest.approx(math.sqrt(0.9 / tables)))
+    assert embedding.scale == pytest.approx(math.sqrt(768 * 0.9 / tables))
+
+
+def betas(stack: Stack) -> float:
+  """beta^2 of a stack, the same in all its sublayers, whose lambda^2 is 1 - beta^2."""
+  subs = only_layer(stack).sublayers.values()
+  found = {(sub.skip.value, sub.branch.value) for sub in subs}
+  ((lam, beta),) = found
+  assert lam**2 + beta**2 == pytest.approx(1, abs=1e-15)
+  return beta**2
+
+
+@pytest.mark.parametrize("name", DEEPSCALELM)
+def test_deepscalelms_beta_is_by_layers_or_by_blocks_or_as_given(name):
+  """Two blocks a layer, three with cross-attention, each stack by its own depth."""
+  make = RECIPES[name]
+  for unit, encoder, decoder in (("layers", 2 / 6, 2 / 4), ("blocks", 2 / 12, 2 / 12)):
+    assert betas(make(BOTH, depth_unit=unit).encoder) == pytest.approx(encoder)
+    assert betas(make(BOTH, depth_unit=unit).decoder) == pytest.approx(decoder)
+    both = make(changed(BOTH, decoder_layers=8), depth_unit=unit)
+    assert betas(both.decoder) == pytest.approx(2 / (8 if unit == "layers" else 24))
+    for architecture, stack in ((ENCODER, "encoder"), (DECODER, "decoder")):
+      assert betas(getattr(make(architecture, depth_unit=unit), stack)) == pytest.approx(encoder)
+      given = make(architecture, depth_unit=unit, beta_squared=0.005)
+      assert betas(getattr(given, stack)) == pytest.approx(0.005)
+  assert make(BOTH) == make(BOTH, depth_unit="layers", placement="pre", beta_squared=None)
+  # The authors' figures have 192 layers and lambda^2 = 0.995: 2 / 400, nearly 2 / 384.
+  figures = make(changed(BERT, encoder_layers=192), depth_unit="blocks").encoder
+  assert betas(figures) == pytest.approx(0.005, rel=0.05)
+
+
+@pytest.mark.parametrize("name", DEEPSCALELM)
+def test_deepscalelm_of_one_or_two_layers_has_no_skip(name):
+  for layers, beta2 in ((1, 1.0), (2, 1.0), (3, 2 / 3)):
+    stack = RECIPES[name](changed(BERT, encoder_layers=layers)).encoder
+    assert betas(stack) == pytest.approx(beta2)
+    assert (only_layer(stack).ffn.skip.value == 0.0) == (layers < 3)
+    assert all(np.isfinite(v_stds(stack)))
+  for layers, beta2 in ((1, 1.0), (2, 1 / 2)):
+    stack = RECIPES[name](changed(BERT, encoder_layers=layers), depth_unit="blocks").encoder
+    assert betas(stack) == pytest.approx(beta2)
+
+
+def test_deepscalelms_decoder_alone_is_its_encoder():
+  decoder = Architecture("decoder", 0, 12, **SIZES_OF_BERT)
+  for name in DEEPSCALELM:
+    assert RECIPES[name](decoder).decoder == RECIPES[name](BERT).encoder
+
+
+SIZES_OF_BERT = {
+  field.name: getattr(BERT, field.name)
+  for field in dataclasses.fields(Architecture)
+  if field.name not in ("kind", "encoder_layers", "decoder_layers")
+}
+
+
+@pytest.mark.parametrize(
+  "unit, betas_of", (("layers", (2 / 6, 2 / 9)), ("blocks", (1 / 6, 2 / 27)))
+)
+def test_deepscalelms_stacks_have_schedules_of_their_own(unit, betas_of):
+  """Cross-attention moves the decoder's r, and is drawn for the r that leaves the encoder."""
+  architecture = Architecture("encoder_decoder", 6, 9, **SIZES_OF_BERT)
+  recipe = recipes.deepscalelm(architecture, depth_unit=unit)
+  of_encoder, memory = schedule(0.221, 0.1, betas_of[0], 6)
+  of_decoder, _ = schedule(0.221, 0.1, betas_of[1], 9, attentions=2)
+  exactly = lambda rs: pytest.approx(of_correlations(rs, 0.1, 768), rel=1e-10)
+  assert v_stds(recipe.encoder) == exactly(of_encoder)
+  assert v_stds(recipe.decoder) == exactly(of_decoder)
+  assert v_stds(recipe.decoder, "cross_attention") == exactly([memory] * 9)
+  simple = recipes.deepscalelm_simple(architecture, depth_unit=unit)
+  layer = only_layer(simple.decoder)
+  assert layer.cross_attention == layer.self_attention
+  assert set(scaled_gains(layer)) == {layer.ffn.wi}
+
+
+@pytest.mark.parametrize("name", DEEPSCALELM)
+def test_deepscalelms_placement_moves_norms_alone(name):
+  pre, post = (RECIPES[name](BOTH, placement=placement) for placement in ("pre", "post"))
+  assert RECIPES[name](BOTH) == pre
+  for before, after in ((pre.encoder, post.encoder), (pre.decoder, post.decoder)):
+    assert (before.final_norm, before.embedding.norm) == (True, False)
+    assert (after.final_norm, after.embedding.norm) == (False, True)
+    for which, sublayer in only_layer(after).sublayers.items():
+      own = only_layer(before).sublayers[which]
+      assert (own.norms, sublayer.norms) == (PRE, POST)
+      assert dataclasses.replace(sublayer, norms=PRE) == own
+    assert dataclasses.replace(after.embedding, norm=False) == before.embedding
+
+
+def test_only_deepscalelm_reads_the_correlation_and_the_tables():
+  for name, recipe in RECIPES.items():
+    reads = lambda **fields: recipe(changed(BOTH, **fields)) != recipe(BOTH)  # noqa: B023
+    assert reads(token_correlation=0.5) == (name == "deepscalelm")
+    assert reads(embedding_tables=2) == (name in DEEPSCALELM)
+    assert reads(dropout=0.1) == (name in DEEPSCALELM)
+
+
+@pytest.mark.parametrize("name", DEEPSCALELM)
+@pytest.mark.parametrize(
+  "options, message",
+  (
+    ({"placement": "mid"}, "placement='mid' must be one of pre, post"),
+    ({"depth_unit": "layer"}, "depth_unit='layer' must be one of layers, blocks"),
+    ({"depth_unit": "layer", "beta_squared": 0.5}, "depth_unit='layer' must be one of"),
+    ({"beta_squared": 0.0}, r"beta_squared=0.0 must lie in \(0, 1\)"),
+    ({"beta_squared": 1.0}, r"beta_squared=1.0 must lie in \(0, 1\)"),
+    ({"beta_squared": -0.1}, r"beta_squared=-0.1 must lie in \(0, 1\)"),
+    ({"beta_squared": math.nan}, r"beta_squared=nan must lie in \(0, 1\)"),
+  ),
+)
+def test_deepscalelms_options_are_checked(name, options, message):
+  with pytest.raises(ValueError, match=message):
+    RECIPES[name](BOTH, **options)
+
+
 @pytest.mark.parametrize(
   ("init", "std"),
   (
     (Init("xavier_normal"), math.sqrt(2 / 400)),
     (Init("xavier_uniform", 0.5), 0.5 * math.sqrt(2 / 400)),
     (Init("torch_uniform", 2.0), 2 / math.sqrt(300)),
+    (Init("lecun_normal", 0.5), 0.5 / math.sqrt(100)),
     (Init("normal", 0.02), 0.02),
   ),
 )
@@ -506,6 +790,21 @@ IN_WORDS = {
   "depth_mup": xavier("x <- x + 0.4082 {}(LN(x))", "final norm: LN"),
   "completep": xavier("x <- x + 0.1667 {}(LN(x))", "final norm: LN"),
   "keel": xavier("x <- LN(12 x + {}(LN(x)))", "final norm: none"),
+  # Of a Zipf text without dropout: (1 / 0.01372)^(1/4) = 2.922 at first; sqrt(1/3) = 0.5774.
+  "deepscalelm": (
+    "x <- 0.8165 x + 0.5774 self_attention(LN(x))",
+    "  init: qk lecun_normal x 1, v lecun_normal x 1.026..2.922, out lecun_normal x 1.026..2.922",
+    "x <- 0.8165 x + 0.5774 ffn(LN(x))",
+    "  init: wi normal x 0.03716, wo normal x 0.03716",
+    "final norm: LN",
+  ),
+  "deepscalelm_simple": (
+    "x <- 0.8165 x + 0.5774 self_attention(LN(x))",
+    "  init: qk lecun_normal x 1, v normal x 0.03716, out normal x 0.03716",
+    "x <- 0.8165 x + 0.5774 ffn(LN(x))",
+    "  init: wi normal x 0.03716, wo normal x 0.03716",
+    "final norm: LN",
+  ),
 }
 
 

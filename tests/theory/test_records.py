@@ -1,6 +1,7 @@
 """The records' rules, and how they are read."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -106,6 +107,9 @@ def test_reading_numbers_twice_changes_nothing():
 # ---------------------------------------------------------------------------------------------
 
 
+SIX = {"kind": "decoder", "decoder_layers": 6}
+
+
 @pytest.mark.parametrize(
   ("arguments", "message"),
   (
@@ -115,6 +119,12 @@ def test_reading_numbers_twice_changes_nothing():
     ({"kind": "encoder_decoder", "encoder_layers": 2}, "decoder_layers=0"),
     ({"kind": "decoder", "decoder_layers": -2}, "decoder_layers=-2"),
     ({"kind": "decoder", "encoder_layers": -1, "decoder_layers": 2}, "encoder_layers=-1"),
+    ({**SIX, "dropout": 1.0}, r"dropout=1.0 must lie in \[0, 1\)"),
+    ({**SIX, "dropout": -0.1}, r"dropout=-0.1 must lie in \[0, 1\)"),
+    ({**SIX, "token_correlation": 0.0}, r"token_correlation=0.0 must lie in \(0, 1\]"),
+    ({**SIX, "token_correlation": 1.1}, r"token_correlation=1.1 must lie in \(0, 1\]"),
+    ({**SIX, "token_correlation": math.nan}, r"token_correlation=nan must lie in \(0, 1\]"),
+    ({**SIX, "embedding_tables": 0}, "embedding_tables=0 must be at least 1"),
   ),
 )
 def test_contradictory_architectures_raise(arguments, message):
@@ -150,6 +160,18 @@ def test_contradictory_architectures_raise(arguments, message):
 def test_unknown_names_and_lengths_raise(make, message):
   with pytest.raises(ValueError, match=message):
     make()
+
+
+def test_bounds_of_an_architecture_are_allowed():
+  assert Architecture(**SIX, dropout=0.0, token_correlation=1.0, embedding_tables=1)
+
+
+def test_tokens_of_a_zipf_text_agree_as_often_as_the_default_says():
+  """Within 2 % of pi^2 / (6 (ln V + gamma)^2), and exactly the sum."""
+  harmonic = sum(1 / k for k in range(1, 32_001))
+  exact = sum((1 / (k * harmonic)) ** 2 for k in range(1, 32_001))
+  assert Architecture(**SIX).token_correlation == pytest.approx(exact, rel=1e-12)
+  assert exact == pytest.approx(math.pi**2 / 6 / (math.log(32_000) + 0.5772) ** 2, rel=0.02)
 
 
 @pytest.mark.parametrize("norms", ("in", {"in"}, ["in"]))
