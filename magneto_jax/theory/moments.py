@@ -860,8 +860,11 @@ def attention_mixing_gradient(
   (median). Values, queries and keys must be linear in one input without biases.
 
   Measured error: variance 3.3% at most, median 1.0%, and covariance 2.4%. Causal: covariance 5.4%,
-  variance 5% in the median but up to 27%, as the columns of early keys are long: an approximation.
-  It warns as `softmax` does.
+  variance 5% in the median but up to 27%: an approximation. There the query and key paths are high,
+  1.2 to 1.5 times at small v and up to 1.9 at v = 1, for a row of few keys has almost no score
+  gradient (of one key, none): at small v their q is in truth lower by the mean of 1/i^2, and their
+  q' by the mean of 1/(i k) over pairs of rows. The value path is not affected. It warns as
+  `softmax` does.
 
   Args:
     g: with respect to the mixed values.
