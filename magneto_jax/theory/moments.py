@@ -646,8 +646,9 @@ def norm_gradient(
 ) -> Gradient:
   """Of both norms: variance and covariance over s2 + eps, with E x^2 for s2 in `rms_norm`.
 
-  The two directions that the norm removes are left out: the variance is about 1/d high. Measured
-  error 1.7% at width 64, 0.5% at 256, 0.3% at 1024.
+  The directions that the norm removes (two, or one) and the excess of E 1/s^2 over 1 / E s^2 are
+  left out: together the variance is 1/d low. Measured error 1.8% at width 64, 0.6% at 256, 0.3% at
+  1024.
 
   Args:
     g: with respect to the norm's output.
