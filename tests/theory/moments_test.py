@@ -547,6 +547,8 @@ def test_softmax(form):
     np.testing.assert_allclose(weights.var(), variance, rtol=0.055 if form == "full" else 0.03)
     into = moments.softmax_gradient(g, x.variance, x.correlation, **of_scores)
     check(through, into, slack=0.03)
+    # A row's gradients sum to zero, which the slack would hide.
+    np.testing.assert_allclose(into.variance + (keys - 1) * into.covariance, 0, atol=1e-18)
 
 
 def softmax_of(rows, axis=-1):
@@ -566,13 +568,17 @@ def test_scores():
   assert theory.query_correlation == query.correlation
 
 
-def attention_by_hand(rng, x, g, p):
-  """One head forwards and backwards: its output, and the gradients of the input by path."""
-  trials, tokens, width = x.shape
+def attention_by_hand(rng, inputs, g, p):
+  """One head forwards and backwards: its output, and the gradients by path.
+
+  `inputs` are those of queries, keys and values: in self-attention three times the same.
+  """
+  x_q, x_k, x_v = inputs
+  trials, tokens, width = x_q.shape
   kernel = lambda variance: math.sqrt(variance) * rng.standard_normal((trials, width, p["dk"]))
   w_q, w_k, w_v = kernel(p["qk"]), kernel(p["qk"]), kernel(p["v"])
   swap = lambda array: array.swapaxes(1, 2)
-  q, k, v = x @ w_q, x @ w_k, x @ w_v
+  q, k, v = x_q @ w_q, x_k @ w_k, x_v @ w_v
   rows = q @ swap(k) / math.sqrt(p["dk"])
   if p["causal"]:
     rows = np.where(np.tri(tokens, dtype=bool), rows, -np.inf)
@@ -612,9 +618,8 @@ def test_attention_and_the_three_paths_of_its_gradient(seed, causal, high, slack
     qk=math.sqrt(score_variance) / (width * x.variance),
     v=rng.uniform(0.5, 2) / width,
   )
-  output, into = attention_by_hand(
-    rng, draw(rng, (trials, tokens, width), x), draw(rng, (trials, tokens, p["dk"]), g), p
-  )
+  inputs = [draw(rng, (trials, tokens, width), x)] * 3
+  output, into = attention_by_hand(rng, inputs, draw(rng, (trials, tokens, p["dk"]), g), p)
   query = moments.linear(x, fan_in=width, weight_variance=p["qk"])
   values = moments.linear(x, fan_in=width, weight_variance=p["v"])
   row = moments.scores(query, query)
@@ -638,6 +643,23 @@ def test_attention_and_the_three_paths_of_its_gradient(seed, causal, high, slack
     total = total + theory
     check(into[path], Gradient(*theory), path_slack)
   check(sum(into.values()), Gradient(*total), 0.05)
+
+
+def test_attention_of_three_inputs():
+  """Queries, keys and values with correlations of their own: each takes its place."""
+  rng = np.random.default_rng(37)
+  trials, tokens, width, v, rate = 60, 64, 96, 0.8, 0.2
+  correlations, g = (0.9, 0.1, 0.5), Gradient(1.3, 0.9)
+  p = dict(dk=32, causal=False, dropout=rate, qk=math.sqrt(v) / width, v=1 / width)
+  inputs = [draw(rng, (trials, tokens, width), Moments(0.0, 1.0, r)) for r in correlations]
+  output, into = attention_by_hand(rng, inputs, draw(rng, (trials, tokens, 32), g), p)
+  row = moments.Scores(v, key_correlation=0.1, query_correlation=0.9)
+  of_rows = dict(keys=tokens, dropout=rate)
+  check(output, moments.attention_mixing(Moments(0.0, 1.0, 0.5), row, **of_rows), slack=0.03)
+  paths = moments.attention_mixing_gradient(g, row, input_correlation=0.5, **of_rows)
+  for path in paths._fields:
+    theory = p["dk"] * p["v"] * g.variance * np.array(getattr(paths, path))
+    check(into[path], Gradient(*theory), slack=0.05)
 
 
 @pytest.mark.parametrize("name", moments.ACTIVATIONS)
@@ -670,7 +692,7 @@ def test_attention_block_with_two_heads():
   x = Moments(0.0, 2.0, 0.8)
   inputs = draw(rng, (trials, tokens, width), x)
   p = dict(dk=32, causal=True, dropout=0.2, qk=0.2 / width, v=1.2 / width)
-  heads = [attention_by_hand(rng, inputs, inputs[..., :32], p)[0] for _ in range(2)]
+  heads = [attention_by_hand(rng, [inputs] * 3, inputs[..., :32], p)[0] for _ in range(2)]
   out = math.sqrt(0.7 / width) * rng.standard_normal((trials, width, width))
   kept = (rng.random(inputs.shape) >= rate) / (1 - rate)
   theory = moments.attention_block(
