@@ -648,7 +648,7 @@ def test_attention_and_the_three_paths_of_its_gradient(seed, causal, high, slack
 def test_attention_of_three_inputs():
   """Queries, keys and values with correlations of their own: each takes its place."""
   rng = np.random.default_rng(37)
-  trials, tokens, width, v, rate = 60, 64, 96, 0.8, 0.2
+  trials, tokens, width, v, rate = 250, 64, 64, 0.4, 0.2
   correlations, g = (0.9, 0.1, 0.5), Gradient(1.3, 0.9)
   p = dict(dk=32, causal=False, dropout=rate, qk=math.sqrt(v) / width, v=1 / width)
   inputs = [draw(rng, (trials, tokens, width), Moments(0.0, 1.0, r)) for r in correlations]
