@@ -26,3 +26,8 @@ def pytest_addoption(parser):
     default=os.path.join(os.path.dirname(__file__), "testdata"),
     help="folder of reference files for parity_test.py",
   )
+  parser.addoption(
+    "--moments",
+    default=os.path.join(os.path.dirname(__file__), "testdata", "moments_reference.json"),
+    help="file of settings, closed forms and simulations for theory/moments_test.py",
+  )
