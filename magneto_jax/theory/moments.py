@@ -893,6 +893,10 @@ def attention_mixing_gradient(
 # ---------------------------------------------------------------------------------------------
 
 
+# The blocks' arguments `dropout` and `activation` are a rate and a name.
+_dropout, _activation = dropout, activation
+
+
 def _projected(x: Moments, width: Number, qk_variance: Number, v_variance: Number):
   """(values, scores) of self-attention, and the correlation of its input."""
   query = linear(x, fan_in=width, weight_variance=qk_variance)
@@ -973,10 +977,6 @@ def attention_block_gradient(
   return Gradient(unit * paths.total.variance, unit * paths.total.covariance)
 
 
-# Inside the blocks `dropout` is a rate.
-_dropout = dropout
-
-
 def ffn_block(
   x: Moments,
   *,
@@ -1004,9 +1004,6 @@ def ffn_block(
   hidden = linear(x, fan_in=width, weight_variance=in_variance)
   active = _activation(activation, hidden)
   return _dropout(linear(active, fan_in=ffn_width, weight_variance=out_variance), dropout)
-
-
-_activation = activation
 
 
 def ffn_block_gradient(
