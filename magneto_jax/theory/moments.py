@@ -48,6 +48,8 @@ class OutsideValidity(UserWarning):
 
 def _ratio(part: Number, whole: Number) -> Number:
   """part / whole, and 0 where both are 0: what does not vary has no correlation."""
+  if not isinstance(whole, np.ndarray):
+    return part / whole if whole else 0.0 * part
   return part / np.where(np.equal(whole, 0), 1.0, whole)
 
 
@@ -130,46 +132,52 @@ class AttentionGradient(NamedTuple):
 # ---------------------------------------------------------------------------------------------
 
 
-def _require(holds, message: str) -> None:
-  if not np.all(holds):
-    raise ValueError(message)
+def _require(holds, message: str, *values) -> None:
+  """Raises with the message, which is formatted only then: moments are taken a thousand times."""
+  if not (holds.all() if isinstance(holds, np.ndarray) else holds):
+    raise ValueError(message.format(*values))
 
 
 def _check_variance(name: str, value: Number) -> None:
   # Written so that NaN fails as well.
-  _require(np.isfinite(value) & np.greater_equal(value, 0), f"{name}={value} must be >= 0")
+  _require((value >= 0) & (value < math.inf), "{}={} must be >= 0", name, value)
 
 
 def _correlation(name: str, value: Number) -> Number:
   """The correlation without its rounding."""
-  _require(np.abs(value) <= 1 + _ROUNDING, f"{name}={value} must be within [-1, 1]")
-  return np.clip(value, -1.0, 1.0)
+  _require(abs(value) <= 1 + _ROUNDING, "{}={} must be within [-1, 1]", name, value)
+  return np.clip(value, -1.0, 1.0) if isinstance(value, np.ndarray) else min(max(value, -1.0), 1.0)
 
 
 def _check(x: Moments | Gradient) -> None:
+  variance, covariance = x.variance, x.covariance
   name = type(x).__name__
-  _check_variance(f"{name}.variance", x.variance)
+  _require((variance >= 0) & (variance < math.inf), "{}.variance={} must be >= 0", name, variance)
   _require(
-    np.abs(x.covariance) <= np.multiply(x.variance, 1 + _ROUNDING),
-    f"{name}: |covariance={x.covariance}| must not exceed variance={x.variance}",
+    abs(covariance) <= variance * (1 + _ROUNDING),
+    "{}: |covariance={}| must not exceed variance={}",
+    name,
+    covariance,
+    variance,
   )
 
 
 def _check_zero_mean(x: Moments) -> None:
   _check(x)
   _require(
-    np.abs(x.mean) <= _ROUNDING * np.sqrt(x.variance),
-    f"mean={x.mean} must be 0: the closed form is of a normal input with mean zero",
+    x.mean**2 <= _ROUNDING**2 * x.variance,
+    "mean={} must be 0: the closed form is of a normal input with mean zero",
+    x.mean,
   )
 
 
 def _check_rate(name: str, rate: Number) -> None:
-  _require(np.greater_equal(rate, 0) & np.less(rate, 1), f"{name}={rate} must be within [0, 1)")
+  _require((rate >= 0) & (rate < 1), "{}={} must be within [0, 1)", name, rate)
 
 
 def _check_positive(**sizes: Number) -> None:
   for name, size in sizes.items():
-    _require(np.greater_equal(size, 1), f"{name}={size} must be at least 1")
+    _require(size >= 1, "{}={} must be at least 1", name, size)
 
 
 def _check_keys(keys: int) -> int:
@@ -764,18 +772,126 @@ def scores(query: Moments, key: Moments) -> Scores:
   return Scores(query.variance * key.variance, key.correlation, query.correlation)
 
 
-def _overlaps(scores: Scores, keys: int, causal: bool) -> tuple[Number, Number]:
-  """q = E sum_j a_ij^2 of one row and q' = E sum_j a_ij a_kj of two; see `attention_mixing`."""
-  e = _row_variance(scores.variance, scores.key_correlation, keys)
+class Concentration(NamedTuple):
+  """How a softmax over L scores of variance e within the row spreads its weights a.
+
+  Attributes:
+    log_weight: log w, with E sum_j a_j^2 = w / (L - 1 + w).
+    mobility: E sum_j a_j^2 (1 - 2 a_j + sum_k a_k^2) over E sum_j a_j^2: how much of the gradient
+      reaches the scores; 0 where one key has all the weight.
+  """
+
+  log_weight: Number
+  mobility: Number
+
+
+# Score variances between which `concentration` interpolates.
+_KNOTS = np.geomspace(1e-3, 400.0, 56)
+
+
+def concentration(variance: float, *, keys: int) -> Concentration:
+  """The softmax's weights for independent normal scores of any variance e, by integration.
+
+    sums of a_j^n = e^{n s_j} / (sum_k e^{s_k})^n, by  x^-n = int t^{n-1} e^{-t x} dt / (n-1)!:
+    E sum_j a_j^2 = L int t   f_2 f_0^{L-1} dt       with  f_n(t) = E e^{n s} exp(-t e^s)
+    E sum_j a_j^3 = L int t^2 f_3 f_0^{L-1} dt / 2
+    E (sum_j a_j^2)^2 = L int t^3 [f_4 f_0^{L-1} + (L-1) f_2^2 f_0^{L-2}] dt / 6
+
+  Exact where `softmax`'s forms fail. Interpolated in log e between 56 values, with an error of
+  0.3%; beyond e = 400 continued as 1 - E sum_j a_j^2 ~ e^-1/2, the share of rows whose two largest
+  scores are close.
+  """
+  keys = _check_keys(keys)
+  _check_variance("score variance", variance)
+  if keys == 1 or variance < _KNOTS[0]:
+    return Concentration(variance, 1 - 1 / keys)
+  squares, mobility = _concentrations(keys)
+  at = math.log(min(variance, _KNOTS[-1]))
+  q = math.exp(np.interp(at, np.log(_KNOTS), squares))
+  moves = math.exp(np.interp(at, np.log(_KNOTS), mobility))
+  if variance > _KNOTS[-1]:
+    shrink = math.sqrt(_KNOTS[-1] / variance)
+    q, moves = 1 - (1 - q) * shrink, moves * shrink
+  return Concentration(math.log(q * (keys - 1) / (1 - q)), moves)
+
+
+@functools.lru_cache(maxsize=64)
+def _concentrations(keys: int) -> tuple[np.ndarray, np.ndarray]:
+  """log E sum_j a_j^2 and the log of the mobility at _KNOTS."""
+  logs = [_integrated(float(e), keys) for e in _KNOTS]
+  return tuple(np.log(np.array(logs).T))
+
+
+def _integrated(e: float, keys: int) -> tuple[float, float]:
+  """E sum_j a_j^2 and the mobility, by the trapezoidal rule in s and in u = log t."""
+  sigma = math.sqrt(e)
+  step = min(0.25, sigma)
+  s = step * np.arange(-math.ceil(7 * sigma / step), math.ceil(7 * sigma / step) + 1)
+  density = np.exp(-(s**2) / (2 * e))
+  density /= density.sum()
+  # From where sum e^s dominates, to where not even the smallest likely sum is left.
+  low = -(math.log(keys) + min(e / 2, sigma * (math.sqrt(2 * math.log(keys)) + 5))) - 9
+  u = np.arange(low, 7 * sigma + 4, step)
+  # t^n f_n(t) depends on u + s alone: a convolution with the density.
+  z = u[0] + s[0] + step * np.arange(len(u) + len(s) - 1)
+  power = np.exp(np.minimum(z, 40.0))
+  falls = [np.exp(n * z - power) for n in (0, 2, 3, 4)]
+  f0, f2, f3, f4 = (np.convolve(fall, density, "valid") for fall in falls)
+  f0 = np.minimum(f0, 1.0)
+  rest = f0 ** (keys - 2)
+  square = keys * np.sum(f2 * rest * f0) * step
+  cube = keys * np.sum(f3 * rest * f0) * step / 2
+  product = keys * np.sum(f4 * rest * f0 + (keys - 1) * f2**2 * rest) * step / 6
+  return square, (square - 2 * cube + product) / square
+
+
+MIXING_FORMS = ("closed", "integral")
+
+
+class _Overlaps(NamedTuple):
+  """Sums over keys of the weights of one row, and of two rows; see `attention_mixing`.
+
+  Attributes:
+    one, two: q = E sum_j a_ij^2 and q' = E sum_j a_ij a_kj.
+    one_moves, two_moves: the same of what reaches the scores' gradient: the part that a row's
+      weights have in common moves none of them.
+    rows, pairs: under a causal mask, q_i of each row i, and q'_j of a pair with the longer row j.
+  """
+
+  one: Number
+  two: Number
+  one_moves: Number
+  two_moves: Number
+  rows: np.ndarray | None = None
+  pairs: np.ndarray | None = None
+
+
+def _overlaps(scores: Scores, keys: int, causal: bool, form: str) -> _Overlaps:
+  _require(form in MIXING_FORMS, f"{form=} must be one of {', '.join(MIXING_FORMS)}")
+  is_closed = form == "closed"
+  if is_closed:
+    e, mobility = _row_variance(scores.variance, scores.key_correlation, keys), 1.0
+  else:
+    e = (1 - _correlation("score correlation", scores.key_correlation)) * scores.variance
+    e, mobility = concentration(float(e), keys=keys)
   shared = _correlation("query_correlation", scores.query_correlation) * e
   if not causal:
-    return _sum_of_squares(e, keys), _sum_of_squares(shared, keys)
+    one, two = _sum_of_squares(e, keys), _sum_of_squares(shared, keys)
+    return _Overlaps(one, two, one * mobility, two * mobility)
   visible = np.arange(1, keys + 1)
-  one = _sum_of_squares(np.asarray(e)[..., None], visible).mean(-1)
+  rows = _sum_of_squares(np.asarray(e)[..., None], visible)
   # Of the visible - 1 pairs whose longer row sees this many keys: only their common keys count,
   # and the longer row gives each a weight of about 1 / visible.
-  two = _sum_of_squares(np.asarray(shared)[..., None], visible) @ (visible - 1.0)
-  return one, two / max(keys * (keys - 1) / 2, 1)
+  pairs, count = _sum_of_squares(np.asarray(shared)[..., None], visible), keys * (keys - 1) / 2
+  one, two = rows.mean(-1), pairs @ (visible - 1.0) / max(count, 1)
+  if is_closed or keys == 1:
+    return _Overlaps(one, two, one, two, rows, pairs)
+  # A row of i keys moves by 1 - 1/i of its weights, and two by 1 - 1/i of the shorter.
+  mobility /= 1 - rows[-1]
+  shorter = visible - 1 - np.concatenate([[0.0], np.cumsum(1 / visible[:-1])])
+  one_moves = (rows * (1 - rows)).mean() * mobility
+  two_moves = min(pairs @ shorter / count * mobility, one_moves)
+  return _Overlaps(one, two, one_moves, two_moves, rows, pairs)
 
 
 def attention_mixing(
@@ -787,6 +903,7 @@ def attention_mixing(
   dropout: Number = 0.0,
   width: Number | None = None,
   input_correlation: Number | None = None,
+  form: str = "closed",
 ) -> Moments:
   """sum_j a_ij v_j with a = dropout(softmax(scores)): what attention does before its output map.
 
@@ -814,17 +931,42 @@ def attention_mixing(
     dropout: p, of the attention weights.
     width: d; without it the last terms are left out.
     input_correlation: rx; the values' correlation if it is not given.
+    form: `closed`: w as above; `integral`: w of `concentration`, for scores of any variance.
   """
   _check(values)
   keys = _check_keys(keys)
   _check_rate("dropout", dropout)
-  q, q2 = _overlaps(scores, keys, causal)
+  q, q2, *_ = _overlaps(scores, keys, causal, form)
   r = _correlation("values' correlation", values.correlation)
   rx = r if input_correlation is None else _correlation("input_correlation", input_correlation)
+  # A row's weights, whatever they are, cannot pick up more than the values' own spread.
   aligned = _aligned(rx, width) * scores.variance
+  if form == "integral":
+    aligned = min(aligned, 1 - r)
   variance = r * (1 + q * dropout / (1 - dropout)) + (1 - r) * q / (1 - dropout) + aligned
   covariance = r + (1 - r) * q2 + r * aligned
   return Moments(values.mean, values.variance * variance, values.variance * covariance)
+
+
+def causal_correlation(
+  values: Moments, scores: Scores, *, keys: int, dropout: float = 0.0, form: str = "closed"
+) -> float:
+  """The correlation of two rows of `attention_mixing` under a causal mask, each row normed.
+
+  The mean over pairs of covariance / (the rows' deviations), row i having r + (1-r) q_i / (1-p) of
+  the values' variance; without the terms of order 1/d. Early rows average few values and are
+  large: without the norm the correlation is mostly theirs.
+  """
+  overlaps = _overlaps(scores, keys, True, form)
+  r = _correlation("values' correlation", values.correlation)
+  spread = (1 + overlaps.rows * dropout / (1 - dropout), overlaps.rows / (1 - dropout))
+  row = r * spread[0] + (1 - r) * spread[1]
+  if keys == 1:
+    return 1.0
+  inverse = 1 / np.sqrt(row)
+  earlier = np.concatenate([[0.0], np.cumsum(inverse[:-1])])
+  pairs = (r + (1 - r) * overlaps.pairs) * inverse * earlier
+  return float(pairs.sum() / (keys * (keys - 1) / 2))
 
 
 def _aligned(r: Number, width: Number | None) -> Number:
@@ -844,6 +986,7 @@ def attention_mixing_gradient(
   causal: bool = False,
   dropout: Number = 0.0,
   width: Number | None = None,
+  form: str = "closed",
 ) -> AttentionGradient:
   """Of `attention_mixing`, with respect to the layer's input, in units of (d_out sv2) g2.
 
@@ -864,27 +1007,28 @@ def attention_mixing_gradient(
   variance 5% in the median but up to 27%: an approximation. There the query and key paths are high,
   1.2 to 1.5 times at small v and up to 1.9 at v = 1, for a row of few keys has almost no score
   gradient (of one key, none): at small v their q is in truth lower by the mean of 1/i^2, and their
-  q' by the mean of 1/(i k) over pairs of rows. The value path is not affected. It warns as
-  `softmax` does.
+  q' by the mean of 1/(i k) over pairs of rows. The value path is not affected, and
+  the form `integral` has these terms. It warns as `softmax` does.
 
   Args:
     g: with respect to the mixed values.
-    scores, keys, causal, dropout, width: of `attention_mixing`.
+    scores, keys, causal, dropout, width, form: of `attention_mixing`.
     input_correlation: r.
   """
   _check(g)
   keys = _check_keys(keys)
   _check_rate("dropout", dropout)
-  q, q2 = _overlaps(scores, keys, causal)
+  q, q2, moves, moves2, *_ = _overlaps(scores, keys, causal, form)
   v, r_key, r_query = scores
   r, rg, others = _correlation("input_correlation", input_correlation), g.correlation, keys - 1
-  aligned = _aligned(r, width)
+  aligned = _aligned(r, width) * moves / q
   spread = ((1 - r) + r * dropout) / (1 - dropout)
   value = Gradient(q / (1 - dropout) + others * rg * q2, (1 - q) / max(others, 1) + rg * (1 - q2))
   query = Gradient(
-    v * ((1 - r_key) * spread * q + aligned), rg * v * ((1 - r) * (1 - r_key) * q2 + aligned)
+    v * ((1 - r_key) * spread * moves + aligned),
+    rg * v * ((1 - r) * (1 - r_key) * moves2 + aligned),
   )
-  key_variance = v * (spread * q + others * q2 * rg * r_query * (1 - r))
+  key_variance = v * (spread * moves + others * moves2 * rg * r_query * (1 - r))
   return AttentionGradient(value, query, Gradient(key_variance, -key_variance / max(others, 1)))
 
 

@@ -261,8 +261,13 @@ def _attention(
     "dropout": setting.attention_dropout,
     "width": width,
     "input_correlation": source.correlation,
+    "form": "integral",
   }
   mixed = moments.attention_mixing(v, scores, **mixing)
+  if mixing["causal"] and sub.norms & {"mid", "out"}:
+    dropped = {"dropout": setting.attention_dropout, "form": "integral"}
+    r = moments.causal_correlation(v, scores, keys=keys, **dropped)
+    mixed = mixed._replace(covariance=r * mixed.variance)
   out = _norm(norm, mixed, setting) if "mid" in sub.norms else mixed
   y, back_out = _linear(sub.out, out, q_features, width, setting)
   # All query heads send a gradient to W_v's rows, each to those of its group.

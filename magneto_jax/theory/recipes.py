@@ -8,6 +8,7 @@ import inspect
 import math
 from collections.abc import Callable
 
+from magneto_jax.theory import moments
 from magneto_jax.theory.records import (
   Architecture,
   Attention,
@@ -468,11 +469,6 @@ def keel(architecture: Architecture) -> Recipe:
 # ---------------------------------------------------------------------------------------------
 
 
-def _kappa(r: float) -> float:
-  """The correlation, means kept, of ReLU's outputs for normal inputs that are correlated by r."""
-  return r + (math.sqrt((1 - r) * (1 + r)) - r * math.acos(r)) / math.pi
-
-
 def _beta_squared(
   architecture: Architecture, depth_unit: str, beta_squared: float | None
 ) -> dict[str, float]:
@@ -507,7 +503,7 @@ def _correlations(
     entering.append(r)
     for _ in range(2 if cross else 1):
       r += beta_squared * (keep - r)
-    r += beta_squared * (keep * _kappa(r) - r)
+    r += beta_squared * (keep * float(moments.kappa(r)) - r)
   return tuple(entering), r
 
 
