@@ -71,7 +71,7 @@ class Library:
     self._state = jax.jit(init)(jax.random.key(0))
     self._key = jax.random.key(1)
     self._step = jax.jit(step, donate_argnums=0)
-    self._forward = jax.jit(functools.partial(causal_lm.loss, self._model))
+    self._forward = jax.jit(functools.partial(causal_lm.TASK.loss, self._model))
     self.parameters = sum(leaf.size for leaf in jax.tree.leaves(self._state.params))
     self.versions = {name: version(name) for name in ("jax", "jaxlib", "flax", "optax")}
 
@@ -180,7 +180,7 @@ def _gradient(model, batch):
   """`params -> (mean loss, gradient)`."""
 
   def mean_loss(params):
-    loss_sum, weight_sum = causal_lm.loss(model, params, batch)
+    loss_sum, weight_sum = causal_lm.TASK.loss(model, params, batch)
     return loss_sum / weight_sum
 
   return jax.value_and_grad(mean_loss)

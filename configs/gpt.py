@@ -34,8 +34,6 @@ def tiny(config):
   config.log_every = 25
   config.model.layers = 4
   config.model.width = 192
-  config.model.ffn_width = 768
-  config.model.heads = 6
   config.model.positions = "rotary"
   config.optimizer.learning_rate = 4e-3
   config.optimizer.warmup_steps = 60

@@ -64,8 +64,10 @@ class ModelConfig(_Checked):
 
   layers: int = _positive(6, "L, the number of layers")
   width: int = _positive(256, "D, the width of the residual stream")
-  ffn_width: int = _positive(1024, "F, the width of the feed-forward network's hidden layer")
-  heads: int = _positive(4, "N, the number of attention heads")
+  ffn_width: int = _field(0, "F, the width of the FFN's hidden layer; 0: 4 x width", min=0)
+  heads: int = _field(
+    0, "N, attention heads; 0: one for each 64 of the width, or each 32 below a width of 256", min=0
+  )
   kv_heads: int = _field(0, "K, the number of key/value heads; 0: as many as heads", min=0)
   head_dim: int = _field(0, "H, the width of a head; 0: width / heads", min=0)
   norm: str = _field("", "kind of every norm; empty: the recipe's", choices=("", *records.NORMS))
@@ -106,6 +108,14 @@ class ModelConfig(_Checked):
 
   def __post_init__(self):
     super().__post_init__()
+    # What follows from the width is written out: a run's config says what was run.
+    if not self.ffn_width:
+      object.__setattr__(self, "ffn_width", 4 * self.width)
+    if not self.heads:
+      head_width = self.head_dim or (64 if self.width >= 256 else min(32, self.width))
+      if self.width % head_width:
+        raise ConfigError(f"set model.heads: {head_width} does not divide model.width={self.width}")
+      object.__setattr__(self, "heads", self.width // head_width)
     kv_heads = self.kv_heads or self.heads
     if not self.head_dim and self.width % self.heads:
       raise ConfigError(
@@ -233,6 +243,9 @@ class TrainConfig(_Checked):
   eval_batches: int = _field(0, "batches an evaluation reads; 0: the whole validation set", min=0)
   log_every: int = _positive(10, "steps between lines of metrics")
   checkpoint_every: int = _positive(250, "steps between checkpoints")
+  diagnostics_every: int = _field(
+    0, "steps between measurements of stream and gradient by layer; 0: none", min=0
+  )
   keep_checkpoints: int = _positive(3, "how many checkpoints are kept")
   sample_prompt: str = _field("", "start of the sample that is printed at the end")
   sample_tokens: int = _field(128, "tokens of that sample; 0: no sample", min=0)
@@ -271,6 +284,7 @@ RESUMABLE = (
   "eval_batches",
   "log_every",
   "checkpoint_every",
+  "diagnostics_every",
   "keep_checkpoints",
   "sample_prompt",
   "sample_tokens",

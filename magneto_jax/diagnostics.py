@@ -6,7 +6,8 @@ model; `predict` gives the same numbers from `theory.propagation`.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from magneto_jax import reporting
 from magneto_jax.layers import probes
 from magneto_jax.models.backbone import Backbone
 from magneto_jax.models.language import CausalLM
@@ -264,7 +266,7 @@ class Diagnosis(NamedTuple):
     name: of the recipe, or whatever the caller calls it.
     measured, predicted: of each stack, by `encoder` and `decoder`.
     update, predicted_update: the first update, measured and predicted.
-    update_ratio: the measured update of the matrices over that of the baseline; NaN without one.
+    update_ratio, predicted_update_ratio: that of the matrices over the baseline's; NaN without one.
     findings: about the measured figures, with the stack's name where there are two.
     notes: of the prediction: where it is known to be worse.
   """
@@ -275,35 +277,26 @@ class Diagnosis(NamedTuple):
   update: propagation.Update
   predicted_update: propagation.Update
   update_ratio: float
+  predicted_update_ratio: float
   findings: tuple[stability.Finding, ...]
   notes: tuple[str, ...]
 
   def as_json(self) -> dict[str, Any]:
     """The diagnosis as JSON-able values; what is not finite is None."""
+    arrays = lambda record: {k: v for k, v in record._asdict().items() if isinstance(v, np.ndarray)}
     stacks = {
-      kind: {
-        "measured": self.measured[kind]._asdict(),
-        "predicted": {
-          name: value
-          for name, value in self.predicted[kind]._asdict().items()
-          if isinstance(value, np.ndarray)
-        },
-      }
-      for kind in self.measured
+      kind: {"measured": arrays(m), "predicted": arrays(self.predicted[kind])}
+      for kind, m in self.measured.items()
     }
-    return _jsonable(
-      {
-        "recipe": self.name,
-        "stacks": stacks,
-        "first_update": {
-          "measured": self.update._asdict(),
-          "predicted": self.predicted_update._asdict(),
-          "over_pre_ln_of_6_layers": self.update_ratio,
-        },
-        "findings": [finding._asdict() for finding in self.findings],
-        "notes": list(self.notes),
-      }
-    )
+    update = {
+      "measured": self.update._asdict(),
+      "predicted": self.predicted_update._asdict(),
+      "matrices_over_baseline": self.update_ratio,
+      "predicted_matrices_over_baseline": self.predicted_update_ratio,
+    }
+    findings = [finding._asdict() for finding in self.findings]
+    named = {"recipe": self.name, "stacks": stacks, "first_update": update}
+    return _jsonable({**named, "findings": findings, "notes": list(self.notes)})
 
 
 def _jsonable(value):
@@ -313,14 +306,9 @@ def _jsonable(value):
     return [_jsonable(item) for item in value]
   if isinstance(value, np.ndarray):
     return _jsonable(value.tolist())
-  if isinstance(value, float | np.floating | jax.Array):
-    return float(value) if np.isfinite(value) else None
+  if isinstance(value, float):
+    return value if math.isfinite(value) else None
   return value
-
-
-def first_row(tree):
-  """The first sample of arrays [B, ...]; what is no array, or has no rows, stays."""
-  return jax.tree.map(lambda leaf: leaf[:1] if getattr(leaf, "ndim", 0) else leaf, tree)
 
 
 def diagnose(
@@ -329,7 +317,7 @@ def diagnose(
   name: str = "model",
   loss: Callable[[Any], jax.Array] | None = None,
   seed: int = 0,
-  baseline: float = math.nan,
+  baseline: Diagnosis | None = None,
   **kwargs,
 ) -> Diagnosis:
   """Draws a model's parameters, measures it on a batch, and says what the figures mean.
@@ -340,51 +328,108 @@ def diagnose(
     name: how the diagnosis is called.
     loss: `output -> number`; by default a random projection of the output.
     seed: of the parameters, the dropout and the random projection.
-    baseline: the measured first update (`matrices`) of Pre-LN with 6 layers; without it nothing is
-      said about the update's size.
+    baseline: of Pre-LN with 6 layers of the same sizes; without it nothing is said about the
+      update's size.
     **kwargs: of the model's call.
-
-  Returns:
-    The diagnosis. The first update is that of the batch's first sample.
 
   Example:
     >>> model = magneto_jax.CausalLM(recipe=recipe, ..., remat="full")
     >>> print(diagnostics.diagnose(model, tokens_BT).findings)
   """
-  init_key, dropout_key, noise_key = (jax.random.fold_in(jax.random.key(seed), i) for i in range(3))
-  static = {key: value for key, value in kwargs.items() if not hasattr(value, "shape")}
-  arrays = {key: value for key, value in kwargs.items() if key not in static}
+  is_array = lambda value: hasattr(value, "shape")
+  static = {key: value for key, value in kwargs.items() if not is_array(value)}
+  arrays = {key: value for key, value in kwargs.items() if is_array(value)}
+  noise_key = jax.random.fold_in(jax.random.key(seed), 2)
   loss = random_projection(noise_key) if loss is None else loss
-
-  def call_on(args, arrays) -> Call:
-    return Call(args, {**arrays, **static}, loss, dropout_key)
-
-  params = jax.jit(lambda: model.init(init_key, *args, **kwargs)["params"])()
-  observe = jax.jit(lambda params, *batch: statistics(model, params, call_on(*batch)))
-  measured = profiles_of(model, *observe(params, args, arrays))
-  move = jax.jit(lambda params, *batch: first_update(model, params, call_on(*batch)))
-  update = propagation.Update(*map(float, move(params, *first_row((args, arrays)))))
-  return conclude(name, model, measured, update, baseline=baseline)
+  calls = lambda batch, rng: Call(batch[0], {**batch[1], **static}, loss, rng)
+  return examine(model, calls, (args, arrays), name=name, seed=seed, baseline=baseline)
 
 
-def conclude(
-  name: str,
+def examine(
   model: nn.Module,
-  measured: dict[str, Measured],
-  update: propagation.Update,
+  calls: Callable[[Any, jax.Array], Call],
+  batch,
   *,
-  baseline: float = math.nan,
+  name: str,
+  seed: int = 0,
+  baseline: Diagnosis | None = None,
 ) -> Diagnosis:
-  """The diagnosis of what was measured."""
+  """`diagnose` for calls of any kind.
+
+  Args:
+    model: see `diagnose`.
+    calls: `(batch, key of the dropout) -> Call`.
+    batch: a tree of arrays [B, ...]; the first update is that of its first sample.
+    name, seed, baseline: see `diagnose`.
+  """
+  init_key, dropout_key = (jax.random.fold_in(jax.random.key(seed), i) for i in range(2))
+
+  def init(batch):
+    call = calls(batch, dropout_key)
+    return model.init(init_key, *call.args, **call.kwargs)["params"]
+
+  params = jax.jit(init)(batch)
+  observe = jax.jit(lambda params, batch: statistics(model, params, calls(batch, dropout_key)))
+  move = jax.jit(lambda params, batch: first_update(model, params, calls(batch, dropout_key)))
+  measured = profiles_of(model, *observe(params, batch))
+  first = jax.tree.map(lambda leaf: leaf[:1], batch)
+  update = propagation.Update(*map(float, move(params, first)))
   predicted, predicted_update = predict(model, measured)
+  ratio = predicted_ratio = math.nan
+  if baseline is not None:
+    ratio = update.matrices / baseline.update.matrices
+    predicted_ratio = predicted_update.matrices / baseline.predicted_update.matrices
+  findings = findings_of(measured) + tuple(stability.update_findings(ratio))
+  notes = tuple(dict.fromkeys(note for profile in predicted.values() for note in profile.notes))
+  return Diagnosis(
+    name,
+    measured,
+    predicted,
+    update,
+    predicted_update,
+    ratio,
+    predicted_ratio,
+    findings,
+    notes,
+  )
+
+
+def findings_of(measured: Mapping[str, Measured]) -> tuple[stability.Finding, ...]:
+  """What the figures of the stacks mean, the update left out."""
   findings = []
   for kind, m in measured.items():
     found = stability.judge(gradient=m.gradient, correlation=m.correlation, largest=m.largest)
     prefix = f"{kind}: " if len(measured) > 1 else ""
     findings += [f._replace(text=prefix + f.text) for f in found]
-  ratio = update.matrices / baseline
-  findings += stability.update_findings(ratio)
-  notes = tuple(dict.fromkeys(note for profile in predicted.values() for note in profile.notes))
-  return Diagnosis(
-    name, measured, predicted, update, predicted_update, ratio, tuple(findings), notes
-  )
+  return tuple(findings)
+
+
+def draw(
+  diagnoses: Sequence[Diagnosis], path: str | pathlib.Path, *, title: str = ""
+) -> pathlib.Path:
+  """Draws stream, correlation and gradient by layer, and the first update, into a picture."""
+  panels = []
+  for kind in diagnoses[0].measured:
+    prefix = f"{kind}: " if len(diagnoses[0].measured) > 1 else ""
+    curves = lambda read, band, kind=kind: {
+      d.name: reporting.Curve(read(d.measured[kind]), read(d.predicted[kind]), band)
+      for d in diagnoses
+    }
+    norm = lambda profile: np.sqrt(profile.gradient / profile.gradient[-1])
+    is_causal = kind == "decoder"
+    panels += [
+      reporting.Panel(
+        f"{prefix}stream", "variance before the norm", curves(lambda p: p.variance, 1.1)
+      ),
+      reporting.Panel(
+        f"{prefix}tokens", "correlation of two tokens", curves(lambda p: p.correlation, 1.0), False
+      ),
+      reporting.Panel(
+        f"{prefix}gradient",
+        "norm, over the last layer's",
+        curves(norm, propagation.GRADIENT_BAND[is_causal]),
+      ),
+    ]
+  updates = {d.name: (d.update.matrices, d.predicted_update.matrices) for d in diagnoses}
+  bars = reporting.Bars("first update by SGD", "change of the output / learning rate", updates)
+  return reporting.draw_by_layer(pathlib.Path(path), panels, bars, title=title)

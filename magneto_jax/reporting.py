@@ -1,9 +1,11 @@
 """What a person sees of a run: tables, progress, metrics files and the learning curve."""
 
 import contextlib
+import importlib.metadata
 import json
 import math
 import pathlib
+import platform
 import re
 import sys
 import time
@@ -86,6 +88,15 @@ def parameter_table(params) -> rich.table.Table:
   table.add_section()
   table.add_row("total", "", f"{total:,}", "")
   return table
+
+
+def versions() -> dict[str, str]:
+  """Of what decides a figure."""
+  return {
+    "magneto_jax": importlib.metadata.version("magneto_jax"),
+    "jax": jax.__version__,
+    "python": platform.python_version(),
+  }
 
 
 def count(params) -> int:
@@ -257,46 +268,73 @@ class Panel(NamedTuple):
   log: bool = True
 
 
+class Bars(NamedTuple):
+  """A panel by name: (measured, predicted) of each."""
+
+  title: str
+  label: str
+  values: Mapping[str, tuple[float, float]]
+
+
 def draw_by_layer(
-  path: pathlib.Path, panels: Sequence[Panel], *, title: str, columns: int = 3
+  path: pathlib.Path, panels: Sequence[Panel], bars: Bars | None = None, *, title: str
 ) -> pathlib.Path:
   """Draws panels over the layers: predictions as lines, measurements as marks, names as colours."""
   from matplotlib.figure import Figure
   from matplotlib.lines import Line2D
 
   names = list(dict.fromkeys(name for panel in panels for name in panel.curves))
-  styles = {
-    name: {
-      "color": COLOURS[i % len(COLOURS)],
-      "linestyle": DASHES[i // len(COLOURS) % len(DASHES)],
-      "marker": MARKS[(i + i // len(COLOURS)) % len(MARKS)],
-    }
-    for i, name in enumerate(names)
-  }
-  rows = -(-len(panels) // columns)
-  figure = Figure(figsize=(4.6 * columns, 3.9 * rows + 0.8), dpi=130, layout="constrained")
-  grid = figure.subplots(rows, columns, squeeze=False)
-  for axes, panel in zip(grid.flat, panels, strict=False):
+  styles = {name: _style(i) for i, name in enumerate(names)}
+  count = len(panels) + (bars is not None)
+  columns = 2 if count == 4 else min(count, 3)
+  rows = -(-count // columns)
+  figure = Figure(figsize=(5.4 * columns, 4.0 * rows + 0.9), dpi=120, layout="constrained")
+  grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+  for axes, panel in zip(grid, panels, strict=False):
     for name, curve in panel.curves.items():
       _draw_curve(axes, curve, styles[name])
     axes.set(title=panel.title, xlabel="layer (0: the stack's input)", ylabel=panel.label)
     if panel.log:
       axes.set_yscale("log")
+  if bars is not None:
+    _draw_bars(grid[len(panels)], bars, styles)
+  for axes in grid[:count]:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-  for axes in grid.flat[len(panels) :]:
+  for axes in grid[count:]:
     axes.set_visible(False)
   handles = [Line2D([], [], label=name, ms=5, lw=1.4, **styles[name]) for name in names]
-  kinds = [
-    Line2D([], [], color="#666666", lw=1.4, label="line: predicted"),
-    Line2D([], [], color="#666666", lw=0, marker="o", ms=5, label="marks: measured"),
+  grey = {"color": "#666666", "lw": 1.4}
+  handles += [
+    Line2D([], [], label="line: predicted (shade: its known error)", **grey),
+    Line2D([], [], label="marks: measured", marker="o", ms=5, **{**grey, "lw": 0}),
   ]
   figure.legend(
-    handles=handles + kinds, loc="outside lower center", ncols=min(8, len(names) + 2), frameon=False
+    handles=handles, loc="outside lower center", ncols=min(2 * columns, len(handles)), frameon=False
   )
   figure.suptitle(title)
   figure.savefig(path)
   return path
+
+
+def _style(i: int) -> dict[str, str]:
+  """Colour, dash and mark of the i-th name."""
+  turn = i // len(COLOURS)
+  return {
+    "color": COLOURS[i % len(COLOURS)],
+    "linestyle": DASHES[turn % len(DASHES)],
+    "marker": MARKS[(i + turn) % len(MARKS)],
+  }
+
+
+def _draw_bars(axes, bars: Bars, styles: Mapping[str, Mapping[str, str]]) -> None:
+  for i, (name, (measured, predicted)) in enumerate(bars.values.items()):
+    style = {"color": styles[name]["color"], "lw": 0}
+    axes.plot([i], [measured], marker=styles[name]["marker"], ms=7, **style)
+    axes.plot([i], [predicted], marker="_", ms=16, mew=2, **style)
+  axes.set_xticks(range(len(bars.values)), bars.values, rotation=40, ha="right")
+  axes.set_xlim(-0.7, len(bars.values) - 0.3)
+  axes.set(title=bars.title, ylabel=bars.label, yscale="log")
 
 
 def _draw_curve(axes, curve: Curve, style: Mapping[str, str]) -> None:

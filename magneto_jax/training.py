@@ -2,13 +2,11 @@
 
 import contextlib
 import functools
-import importlib.metadata
 import itertools
 import json
 import math
 import os
 import pathlib
-import platform
 import tempfile
 import time
 from collections.abc import Callable
@@ -409,11 +407,7 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict:
     "device": jax.devices()[0].device_kind,
     "recipe": config.recipe,
     "seed": config.seed,
-    "versions": {
-      "magneto_jax": importlib.metadata.version("magneto_jax"),
-      "jax": jax.__version__,
-      "python": platform.python_version(),
-    },
+    "versions": reporting.versions(),
     "sample": _sample(job, state.eval_params, sample_key),
   }
   reporting.draw_learning_curve(workdir, title=_title(config), unit="nats a token")

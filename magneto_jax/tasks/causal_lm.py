@@ -15,7 +15,7 @@ from magneto_jax.data import baselines as data_baselines
 from magneto_jax.data import text
 from magneto_jax.layers.feed_forward import GATED
 from magneto_jax.models.language import CausalLM
-from magneto_jax.tasks.task import Facts, Task
+from magneto_jax.tasks.task import Batch, Facts, Task
 from magneto_jax.theory import flops as theory_flops
 from magneto_jax.theory import recipes, records
 
@@ -145,16 +145,14 @@ def build_model(config: TrainConfig, facts: Facts) -> CausalLM:
   )
 
 
-def loss(model: CausalLM, params, batch, dropout_key=None):
+def inputs(batch: Batch) -> tuple[tuple, dict[str, Any]]:
+  """The model's arguments: packed tokens, each document with positions of its own."""
+  places = {"positions_BT": batch["positions"], "segment_ids_BT": batch["segment_ids"]}
+  return (batch["inputs"],), places
+
+
+def score(logits_BTV, batch: Batch):
   """Sum over tokens of -log p(target) (nats) and the number of tokens, both weighted."""
-  logits_BTV = model.apply(
-    {"params": params},
-    batch["inputs"],
-    positions_BT=batch["positions"],
-    segment_ids_BT=batch["segment_ids"],
-    deterministic=dropout_key is None,
-    rngs=None if dropout_key is None else {"dropout": dropout_key},
-  )
   nats_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, batch["targets"])
   return jnp.sum(nats_BT * batch["weights"]), jnp.sum(batch["weights"])
 
@@ -210,7 +208,9 @@ TASK = Task(
   describe=lambda config, facts: records.describe(decoder_recipe(config, facts)),
   build_model=build_model,
   dummy_inputs=lambda config: (jnp.zeros((1, config.data.seq_length), jnp.int32),),
-  loss=loss,
+  architecture=architecture,
+  inputs=inputs,
+  score=score,
   metrics=metrics,
   baselines=baselines,
   flops=flops,

@@ -8,6 +8,7 @@ import jax
 from flax import linen as nn
 
 from magneto_jax.config import DataConfig, TrainConfig
+from magneto_jax.theory.records import Architecture
 
 Batch = dict[str, jax.Array]
 Facts = dict[str, int | float]
@@ -23,7 +24,9 @@ class Task(NamedTuple):
     describe: `(config, facts) -> lines` that say in words what the config's recipe does.
     build_model: `(config, facts) -> module`.
     dummy_inputs: `config -> positional arguments` that initialise the module.
-    loss: `(module, params, batch, dropout key or None) -> (sum of losses, sum of weights)`.
+    architecture: `(config, facts) -> Architecture`: what a recipe is given.
+    inputs: `batch -> (positional arguments, keywords)` of the module's call.
+    score: `(output, batch) -> (sum of losses, sum of weights)`.
     metrics: `(sum of losses, sum of weights, data, whole=) -> {name: value}` of a validation set,
       or of a part of it.
     baselines: `data -> {metric: {model: value}}`: what trivial models score on the validation set;
@@ -36,7 +39,23 @@ class Task(NamedTuple):
   describe: Callable[[TrainConfig, Facts], list[str]]
   build_model: Callable[[TrainConfig, Facts], nn.Module]
   dummy_inputs: Callable[[TrainConfig], tuple]
-  loss: Callable[[nn.Module, Any, Batch, jax.Array | None], tuple[jax.Array, jax.Array]]
+  architecture: Callable[[TrainConfig, Facts], Architecture]
+  inputs: Callable[[Batch], tuple[tuple, dict[str, Any]]]
+  score: Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
   metrics: Callable[..., dict[str, float]]
   baselines: Callable[[Any], dict[str, dict[str, float]]]
   flops: Callable[[TrainConfig, Any], int]
+
+  def loss(
+    self, model: nn.Module, params, batch: Batch, dropout_key: jax.Array | None = None
+  ) -> tuple[jax.Array, jax.Array]:
+    """(sum of losses, sum of weights); with a key in training mode."""
+    args, kwargs = self.inputs(batch)
+    output = model.apply(
+      {"params": params},
+      *args,
+      deterministic=dropout_key is None,
+      rngs=None if dropout_key is None else {"dropout": dropout_key},
+      **kwargs,
+    )
+    return self.score(output, batch)

@@ -35,6 +35,11 @@ from magneto_jax.theory.moments import Gradient, Moments
 
 UNIT_GRADIENT = Gradient(1.0, 0.0)
 
+# The factor within which the gradient's norm was found, bidirectional and causal: see
+# docs/theory.md for the measurements. Causal gradients gather on the first tokens, and tokens are
+# exchangeable here.
+GRADIENT_BAND = {False: 1.3, True: 2.0}
+
 # Variances above it are not followed.
 _OVERFLOW = 1e250
 

@@ -1,0 +1,217 @@
+"""Will it train? `python -m magneto_jax.diagnose --config=configs/gpt.py:tiny --output=DIR`.
+
+Builds the config's model, measures it at its start on a batch of its own data, and lays the figures
+beside what the theory says of the recipe: stream, token correlation and gradient layer by layer, and
+the first update. `--recipes=all` (or names, separated by commas) compares recipes, `--layers`
+changes the depth. DIR gets `diagnosis.png` and `diagnosis.json`.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+import tempfile
+import time
+
+import numpy as np
+import rich.table
+from absl import flags
+
+from magneto_jax import cli, diagnostics, reporting
+from magneto_jax.config import ConfigError, RecipeConfig, TrainConfig, config_errors
+from magneto_jax.data import files
+from magneto_jax.tasks import TASKS
+from magneto_jax.theory import stability
+from magneto_jax.theory.recipes import RECIPES
+
+# Tokens a batch has at least, if the config's has as many: their mean is then within a per cent.
+_TOKENS = 1024
+
+
+def main() -> None:
+  """Defines the flags and runs the command."""
+  config = cli.define_config_flag()
+  recipes = flags.DEFINE_string("recipes", "", "Recipes, separated by commas, or all.")
+  layers = flags.DEFINE_integer("layers", None, "Another number of layers.", lower_bound=1)
+  output = flags.DEFINE_string("output", "", "Where diagnosis.png and diagnosis.json go.")
+
+  def run() -> None:
+    found = diagnose(cli.typed_config(config), recipes=chosen(recipes.value), layers=layers.value)
+    report(found)
+    if output.value:
+      leave(found, pathlib.Path(output.value))
+
+  cli.run(run)
+
+
+def chosen(names: str) -> tuple[str, ...]:
+  """The recipes that the flag names; none: the config's own."""
+  if names == "all":
+    return tuple(RECIPES)
+  listed = tuple(name.strip() for name in names.split(",") if name.strip())
+  for name in listed:
+    if name not in RECIPES:
+      raise ConfigError(f"--recipes: {name!r} must be one of all, {', '.join(RECIPES)}")
+  return listed
+
+
+def variant(config: TrainConfig, recipe: str, layers: int) -> TrainConfig:
+  """The config with another recipe and depth, its layers scanned and recomputed."""
+  options = config.recipe_options if recipe == config.recipe else RecipeConfig()
+  model = dataclasses.replace(config.model, layers=layers, remat="full", unroll=1)
+  return dataclasses.replace(config, recipe=recipe, recipe_options=options, model=model)
+
+
+@dataclasses.dataclass(frozen=True)
+class Diagnoses:
+  """What the command found.
+
+  Attributes:
+    config: as it was given, with the depth that was measured.
+    diagnoses: one a recipe.
+    recommendation: what the theory recommends for this architecture.
+    seconds: how long it took.
+  """
+
+  config: TrainConfig
+  diagnoses: tuple[diagnostics.Diagnosis, ...]
+  recommendation: stability.Recommendation
+  seconds: float
+
+  @property
+  def title(self) -> str:
+    model = self.config.model
+    return f"{model.layers} layers of width {model.width} at their start, {self.config.data.name}"
+
+
+def diagnose(
+  config: TrainConfig, *, recipes: tuple[str, ...] = (), layers: int | None = None
+) -> Diagnoses:
+  """Measures the config's model, once with each recipe.
+
+  Args:
+    config: a run's.
+    recipes: names; the config's own by default.
+    layers: another depth.
+
+  Raises:
+    ConfigError: if the data cannot be had, or a model not be built.
+  """
+  started = time.perf_counter()
+  depth = layers or config.model.layers
+  config = variant(config, config.recipe, depth)
+  task = TASKS[config.task]
+  with tempfile.TemporaryDirectory() as scratch, config_errors():
+    data = task.load_data(config.data, pathlib.Path(scratch), None)
+    facts = task.facts(data)
+    rows = min(config.batch_size, max(1, _TOKENS // config.data.seq_length), len(data.train))
+    samples = [data.train[i] for i in range(rows)]
+    batch = {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
+
+    def calls(batch, rng) -> diagnostics.Call:
+      args, kwargs = task.inputs(batch)
+
+      def mean_loss(output):
+        loss_sum, weight_sum = task.score(output, batch)
+        return loss_sum / weight_sum
+
+      return diagnostics.Call(args, kwargs, mean_loss, rng)
+
+    def measured(recipe: str, layers: int, **options) -> diagnostics.Diagnosis:
+      model = task.build_model(variant(config, recipe, layers), facts)
+      return diagnostics.examine(model, calls, batch, name=recipe, seed=config.seed, **options)
+
+    shallow = measured("pre_ln", min(depth, stability.SHALLOW))
+    found = tuple(measured(name, depth, baseline=shallow) for name in recipes or (config.recipe,))
+    recommendation = stability.recommend(
+      task.architecture(config, facts),
+      length=config.data.seq_length,
+      activation=config.model.activation,
+      attention_dropout=config.model.attention_dropout,
+    )
+  return Diagnoses(config, found, recommendation, time.perf_counter() - started)
+
+
+# ---------------------------------------------------------------------------------------------
+# What a person reads
+# ---------------------------------------------------------------------------------------------
+
+
+def _pair(measured: float, predicted: float) -> str:
+  return f"{measured:.3g} ({predicted:.3g})"
+
+
+def table(found: Diagnoses) -> rich.table.Table:
+  """A row for each stack: the figures at its end, measured and, in brackets, predicted."""
+  result = rich.table.Table(
+    title=f"{found.title}: measured (predicted)", title_justify="left", box=None, pad_edge=False
+  )
+  result.add_column("recipe")
+  for column in (
+    "stream variance",
+    "token correlation",
+    "gradient norm, first layer / last",
+    "largest value",
+    "first update / Pre-LN's of 6 layers",
+  ):
+    result.add_column(column, justify="right")
+  for diagnosis in found.diagnoses:
+    for kind, m in diagnosis.measured.items():
+      p = diagnosis.predicted[kind]
+      ratio = [math.sqrt(g[1] / g[-1]) if g[-1] else math.nan for g in (m.gradient, p.gradient)]
+      name = diagnosis.name if len(diagnosis.measured) == 1 else f"{diagnosis.name}, {kind}"
+      result.add_row(
+        name,
+        _pair(m.variance[-1], p.variance[-1]),
+        _pair(m.correlation[-1], p.correlation[-1]),
+        _pair(*ratio),
+        f"{m.largest.max():.3g}",
+        _pair(diagnosis.update_ratio, diagnosis.predicted_update_ratio),
+      )
+  return result
+
+
+def verdict(diagnosis: diagnostics.Diagnosis, recommendation: stability.Recommendation) -> str:
+  """Stable, or what breaks where and which recipe would mend it."""
+  if not diagnosis.findings:
+    return f"{diagnosis.name}: stable at its start: no figure is beyond its limit"
+  sound = [c.name for c in recommendation.candidates if not c.findings]
+  others = [name for name in sound if name != diagnosis.name][:3]
+  texts = "; ".join(finding.text for finding in diagnosis.findings)
+  broken = {finding.figure for finding in diagnosis.findings}
+  word = "runs out of float16" if broken == {"float16"} else "unstable"
+  mend = f"; sound at this depth: {', '.join(others)}" if others and word == "unstable" else ""
+  return f"{diagnosis.name}: {word}: {texts}{mend}"
+
+
+def report(found: Diagnoses) -> None:
+  """Prints the table and the verdicts."""
+  console = reporting.make_console()
+  console.print(table(found))
+  lines = ["", *(verdict(d, found.recommendation) for d in found.diagnoses)]
+  notes = dict.fromkeys(f"note, {d.name}: {note}" for d in found.diagnoses for note in d.notes)
+  lines += [*notes, f"recommended: {found.recommendation}".splitlines()[0]]
+  lines.append(f"measured in {reporting.duration(found.seconds)}")
+  for line in lines:
+    console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def leave(found: Diagnoses, directory: pathlib.Path) -> None:
+  """Writes the picture and the figures."""
+  directory.mkdir(parents=True, exist_ok=True)
+  diagnostics.draw(found.diagnoses, directory / "diagnosis.png", title=found.title)
+  values = {
+    "config": dataclasses.asdict(found.config),
+    "diagnoses": [
+      {**d.as_json(), "verdict": verdict(d, found.recommendation)} for d in found.diagnoses
+    ],
+    "recommended": str(found.recommendation),
+    "seconds": found.seconds,
+    "versions": reporting.versions(),
+  }
+  text = json.dumps(values, indent=1, allow_nan=False) + "\n"
+  files.write_durably(directory / "diagnosis.json", text.encode())
+
+
+if __name__ == "__main__":
+  main()
