@@ -8,9 +8,8 @@ from magneto_jax.data import documents, tokenizers
 
 
 def record(**data):
-  return runs.Record(
-    from_config_dict({"data": data}), {"train": "a", "seq_length": 8}, {"n": 1, "r": 0.1}
-  )
+  facts = {"vocab_size": 1, "token_correlation": 0.1}
+  return runs.Record(from_config_dict({"data": data}), {"train": "a", "seq_length": 8}, facts)
 
 
 def test_a_record_is_read_as_it_was_written(tmp_path):
@@ -27,6 +26,14 @@ def test_other_data_are_another_run(tmp_path):
   runs.refuse_if_different(tmp_path, old, old)
   with pytest.raises(ConfigError, match=r"its data have changed \(train\); use another workdir"):
     runs.refuse_if_different(tmp_path, old, old._replace(data={**old.data, "train": "b"}))
+
+
+def test_a_model_of_a_text_is_not_had_without_the_texts_correlation(tmp_path):
+  """One that was never counted is not made up."""
+  config = from_config_dict({"recipe": "deepscalelm"})
+  runs.write_record(tmp_path, record()._replace(config=config, facts={"vocab_size": 260}))
+  with pytest.raises(ConfigError, match="this run has no token_correlation"):
+    runs.load(tmp_path)
 
 
 def test_the_tokenizer_is_the_runs(tmp_path):

@@ -428,8 +428,9 @@ def test_every_recipe_lowers_the_loss_on_one_batch(recipe):
   assert float(loss_sum / weight_sum) < float(metrics["loss"])
 
 
+@pytest.mark.slow
 def test_a_recipe_of_the_runs_text_is_loaded_as_it_was_trained(tmp_path):
-  """The text's correlation is kept with the run; without it the model cannot be had."""
+  """The text's correlation is kept with the run."""
   options = {"recipe": "deepscalelm", "sample_tokens": 0, "steps": 1}
   config = tiny(**options, model={**TINY["model"], "layers": 3, "positions": "learned"})
   training.train(config, tmp_path)
@@ -447,9 +448,6 @@ def test_a_recipe_of_the_runs_text_is_loaded_as_it_was_trained(tmp_path):
     embedding_tables=2,
   )
   assert loaded.recipe == magneto_jax.RECIPES["deepscalelm"](architecture).decoder
-  runs.write_record(tmp_path, record._replace(facts={"vocab_size": 260}))
-  with pytest.raises(ConfigError, match="this run has no token_correlation"):
-    runs.load(tmp_path)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_checkpoints(tmp_path):
