@@ -11,6 +11,7 @@ from magneto_jax.layers import initializers
 from magneto_jax.models.language import CausalLM
 from magneto_jax.theory.recipes import RECIPES
 from magneto_jax.theory.records import Architecture, Recipe
+from magneto_jax.theory.stability import recommend
 
 __version__ = importlib.metadata.version("magneto_jax")
 
@@ -26,6 +27,7 @@ __all__ = [
   "layers",
   "load",
   "models",
+  "recommend",
 ]
 
 

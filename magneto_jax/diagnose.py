@@ -1,8 +1,8 @@
 """Will it train? `python -m magneto_jax.diagnose --config=configs/gpt.py:tiny --output=DIR`.
 
 Builds the config's model, measures it at its start on a batch of its own data, and lays the figures
-beside what the theory says of the recipe: stream, token correlation and gradient layer by layer, and
-the first update. `--recipes=all` (or names, separated by commas) compares recipes, `--layers`
+beside what the theory says of the recipe: stream, token correlation and gradient layer by layer,
+and the first update. `--recipes=all` (or names, separated by commas) compares recipes, `--layers`
 changes the depth. DIR gets `diagnosis.png` and `diagnosis.json`.
 """
 

@@ -430,6 +430,9 @@ def draw(
         curves(norm, propagation.GRADIENT_BAND[is_causal]),
       ),
     ]
-  updates = {d.name: (d.update.matrices, d.predicted_update.matrices) for d in diagnoses}
-  bars = reporting.Bars("first update by SGD", "change of the output / learning rate", updates)
+  ratios = {d.name: (d.update_ratio, d.predicted_update_ratio) for d in diagnoses}
+  bars = reporting.Bars("first update by SGD", "over that of Pre-LN with 6 layers", ratios)
+  if not all(math.isfinite(measured) for measured, _ in ratios.values()):
+    updates = {d.name: (d.update.matrices, d.predicted_update.matrices) for d in diagnoses}
+    bars = reporting.Bars("first update by SGD", "change of the output / learning rate", updates)
   return reporting.draw_by_layer(pathlib.Path(path), panels, bars, title=title)

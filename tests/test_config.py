@@ -58,9 +58,10 @@ def test_a_misspelt_field_names_the_right_one(name):
     ("model.dropout", True, r"config.model.dropout=True must be of type float"),
     ("model.heads", 3, r"model.heads=3 must divide model.width=256"),
     ("model.kv_heads", 3, r"model.kv_heads=3 must divide model.heads=4"),
+    ("model.width", 300, r"set model.heads: 64 does not divide model.width=300"),
     ("model.unroll", 4, r"model.unroll=4 must divide model.layers=6"),
     ("model.unroll", 0, r"model.unroll=0 must divide model.layers=6"),
-    ("model", {"positions": "rotary", "head_dim": 5}, r"an even head width, not 5"),
+    ("model", {"positions": "rotary", "heads": 4, "head_dim": 5}, r"an even head width, not 5"),
     ("recipe", "magnet", r"config.recipe='magnet' must be one of .*did you mean magneto\?"),
     ("accumulation", 3, r"accumulation=3 must divide batch_size=16"),
     ("lerning_rate", 1.0, r"did you mean config.optimizer.learning_rate\?"),
@@ -206,3 +207,20 @@ def test_generation_ends_in_one_line(flags, message, tmp_path):
   result = subprocess.run([*command, *flags], capture_output=True, text=True, cwd=tmp_path)
   assert result.returncode == 2, result.stderr
   assert message in result.stderr and result.stderr.count("\n") == 1, result.stderr
+
+
+@pytest.mark.parametrize(
+  ("given", "heads", "ffn_width"),
+  [
+    ({"width": 64}, 2, 256),
+    ({"width": 16}, 1, 64),
+    ({"width": 512}, 8, 2048),
+    ({"width": 512, "heads": 4, "ffn_width": 100}, 4, 100),
+    ({"width": 96, "head_dim": 16}, 6, 384),
+  ],
+)
+def test_heads_and_ffn_width_follow_from_the_width(given, heads, ffn_width):
+  """One head for each 64 of the width, or each 32 of a small one; and the record says so."""
+  model = from_config_dict({"model": given}).model
+  assert (model.heads, model.ffn_width) == (heads, ffn_width)
+  assert dataclasses.asdict(model)["heads"] == heads

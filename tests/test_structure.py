@@ -29,6 +29,7 @@ LEVELS = {
   "models": 2,
   "tasks": 3,
   "decoding": 3,
+  "diagnostics": 3,
   "convert": 3,
   # What the commands share.
   "cli": 4,
@@ -38,6 +39,7 @@ LEVELS = {
   "training": 5,
   "train": 6,
   "generate": 6,
+  "diagnose": 6,
   "convert.__main__": 6,
 }
 

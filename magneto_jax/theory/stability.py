@@ -17,8 +17,8 @@ from magneto_jax.theory.recipes import RECIPES
 
 # Of the gradient's norm at a layer over that at the last one, and the inverse.
 GRADIENT_LIMIT = 100.0
-# Of the correlation of tokens: above it they are one to three digits.
-CORRELATION_LIMIT = 0.999
+# Of the correlation of tokens: what tells them apart is then 7 % of a token's norm.
+CORRELATION_LIMIT = 0.995
 # The largest number of float16, and how near a value at the start may come to it: streams grow
 # several times in training.
 FLOAT16_MAX = 65504.0
