@@ -301,7 +301,15 @@ RESUMABLE = (
 
 def default_config() -> ml_collections.ConfigDict:
   """A locked ConfigDict of every field at its default: what a config file starts from."""
-  return ml_collections.ConfigDict(dataclasses.asdict(TrainConfig())).lock()
+  return ml_collections.ConfigDict(_defaults(TrainConfig)).lock()
+
+
+def _defaults(record_type: type) -> dict[str, Any]:
+  """The fields' defaults as they stand, before any follows from another."""
+  return {
+    f.name: _defaults(f.type) if dataclasses.is_dataclass(f.type) else f.default
+    for f in dataclasses.fields(record_type)
+  }
 
 
 def from_config_dict(config: ml_collections.ConfigDict | dict[str, Any]) -> TrainConfig:
