@@ -13,7 +13,6 @@ import pathlib
 import tempfile
 import time
 
-import numpy as np
 import rich.table
 from absl import flags
 
@@ -104,18 +103,8 @@ def diagnose(
   with tempfile.TemporaryDirectory() as scratch, config_errors():
     data = task.load_data(config.data, pathlib.Path(scratch), None)
     facts = task.facts(data)
-    rows = min(config.batch_size, max(1, _TOKENS // config.data.seq_length), len(data.train))
-    samples = [data.train[i] for i in range(rows)]
-    batch = {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
-
-    def calls(batch, rng) -> diagnostics.Call:
-      args, kwargs = task.inputs(batch)
-
-      def mean_loss(output):
-        loss_sum, weight_sum = task.score(output, batch)
-        return loss_sum / weight_sum
-
-      return diagnostics.Call(args, kwargs, mean_loss, rng)
+    rows = min(config.batch_size, max(1, _TOKENS // config.data.seq_length))
+    batch, calls = diagnostics.first_samples(data.train, rows), diagnostics.calls_of(task)
 
     def measured(recipe: str, layers: int, **options) -> diagnostics.Diagnosis:
       model = task.build_model(variant(config, recipe, layers), facts)

@@ -169,6 +169,40 @@ def statistics(model: nn.Module, params, call: Call):
   return stream, gradient
 
 
+def measurer(
+  model: nn.Module, calls: Callable[[Any, jax.Array], Call], batch, key: jax.Array
+) -> Callable[[Any], tuple[dict[str, Measured], propagation.Update]]:
+  """`params -> (figures of each stack, first update)`, compiled once; arguments as of `examine`."""
+  observe = jax.jit(lambda params, batch: statistics(model, params, calls(batch, key)))
+  move = jax.jit(lambda params, batch: first_update(model, params, calls(batch, key)))
+  first = jax.tree.map(lambda leaf: leaf[:1], batch)
+
+  def measure(params):
+    update = propagation.Update(*map(float, move(params, first)))
+    return profiles_of(model, *observe(params, batch)), update
+
+  return measure
+
+
+def calls_of(task) -> Callable[[Any, jax.Array], Call]:
+  """How a task calls its model on a batch, for `examine`."""
+
+  def call(batch, rng: jax.Array) -> Call:
+    def mean_loss(output):
+      loss_sum, weight_sum = task.score(output, batch)
+      return loss_sum / weight_sum
+
+    return Call(*task.inputs(batch), mean_loss, rng)
+
+  return call
+
+
+def first_samples(dataset: Sequence[Mapping[str, np.ndarray]], rows: int) -> dict[str, np.ndarray]:
+  """The first samples of a data set as a batch."""
+  samples = [dataset[i] for i in range(min(rows, len(dataset)))]
+  return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
+
+
 def is_matrix(path: tuple) -> bool:
   """Whether a parameter is a matrix of a layer: what the papers' bounds of the update move."""
   return is_of_a_layer(path) and path[-1].key == "kernel"
@@ -368,12 +402,7 @@ def examine(
     call = calls(batch, dropout_key)
     return model.init(init_key, *call.args, **call.kwargs)["params"]
 
-  params = jax.jit(init)(batch)
-  observe = jax.jit(lambda params, batch: statistics(model, params, calls(batch, dropout_key)))
-  move = jax.jit(lambda params, batch: first_update(model, params, calls(batch, dropout_key)))
-  measured = profiles_of(model, *observe(params, batch))
-  first = jax.tree.map(lambda leaf: leaf[:1], batch)
-  update = propagation.Update(*map(float, move(params, first)))
+  measured, update = measurer(model, calls, batch, dropout_key)(jax.jit(init)(batch))
   predicted, predicted_update = predict(model, measured)
   ratio = predicted_ratio = math.nan
   if baseline is not None:
