@@ -330,16 +330,17 @@ class Diagnosis(NamedTuple):
     }
     findings = [finding._asdict() for finding in self.findings]
     named = {"recipe": self.name, "stacks": stacks, "first_update": update}
-    return _jsonable({**named, "findings": findings, "notes": list(self.notes)})
+    return jsonable({**named, "findings": findings, "notes": list(self.notes)})
 
 
-def _jsonable(value):
+def jsonable(value):
+  """Arrays as lists, and None for what is not finite."""
   if isinstance(value, dict):
-    return {name: _jsonable(item) for name, item in value.items()}
+    return {name: jsonable(item) for name, item in value.items()}
   if isinstance(value, list | tuple):
-    return [_jsonable(item) for item in value]
+    return [jsonable(item) for item in value]
   if isinstance(value, np.ndarray):
-    return _jsonable(value.tolist())
+    return jsonable(value.tolist())
   if isinstance(value, float):
     return value if math.isfinite(value) else None
   return value
@@ -439,29 +440,51 @@ def draw(
   """Draws stream, correlation and gradient by layer, and the first update, into a picture."""
   panels = []
   for kind in diagnoses[0].measured:
-    prefix = f"{kind}: " if len(diagnoses[0].measured) > 1 else ""
-    curves = lambda read, band, kind=kind: {
-      d.name: reporting.Curve(read(d.measured[kind]), read(d.predicted[kind]), band)
-      for d in diagnoses
-    }
-    norm = lambda profile: np.sqrt(profile.gradient / profile.gradient[-1])
-    is_causal = kind == "decoder"
-    panels += [
-      reporting.Panel(
-        f"{prefix}stream", "variance before the norm", curves(lambda p: p.variance, 1.1)
-      ),
-      reporting.Panel(
-        f"{prefix}tokens", "correlation of two tokens", curves(lambda p: p.correlation, 1.0), False
-      ),
-      reporting.Panel(
-        f"{prefix}gradient",
-        "norm, over the last layer's",
-        curves(norm, propagation.GRADIENT_BAND[is_causal]),
-      ),
-    ]
+    pairs = {d.name: (d.measured[kind], d.predicted[kind]) for d in diagnoses}
+    panels += _panels(kind, pairs, alone=len(diagnoses[0].measured) == 1)
   ratios = {d.name: (d.update_ratio, d.predicted_update_ratio) for d in diagnoses}
   bars = reporting.Bars("first update by SGD", "over that of Pre-LN with 6 layers", ratios)
   if not all(math.isfinite(measured) for measured, _ in ratios.values()):
     updates = {d.name: (d.update.matrices, d.predicted_update.matrices) for d in diagnoses}
     bars = reporting.Bars("first update by SGD", "change of the output / learning rate", updates)
   return reporting.draw_by_layer(pathlib.Path(path), panels, bars, title=title)
+
+
+def draw_run(
+  measured: Mapping[str, Mapping[str, Measured]],
+  predicted: Mapping[str, propagation.Profile],
+  path: pathlib.Path,
+  *,
+  title: str,
+) -> pathlib.Path:
+  """Draws measurements of one model at several times; the prediction is of the first."""
+  names, panels = list(measured), []
+  for kind, profile in predicted.items():
+    pairs = {name: (measured[name][kind], profile if name == names[0] else None) for name in names}
+    panels += _panels(kind, pairs, alone=len(predicted) == 1)
+  return reporting.draw_by_layer(path, panels, title=title)
+
+
+def _panels(
+  kind: str,
+  pairs: Mapping[str, tuple[Measured, propagation.Profile | None]],
+  *,
+  alone: bool,
+) -> list[reporting.Panel]:
+  """A panel for each quantity of one stack."""
+  prefix = "" if alone else f"{kind}: "
+
+  def panel(title: str, label: str, read, band: float = 1.0, *, log: bool = True):
+    curves = {
+      name: reporting.Curve(read(m), None if p is None else read(p), band)
+      for name, (m, p) in pairs.items()
+    }
+    return reporting.Panel(prefix + title, label, curves, log)
+
+  norm = lambda profile: np.sqrt(profile.gradient / profile.gradient[-1])
+  band = propagation.GRADIENT_BAND[kind == "decoder"]
+  return [
+    panel("stream", "variance, before a norm behind the sum", lambda p: p.variance, 1.1),
+    panel("tokens", "correlation of two tokens", lambda p: p.correlation, log=False),
+    panel("gradient", "norm, over the last layer's", norm, band),
+  ]

@@ -192,8 +192,13 @@ class MetricWriter:
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, float]]:
-  """The rows of a run's metrics.jsonl; a last line cut short by a crash is left out."""
-  path, rows = pathlib.Path(workdir) / "metrics.jsonl", []
+  """The rows of a run's metrics.jsonl."""
+  return read_lines(pathlib.Path(workdir) / "metrics.jsonl")
+
+
+def read_lines(path: pathlib.Path) -> list[dict]:
+  """The JSON objects of a file, one a line; no file has none, and a line cut short is left out."""
+  rows = []
   for line in path.read_text().splitlines() if path.exists() else []:
     with contextlib.suppress(json.JSONDecodeError):
       rows.append(json.loads(line))

@@ -19,10 +19,11 @@ import optax
 from flax import linen as nn
 from flax import struct
 
-from magneto_jax import decoding, optimizers, reporting, runs
+from magneto_jax import decoding, diagnostics, optimizers, reporting, runs
 from magneto_jax.checkpoints import Checkpointer, abstract_like
 from magneto_jax.config import ConfigError, OptimizerConfig, TrainConfig, config_errors
 from magneto_jax.data import pipelines
+from magneto_jax.monitor import Monitor
 from magneto_jax.tasks import TASKS, Task
 
 # ---------------------------------------------------------------------------------------------
@@ -340,6 +341,16 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict:
     )
     opened = opened.pop_all()
 
+  monitor = None
+  if config.diagnostics_every:
+    batch = diagnostics.first_samples(job.data.train, config.batch_size)
+    calls = diagnostics.calls_of(job.task)
+    monitor = Monitor(workdir, job.model, calls, batch, after_step=start)
+
+  def diagnose(step: int) -> None:
+    if step not in monitor.steps:
+      writer.write(step, monitor.record(step, state.params))
+
   def save(step: int) -> None:
     checkpointer.save(step, state.parts(), job.batches, runs.as_json(job.record))
 
@@ -373,6 +384,9 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict:
       )
 
   with opened, reporting.Progress(console, start=start, total=config.steps) as progress:
+    if monitor is not None and start == 0:
+      with stopwatch.paused():
+        diagnose(0)
     unread = None
     for step in range(start + 1, config.steps + 1):
       state, metrics = job.step(state, next(job.batches), dropout_key)
@@ -390,6 +404,9 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict:
             progress.line(f"step {step:,}/{config.steps:,}  validation: {_in_words(validation)}")
           if last or step % config.checkpoint_every == 0:
             save(step)
+      if monitor is not None and (last or step % config.diagnostics_every == 0):
+        with stopwatch.paused():
+          diagnose(step)
 
     training_seconds = stopwatch.seconds
 
@@ -411,6 +428,9 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict:
     "sample": _sample(job, state.eval_params, sample_key),
   }
   reporting.draw_learning_curve(workdir, title=_title(config), unit="nats a token")
+  if monitor is not None:
+    summary["diagnostics"], lines = monitor.report()
+    _print(console, ["", *lines, f"diagnostics      {workdir / 'diagnostics.png'}"])
   runs.write_summary(workdir, summary)
   _print(console, _closing(summary, workdir))
   return summary

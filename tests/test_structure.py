@@ -33,6 +33,7 @@ LEVELS = {
   "convert": 3,
   # What the commands share.
   "cli": 4,
+  "monitor": 4,
   "runs": 4,
   # The public names.
   "__init__": 5,
