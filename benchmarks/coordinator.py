@@ -153,10 +153,8 @@ def parser(doc: str, *, variants: Sequence[str], shape: str, rounds: int):
   return result
 
 
-def record(benchmark: str, args: argparse.Namespace, shape, variables) -> dict:
-  """Where, when and how: the head of a results file."""
-  inherited = ("XLA_FLAGS", "LD_PRELOAD", "JAX_", "OMP_", "KMP_", "MKL_", "MALLOC_", "GLIBC_")
-  inherited = {name: value for name, value in os.environ.items() if name.startswith(inherited)}
+def head(benchmark: str) -> dict:
+  """Where, when and how: what every results file begins with."""
   return {
     "benchmark": benchmark,
     "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -165,6 +163,15 @@ def record(benchmark: str, args: argparse.Namespace, shape, variables) -> dict:
     "git_clean": _git("status", "--porcelain", "--untracked-files=no") == "",
     "machine": _machine(),
     "load_average_at_start": os.getloadavg()[0],
+  }
+
+
+def record(benchmark: str, args: argparse.Namespace, shape, variables) -> dict:
+  """The head of a results file of variants that took turns."""
+  inherited = ("XLA_FLAGS", "LD_PRELOAD", "JAX_", "OMP_", "KMP_", "MKL_", "MALLOC_", "GLIBC_")
+  inherited = {name: value for name, value in os.environ.items() if name.startswith(inherited)}
+  return {
+    **head(benchmark),
     "environment": inherited | dict(variables),
     "threads": args.threads,
     "shape": {"name": args.shape} | dataclasses.asdict(shape),

@@ -474,7 +474,7 @@ def _panels(
   """A panel for each quantity of one stack."""
   prefix = "" if alone else f"{kind}: "
 
-  def panel(title: str, label: str, read, band: float = 1.0, *, log: bool = True):
+  def panel(title: str, label: str, read, band=1.0, *, log: bool = True):
     curves = {
       name: reporting.Curve(read(m), None if p is None else read(p), band)
       for name, (m, p) in pairs.items()
@@ -482,9 +482,11 @@ def _panels(
     return reporting.Panel(prefix + title, label, curves, log)
 
   norm = lambda profile: np.sqrt(profile.gradient / profile.gradient[-1])
-  band = propagation.GRADIENT_BAND[kind == "decoder"]
+  # The input and the last layer's gradient are given: errors gather on the way from there.
+  way = np.linspace(0, 1, len(next(iter(pairs.values()))[0].variance))
+  gradient_band = propagation.GRADIENT_BAND[kind == "decoder"] ** way[::-1]
   return [
-    panel("stream", "variance, before a norm behind the sum", lambda p: p.variance, 1.1),
+    panel("stream", "variance, before a norm behind the sum", lambda p: p.variance, 1.1**way),
     panel("tokens", "correlation of two tokens", lambda p: p.correlation, log=False),
-    panel("gradient", "norm, over the last layer's", norm, band),
+    panel("gradient", "norm, over the last layer's", norm, gradient_band),
   ]

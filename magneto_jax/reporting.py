@@ -256,12 +256,12 @@ class Curve(NamedTuple):
 
   Attributes:
     measured, predicted: [L + 1]; None for what there is not.
-    band: the factor by which the prediction is known to err; drawn if it is not 1.
+    band: the factor by which the prediction is known to err, 1 for none; a number, or one a layer.
   """
 
   measured: np.ndarray | None
   predicted: np.ndarray | None
-  band: float = 1.0
+  band: float | np.ndarray = 1.0
 
 
 class Panel(NamedTuple):
@@ -287,6 +287,7 @@ def draw_by_layer(
   """Draws panels over the layers: predictions as lines, measurements as marks, names as colours."""
   from matplotlib.figure import Figure
   from matplotlib.lines import Line2D
+  from matplotlib.ticker import MaxNLocator
 
   names = list(dict.fromkeys(name for panel in panels for name in panel.curves))
   styles = {name: _style(i) for i, name in enumerate(names)}
@@ -299,6 +300,7 @@ def draw_by_layer(
     for name, curve in panel.curves.items():
       _draw_curve(axes, curve, styles[name])
     axes.set(title=panel.title, xlabel="layer (0: the stack's input)", ylabel=panel.label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if panel.log:
       axes.set_yscale("log")
   if bars is not None:
@@ -347,7 +349,7 @@ def _draw_curve(axes, curve: Curve, style: Mapping[str, str]) -> None:
   if curve.predicted is not None:
     layers = np.arange(len(curve.predicted))
     axes.plot(layers, curve.predicted, lw=1.4, color=colour, linestyle=style["linestyle"])
-    if curve.band != 1.0:
+    if np.any(np.asarray(curve.band) != 1.0):
       low, high = curve.predicted / curve.band, curve.predicted * curve.band
       axes.fill_between(layers, low, high, color=colour, alpha=0.12, lw=0)
   if curve.measured is not None:
