@@ -1,8 +1,8 @@
 """The theory beside real models, for every recipe: `python -m benchmarks.prediction`.
 
-Encoder and decoder at several depths, the mean over seeds of the stream, the tokens' correlation and
-the gradient by layer, measured by `diagnostics.statistics` and predicted by `diagnostics.predict`
-from the measured input and last gradient. All cells take about an hour of one core.
+Encoder and decoder at several depths, the mean over seeds of the stream, the tokens' correlation
+and the gradient by layer, measured by `diagnostics.statistics` and predicted by
+`diagnostics.predict` from the measured input and last gradient. About an hour of one core.
 """
 
 import argparse
@@ -162,12 +162,12 @@ def main() -> None:
   default = coordinator.RESULTS / f"prediction-{results['date'][:10]}.json"
   for depth, variant, kind in itertools.product(arguments.depths, VARIANTS, KINDS):
     results["cells"].append(cell(variant, kind, depth, seeds=arguments.seeds))
-    last = results["cells"][-1]
-    coordinator.show(
-      ("recipe", "kind", "layers", *ERRORS),
-      [[variant, kind, str(depth), *(f"{last[name]:.3f}" for name in ERRORS)]],
-    )
+    print(f"{variant}, {kind}, {depth} layers: {results['cells'][-1]['seconds']:.0f} s", flush=True)
     (arguments.output or default).write_text(json.dumps(results, indent=1) + "\n")
+  figures = [[f"{row[name]:.3f}" for name in ERRORS] for row in results["cells"]]
+  names = [[row["recipe"], row["kind"], str(row["layers"])] for row in results["cells"]]
+  rows = [name + figure for name, figure in zip(names, figures, strict=True)]
+  coordinator.show(("recipe", "kind", "layers", *ERRORS), rows)
 
 
 if __name__ == "__main__":

@@ -234,6 +234,30 @@ def first_update(model: nn.Module, params, call: Call) -> propagation.Update:
   return propagation.Update(moved(is_matrix), moved(is_of_a_layer))
 
 
+def input_correlation(model: nn.Module, *args, seed: int = 0, **kwargs) -> dict[str, float]:
+  """The correlation of two tokens at each stack's input, before its dropout, of a real batch.
+
+  What `Architecture.token_correlation` wants where it does not follow from token frequencies, as
+  for images and audio. It depends on the front end and the data, not on the recipe of the layers.
+
+  Args:
+    model: with any recipe.
+    *args, **kwargs: of the model's call.
+    seed: of the parameters.
+
+  Returns:
+    {"encoder": ..., "decoder": ...}, those there are.
+  """
+
+  @jax.jit
+  def stream(args):
+    variables = model.init(jax.random.key(seed), *args, **kwargs)
+    return model.apply(variables, *args, mutable=[probes.STREAM], **kwargs)[1][probes.STREAM]
+
+  rows = {kind: part.of(stream(args))["input"] for kind, part in parts_of(model).items()}
+  return {kind: float(row[1] / row[0]) for kind, row in rows.items()}
+
+
 # ---------------------------------------------------------------------------------------------
 # Prediction
 # ---------------------------------------------------------------------------------------------

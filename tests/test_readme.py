@@ -68,13 +68,22 @@ def test_second_command_runs_the_tests(fences):
 
 def test_layers_serve_other_projects_as_written():
   """In Linen and in NNX, without a warning; and the init function of a recipe's group."""
-  model, blocks = fenced("python", README)
+  _, model, blocks = fenced("python", README)
   # The model as it is written, by its shapes: its weights take half a minute. No run to load.
   model = model.replace("model.init(", "jax.eval_shape(model.init, ")
   recipe = [line for line in model.splitlines() if "magneto_jax.load(" not in line]
   call = re.search(r"`(initializers\.kernel_init\(.*?\))`", README)[1]
   code = [blocks, *recipe, f"assert y.shape == {call}(jax.random.key(0), x.shape).shape"]
   subprocess.run([sys.executable, "-W", "error", "-c", "\n".join(code)], check=True, cwd=ROOT)
+
+
+def test_a_model_is_diagnosed_as_written(tmp_path):
+  """With fewer layers, which is all that the time depends on."""
+  code = fenced("python", README)[0].replace("decoder_layers=200", "decoder_layers=7")
+  command = [sys.executable, "-W", "error", "-c", code]
+  said = subprocess.run(command, check=True, cwd=tmp_path, capture_output=True, text=True).stdout
+  assert said.startswith("take ")
+  assert (tmp_path / "deepnet.png").stat().st_size > 10_000
 
 
 def test_recipes_and_models_are_those_that_exist():

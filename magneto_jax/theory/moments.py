@@ -557,13 +557,15 @@ ACTIVATIONS = {
 }
 
 
-def _named(name: str) -> Activation:
+def _named(name: str | Activation) -> Activation:
+  if isinstance(name, Activation):
+    return name
   if name not in ACTIVATIONS:
     raise ValueError(f"activation={name!r} must be one of {', '.join(ACTIVATIONS)}")
   return ACTIVATIONS[name]
 
 
-def activation(name: str, x: Moments) -> Moments:
+def activation(name: str | Activation, x: Moments) -> Moments:
   """The moments after an activation of ACTIVATIONS, in closed form or by `quadrature`.
 
   A gated one is f(a) b of two projections a and b that have the moments x and are independent:
@@ -582,7 +584,7 @@ def activation(name: str, x: Moments) -> Moments:
   return Moments(0.0, y.second * x.variance, y.second_covariance * x.covariance)
 
 
-def activation_gradient(name: str, g: Gradient, x: Moments) -> Gradient:
+def activation_gradient(name: str | Activation, g: Gradient, x: Moments) -> Gradient:
   """Of `activation`: the gradient with respect to the projection, in closed form or by quadrature.
 
   A gated one returns the sum over its two projections, g f'(a) b and g f(a), uncorrelated:

@@ -54,7 +54,8 @@ class Setting:
     memory_length: how many the memory has, where there is cross-attention.
     is_causal: whether a token attends to itself and earlier ones only.
     reach: how many tokens a query sees at most (a window); None for all.
-    activation: of the feed-forward network, one of `moments.ACTIVATIONS`.
+    activation: of the feed-forward network: a name in `moments.ACTIVATIONS`, or a record as there
+      for any other function.
     use_bias: whether projections have biases.
     dropout, attention_dropout, activation_dropout, drop_path: rates, drop_path that of the last
       layer.
@@ -74,7 +75,7 @@ class Setting:
   memory_length: int | None = None
   is_causal: bool = False
   reach: int | None = None
-  activation: str = "gelu"
+  activation: str | moments.Activation = "gelu"
   use_bias: bool = True
   dropout: float = 0.0
   attention_dropout: float = 0.0
