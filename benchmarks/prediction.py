@@ -21,7 +21,7 @@ from magneto_jax import RECIPES, Architecture, diagnostics, reporting
 from magneto_jax.models import CausalLM, Encoder
 from magneto_jax.theory import moments
 
-WIDTH, FFN, HEADS, LENGTH, ROWS, VOCAB, DROPOUT = 256, 1024, 4, 64, 2, 1024, 0.1
+WIDTH, FFN, HEADS, LENGTH, VOCAB, DROPOUT = 256, 1024, 4, 64, 1024, 0.1
 DEPTHS, SEEDS = (12, 48, 192), 8
 # Each recipe, and DeepScaleLM with its norms behind the sum.
 VARIANTS = {name: (name, {}) for name in RECIPES} | {
@@ -79,7 +79,7 @@ def measure(variant: str, kind: str, depth: int, *, seeds: int = SEEDS) -> list:
   )
   pairs = []
   for seed in range(seeds):
-    draws = np.random.default_rng(seed).choice(VOCAB, (ROWS, LENGTH), p=moments.zipf(VOCAB))
+    draws = np.random.default_rng(seed).choice(VOCAB, (1, LENGTH), p=moments.zipf(VOCAB))
     tokens, key = jnp.asarray(draws), jax.random.key(seed)
     params = init(key, tokens)
     measured = diagnostics.profiles_of(model, *observe(params, tokens, jax.random.fold_in(key, 2)))
@@ -156,7 +156,7 @@ def main() -> None:
   arguments = parser.parse_args()
   results = coordinator.head("prediction")
   results["versions"] = reporting.versions()
-  sizes = ("WIDTH", "FFN", "HEADS", "LENGTH", "ROWS", "VOCAB", "DROPOUT")
+  sizes = ("WIDTH", "FFN", "HEADS", "LENGTH", "VOCAB", "DROPOUT")
   results["setting"] = {name.lower(): globals()[name] for name in sizes}
   results["cells"] = []
   default = coordinator.RESULTS / f"prediction-{results['date'][:10]}.json"

@@ -296,20 +296,42 @@ def setting_of(part: Part, length: int) -> propagation.Setting:
 
 
 def predict(
-  model: nn.Module, measured: Mapping[str, Measured]
+  model: nn.Module, measured: Mapping[str, Measured], samples: int = 1
 ) -> tuple[dict[str, propagation.Profile], propagation.Update]:
-  """What the theory says of the measured model, given its measured input and top gradient."""
+  """What the theory says of the measured model, given its measured input and top gradient.
+
+  Args:
+    model: that was measured.
+    measured: of each stack.
+    samples: of the measured batch. The update is that of one sample, whose own mean loss has
+      `samples` times the gradient that the sample has in the batch's.
+  """
   parts = {
     kind: (part.backbone.recipe, setting_of(part, measured[kind].tokens))
     for kind, part in parts_of(model).items()
   }
   starts = {
-    kind: Moments(0.0, m.variance[0], m.correlation[0] * m.variance[0])
-    for kind, m in measured.items()
+    kind: Moments(0.0, *_moments(m.variance[0], m.correlation[0])) for kind, m in measured.items()
   }
   last = list(measured.values())[-1]
-  top = Gradient(last.gradient[-1], last.gradient[-1] * last.gradient_correlation[-1])
-  return propagation.propagate_all(parts, starts, top), propagation.first_update(parts, starts, top)
+  top = Gradient(*_moments(last.gradient[-1], last.gradient_correlation[-1]))
+  if not np.all(np.isfinite([*top, *(value for start in starts.values() for value in start)])):
+    unknown = {kind: _unknown(m) for kind, m in measured.items()}
+    return unknown, propagation.Update(math.nan, math.nan)
+  own = Gradient(samples**2 * top.variance, samples**2 * top.covariance)
+  return propagation.propagate_all(parts, starts, top), propagation.first_update(parts, starts, own)
+
+
+def _moments(variance: float, correlation: float) -> tuple[float, float]:
+  """(variance, covariance); what is zero has none, and rounding makes no correlation above 1."""
+  return float(variance), float(variance * np.clip(correlation, -1, 1)) if variance else 0.0
+
+
+def _unknown(measured: Measured) -> propagation.Profile:
+  """The profile where the measured input or top gradient is not finite."""
+  nothing = np.full_like(measured.variance, math.nan)
+  note = "nothing is predicted: the measured input, or the last layer's gradient, is not finite"
+  return propagation.Profile(*[nothing] * 4, math.nan, math.nan, notes=(note,))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -428,7 +450,8 @@ def examine(
     return model.init(init_key, *call.args, **call.kwargs)["params"]
 
   measured, update = measurer(model, calls, batch, dropout_key)(jax.jit(init)(batch))
-  predicted, predicted_update = predict(model, measured)
+  samples = max(leaf.shape[0] for leaf in jax.tree.leaves(batch))
+  predicted, predicted_update = predict(model, measured, samples)
   ratio = predicted_ratio = math.nan
   if baseline is not None:
     ratio = update.matrices / baseline.update.matrices

@@ -349,7 +349,8 @@ def gelu(x: Moments) -> Moments:
   a = s2 / (1 + s2)
   mean = s2 / np.sqrt(2 * math.pi * (1 + s2))
   variance = math.pi / 2 + np.arcsin(a) - a + 2 * a / np.sqrt(1 + 2 * s2)
-  root = np.sqrt((1 + s2) ** 2 - (r * s2) ** 2)
+  # D as a product: the difference of the squares is lost in rounding at a large variance.
+  root = np.sqrt((1 + s2 * (1 - r)) * (1 + s2 * (1 + r)))
   product = r + 2 * r / math.pi * np.arcsin(r * a)
   product = product + 2 / math.pi * a * (s2 * (1 - r**2) + 1 + r**2) / root
   return Moments(mean, s2 / (2 * math.pi) * variance, s2 / 4 * product - mean**2)
@@ -370,7 +371,7 @@ def gelu_gradient(g: Gradient, x: Moments) -> Gradient:
   a = s2 / (1 + s2)
   one = np.arcsin(a) + a * (5 * s2 + 3) / (1 + 2 * s2) ** 1.5
   two = (s2 + 1) * (2 * s2 + 3) - 2 * (r * s2) ** 2
-  two = np.arcsin(r * a) + r * a * two / ((1 + s2) ** 2 - (r * s2) ** 2) ** 1.5
+  two = np.arcsin(r * a) + r * a * two / ((1 + s2 * (1 - r)) * (1 + s2 * (1 + r))) ** 1.5
   quarter = lambda value: 1 / 4 + value / (2 * math.pi)
   return Gradient(g.variance * quarter(one), g.covariance * quarter(two))
 
@@ -809,12 +810,13 @@ def concentration(variance: float, *, keys: int) -> Concentration:
     return Concentration(variance, 1 - 1 / keys)
   squares, mobility = _concentrations(keys)
   at = math.log(min(variance, _KNOTS[-1]))
-  q = math.exp(np.interp(at, np.log(_KNOTS), squares))
+  rest = 1 - math.exp(np.interp(at, np.log(_KNOTS), squares))
   moves = math.exp(np.interp(at, np.log(_KNOTS), mobility))
   if variance > _KNOTS[-1]:
+    # Of a large variance the rest is smaller than the rounding of 1.
     shrink = math.sqrt(_KNOTS[-1] / variance)
-    q, moves = 1 - (1 - q) * shrink, moves * shrink
-  return Concentration(math.log(q * (keys - 1) / (1 - q)), moves)
+    rest, moves = rest * shrink, moves * shrink
+  return Concentration(math.log((1 - rest) * (keys - 1) / rest), moves)
 
 
 @functools.lru_cache(maxsize=64)

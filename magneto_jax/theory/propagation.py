@@ -40,8 +40,10 @@ UNIT_GRADIENT = Gradient(1.0, 0.0)
 # exchangeable here.
 GRADIENT_BAND = {False: 1.3, True: 2.0}
 
-# Variances above it are not followed.
+# Gradients' variances above it are not followed.
 _OVERFLOW = 1e250
+# Nor streams' above it, whose scores' variance, S^2, a gradient may be multiplied by.
+_STREAM_OVERFLOW = 1e25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -409,6 +411,10 @@ def propagate(
     warnings.simplefilter("always", moments.OutsideValidity)
     for layer, rate in zip(layers, rates, strict=True):
       steps = []
+      if not x.variance < _STREAM_OVERFLOW:
+        totals.append(Moments(0.0, math.inf, math.nan))
+        backwards.append(None)
+        continue
       for name, sub in layer.sublayers.items():
         step = _step(name, sub, stack.norm, x, setting, memory, float(rate))
         x = step.stream
@@ -418,17 +424,20 @@ def propagate(
     notes = list(dict.fromkeys(str(warning.message) for warning in caught))
     gradients, to_memory, matrices, others = [top], Gradient(0.0, 0.0), 0.0, 0.0
     for steps in reversed(backwards):
-      g = gradients[-1]
-      for backward in reversed(steps):
+      g = gradients[-1] if steps else Gradient(math.nan, math.nan)
+      for backward in reversed(steps or ()):
         if not g.variance < _OVERFLOW:
-          g = Gradient(math.inf, math.nan)
+          g = Gradient(g.variance if math.isnan(g.variance) else math.inf, math.nan)
           break
         g, part, matrix, other = backward(g)
         to_memory = to_memory if part is None else _plus(to_memory, part)
         matrices, others = matrices + matrix, others + other
       gradients.append(g)
   gradients.reverse()
-  if not gradients[0].variance < _OVERFLOW:
+  if not all(backwards):
+    notes.append("the stream overflows: it is infinite above some layer, the gradient not known")
+    matrices = others = math.nan
+  elif not gradients[0].variance < _OVERFLOW:
     notes.append("the gradient overflows: it is infinite below some layer")
     matrices = others = math.inf
   ratio = lambda a, b: a / b if b else math.nan

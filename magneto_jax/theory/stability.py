@@ -76,8 +76,9 @@ def judge(
 def _gradient_findings(gradient: np.ndarray) -> Iterator[Finding]:
   # The input is left out: what lies below the first layer is the embedding's own scale.
   norms = np.sqrt(gradient[1:])
-  if not np.all(np.isfinite(norms)) or norms[-1] == 0:
-    layer = 1 + int(np.argmin(np.isfinite(norms)))
+  broken = np.flatnonzero(~np.isfinite(norms))
+  if len(broken) or norms[-1] == 0:
+    layer = 1 + int(broken[-1]) if len(broken) else len(norms)
     yield Finding("gradient", layer, f"the gradient is not finite, or zero, at layer {layer}")
     return
   ratios = norms / norms[-1]
@@ -194,10 +195,16 @@ def _in_words(findings: Sequence[Finding]) -> str:
   return "; ".join(finding.text for finding in findings)
 
 
+def _check_name(name: str) -> None:
+  if name not in RECIPES:
+    raise ValueError(f"recipe={name!r} must be one of {', '.join(RECIPES)}")
+
+
 def candidate(
   name: str, architecture: records.Architecture, *, length: int = 256, **options
 ) -> Candidate:
   """What the theory says of a recipe; arguments are those of `propagation.parts_of`."""
+  _check_name(name)
   parts, starts = propagation.parts_of(
     RECIPES[name](architecture), architecture, length=length, **options
   )
@@ -281,6 +288,10 @@ def recommend(
   Example:
     >>> print(recommend(Architecture("decoder", decoder_layers=200, width=512, ffn_width=2048)))
   """
+  if not recipes:
+    raise ValueError("recommend needs recipes to choose from")
+  for name in recipes:
+    _check_name(name)
   found = [candidate(name, architecture, length=length, **options) for name in recipes]
   order = lambda c: (len(c.findings) > 0, c.used)
   return Recommendation(architecture, tuple(sorted(found, key=order)))
