@@ -28,14 +28,6 @@ VARIANTS = {name: (name, {}) for name in RECIPES} | {
   "deepscalelm, post": ("deepscalelm", {"placement": "post"})
 }
 KINDS = ("encoder", "decoder")
-ERRORS = (
-  "variance_mean",
-  "variance_largest",
-  "correlation",
-  "log_gradient",
-  "slope_measured",
-  "slope_predicted",
-)
 
 
 def build(variant: str, kind: str, depth: int):
@@ -146,6 +138,35 @@ def cell(variant: str, kind: str, depth: int, *, seeds: int = SEEDS) -> dict[str
   }
 
 
+def table(results: dict) -> list[str]:
+  """The lines of a Markdown table: errors by kind and depth, over recipes."""
+  lines = [
+    "| | layers | variance: median | worst | correlation: worst | ln g: median | worst |",
+    "|---|---|---|---|---|---|---|",
+  ]
+  by = lambda row: (row["kind"], row["layers"])
+  for (kind, layers), rows in itertools.groupby(sorted(results["cells"], key=by), key=by):
+    rows = list(rows)
+
+    def worst(name, text, rows=rows):
+      row = max(rows, key=lambda row: row[name])
+      return f"{text(row[name])} ({row['recipe']})"
+
+    median = lambda name, rows=rows: float(np.median([row[name] for row in rows]))
+    percent, plain = (lambda value: f"{100 * value:.1f} %"), (lambda value: f"{value:.2f}")
+    cells = (
+      kind,
+      str(layers),
+      percent(median("variance_mean")),
+      worst("variance_mean", percent),
+      worst("correlation", plain),
+      plain(median("log_gradient")),
+      worst("log_gradient", plain),
+    )
+    lines.append(f"| {' | '.join(cells)} |")
+  return lines
+
+
 def main() -> None:
   """Runs the cells; writes them after each one."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -164,10 +185,7 @@ def main() -> None:
     results["cells"].append(cell(variant, kind, depth, seeds=arguments.seeds))
     print(f"{variant}, {kind}, {depth} layers: {results['cells'][-1]['seconds']:.0f} s", flush=True)
     (arguments.output or default).write_text(json.dumps(results, indent=1) + "\n")
-  figures = [[f"{row[name]:.3f}" for name in ERRORS] for row in results["cells"]]
-  names = [[row["recipe"], row["kind"], str(row["layers"])] for row in results["cells"]]
-  rows = [name + figure for name, figure in zip(names, figures, strict=True)]
-  coordinator.show(("recipe", "kind", "layers", *ERRORS), rows)
+  print("\n".join(table(results)))
 
 
 if __name__ == "__main__":

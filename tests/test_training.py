@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 from flax import linen as nn
 
 import magneto_jax
-from magneto_jax import decoding, runs, training
+from magneto_jax import decoding, monitor, reporting, runs, training
 from magneto_jax.checkpoints import Checkpointer, abstract_like
 from magneto_jax.config import ConfigError, OptimizerConfig, TrainConfig, from_config_dict
 from magneto_jax.data import pipelines
@@ -469,3 +470,37 @@ def test_the_sample_ends_where_the_table_of_positions_does(tmp_path):
     tiny(steps=1, sample_tokens=128, sample_prompt="a", model=model), tmp_path
   )
   assert 1 <= len(summary["sample"].encode()) <= 3 * 32
+
+
+# ---------------------------------------------------------------------------------------------
+# Diagnostics
+# ---------------------------------------------------------------------------------------------
+
+
+def test_measuring_a_run_changes_nothing_of_it(tmp_path):
+  """Measured at the start, every second step and at the end; the weights are the same bits."""
+  plain, measured = tmp_path / "plain", tmp_path / "measured"
+  training.train(tiny(steps=3), plain)
+  summary = training.train(tiny(steps=3, diagnostics_every=2), measured)
+  chex.assert_trees_all_equal(final_arrays(plain, 3), final_arrays(measured, 3))
+  assert not (plain / monitor.FILE).exists()
+  assert [row["step"] for row in monitor.read(measured)] == [0, 2, 3]
+  rows = [row for row in reporting.read_metrics(measured) if "diagnostics/first_update" in row]
+  assert [row["step"] for row in rows] == [0, 2, 3]
+  figures = summary["diagnostics"]["decoder: stream variance"]
+  last = monitor.read(measured)[-1]["stacks"]["decoder"]["variance"]
+  assert figures["end"] == last[-1] == rows[-1]["diagnostics/decoder/variance"]
+  assert figures["predicted"] == pytest.approx(figures["start"], rel=0.5)
+  assert (measured / "diagnostics.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_a_resumed_run_goes_on_with_its_measurements(tmp_path):
+  """Lines after the checkpoint, of a run cut short, are measured anew; none is there twice."""
+  training.train(tiny(steps=2, diagnostics_every=1), tmp_path)
+  before = monitor.read(tmp_path)
+  with (tmp_path / monitor.FILE).open("a") as file:
+    file.write(json.dumps({**before[-1], "step": 3}) + '\n{"step": 4, "sta')
+  training.train(tiny(steps=4, diagnostics_every=1), tmp_path)
+  assert [row["step"] for row in monitor.read(tmp_path)] == [0, 1, 2, 3, 4]
+  assert monitor.read(tmp_path)[:3] == before
