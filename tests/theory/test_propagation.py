@@ -396,7 +396,7 @@ def attention_layer(record, options):
   return AttentionLayer(num_heads=HEADS, **inits, **options)
 
 
-QUICK = ("plain", "grouped", "rotary", "swiglu")
+QUICK = ("plain", "swiglu")
 
 
 @pytest.mark.parametrize(
