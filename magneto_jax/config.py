@@ -300,8 +300,13 @@ RESUMABLE = (
 
 
 def default_config() -> ml_collections.ConfigDict:
-  """A locked ConfigDict of every field at its default: what a config file starts from."""
-  return ml_collections.ConfigDict(dataclasses.asdict(TrainConfig())).lock()
+  """A locked ConfigDict of every field at its default: what a config file starts from.
+
+  Sizes that follow from the width are left at 0, so that they follow from the one that is set.
+  """
+  config = ml_collections.ConfigDict(dataclasses.asdict(TrainConfig()))
+  config.model.update({f.name: f.default for f in dataclasses.fields(ModelConfig)})
+  return config.lock()
 
 
 def from_config_dict(config: ml_collections.ConfigDict | dict[str, Any]) -> TrainConfig:
