@@ -300,7 +300,10 @@ RESUMABLE = (
 
 
 def default_config() -> ml_collections.ConfigDict:
-  """A locked ConfigDict of every field at its default: what a config file starts from."""
+  """A locked ConfigDict of every field at its default: what a config file starts from.
+
+  Sizes that follow from the width are left at 0, so that they follow from the one that is set.
+  """
   return ml_collections.ConfigDict(_defaults(TrainConfig)).lock()
 
 

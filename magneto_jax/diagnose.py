@@ -35,7 +35,11 @@ def main() -> None:
   output = flags.DEFINE_string("output", "", "Where diagnosis.png and diagnosis.json go.")
 
   def run() -> None:
-    found = diagnose(cli.typed_config(config), recipes=chosen(recipes.value), layers=layers.value)
+    given, names = cli.typed_config(config), chosen(recipes.value)
+    if output.value:
+      # A folder that cannot be made is told before minutes are spent.
+      pathlib.Path(output.value).mkdir(parents=True, exist_ok=True)
+    found = diagnose(given, recipes=names, layers=layers.value)
     report(found)
     if output.value:
       leave(found, pathlib.Path(output.value))
@@ -51,7 +55,7 @@ def chosen(names: str) -> tuple[str, ...]:
   for name in listed:
     if name not in RECIPES:
       raise ConfigError(f"--recipes: {name!r} must be one of all, {', '.join(RECIPES)}")
-  return listed
+  return tuple(dict.fromkeys(listed))
 
 
 def variant(config: TrainConfig, recipe: str, layers: int) -> TrainConfig:

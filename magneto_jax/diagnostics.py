@@ -324,7 +324,12 @@ def predict(
 
 def _moments(variance: float, correlation: float) -> tuple[float, float]:
   """(variance, covariance); what is zero has none, and rounding makes no correlation above 1."""
-  return float(variance), float(variance * np.clip(correlation, -1, 1)) if variance else 0.0
+  variance, correlation = float(variance), float(correlation)
+  if variance == 0:
+    return 0.0, 0.0
+  if math.isfinite(correlation):
+    correlation = min(max(correlation, -1.0), 1.0)
+  return variance, variance * correlation
 
 
 def _unknown(measured: Measured) -> propagation.Profile:

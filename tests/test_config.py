@@ -225,3 +225,11 @@ def test_heads_and_ffn_width_follow_from_the_width(given, heads, ffn_width):
   model = from_config_dict({"model": given}).model
   assert (model.heads, model.ffn_width) == (heads, ffn_width)
   assert dataclasses.asdict(model)["heads"] == heads
+
+
+def test_they_follow_also_where_a_config_file_sets_the_width():
+  """A file starts from the default config, whose own width they must not be of."""
+  config = config_lib.default_config()
+  config.model.width = 512
+  model = from_config_dict(config).model
+  assert (model.heads, model.ffn_width) == (8, 2048)

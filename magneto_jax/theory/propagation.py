@@ -404,6 +404,8 @@ def propagate(
     memory: those of what cross-attention attends to.
     top: the gradient with respect to the last layer's output, before the final norm.
   """
+  if not np.all(np.isfinite([*start, *top])):
+    raise ValueError(f"{start=} and {top=} must be finite")
   layers = stack.layers
   rates = np.linspace(0.0, setting.drop_path, len(layers))
   x, totals, backwards = start, [start], []
