@@ -329,6 +329,17 @@ def test_the_start_is_the_embedding_with_norm_and_dropout():
   assert normed == pytest.approx((0, 1 / 0.8, 0.3))
 
 
+def test_rotations_and_biases_act_on_the_scores_of_self_attention():
+  """Rotated keys are less alike; biases, which differ from key to key, add to the variance."""
+  setting = dataclasses.replace(SETTING, rotation=0.5, bias_variance=1.0)
+  raw = moments.Scores(3.0, 0.8, 0.4)
+  expected = (4.0, 0.8 * 0.5 * 3 / 4, 0.4 * 0.5 * 3 / 4)
+  assert propagation._positioned(raw, setting, False) == pytest.approx(expected)
+  assert propagation._positioned(raw, setting, True) == raw
+  capped = dataclasses.replace(SETTING, soft_cap=1e-3)
+  assert propagation._positioned(raw, capped, False).variance == pytest.approx(1e-6, rel=1e-2)
+
+
 @pytest.mark.parametrize("head_dim", (2, 16, 64))
 @pytest.mark.parametrize("length", (2, 33))
 def test_rotation_is_the_mean_over_pairs_of_rotated_products(length, head_dim):
@@ -375,11 +386,11 @@ D, SEEDS = 128, 24
 R = 0.3
 
 
-def real(module, run, seeds=SEEDS, length=LENGTH):
+def real(module, run, r=R, seeds=SEEDS, length=LENGTH):
   """Moments of a layer's output and of the gradient with respect to its input, over seeds; and
   the squared norm of that with respect to its matrices and to its other parameters.
 
-  Inputs are normal with the correlation R, the gradient that arrives with the correlation 0.2.
+  Inputs are normal with the correlation r, the gradient that arrives with the correlation 0.2.
   """
 
   @jax.jit
@@ -389,7 +400,7 @@ def real(module, run, seeds=SEEDS, length=LENGTH):
     shape = (1, length, D)
     normal = jax.random.normal
     alike = lambda a, b, r: r**0.5 * normal(a, (1, 1, D)) + (1 - r) ** 0.5 * normal(b, shape)
-    x, g = alike(keys[0], keys[1], R), alike(keys[2], keys[3], 0.2)
+    x, g = alike(keys[0], keys[1], r), alike(keys[2], keys[3], 0.2)
     params = module.init(keys[4], x)["params"]
     y, back = jax.vjp(lambda params, x: run(params, x, keys[5]), params, x)
     by_params, by_x = back(g)
@@ -409,12 +420,12 @@ def real(module, run, seeds=SEEDS, length=LENGTH):
   return [float(np.mean(values)) for values in one(keys)]
 
 
-def branch(name, record, options, **setting):
+def branch(name, record, r=R, **setting):
   """(variance, covariance, of the output and of the input's gradient, energies), predicted."""
   setting = Setting(width=D, ffn_width=4 * D, heads=HEADS, length=LENGTH, **setting)
   sub = {"ffn": FeedForward, "self_attention": Attention}[name](frozenset(), **record)
   sub = dataclasses.replace(sub, skip=Scale(0.0))
-  step = propagation._step(name, sub, "layer_norm", Moments(0, 1, R), setting, None, 0.0)
+  step = propagation._step(name, sub, "layer_norm", Moments(0, 1, r), setting, None, 0.0)
   back = step.backward(Gradient(1.0, 0.2))
   return *step.total[1:], *back.g, back.matrices, back.others
 
@@ -449,7 +460,7 @@ def test_attention_is_predicted_as_the_layer_does(name):
   )[0]
   measured = real(module, run)
   rel = 0.25 if name in ("causal", "window") else 0.12
-  assert_near(branch("self_attention", record, options, **setting), measured, rel=rel)
+  assert_near(branch("self_attention", record, **setting), measured, rel=rel)
 
 
 @pytest.mark.parametrize(
@@ -462,7 +473,7 @@ def test_the_feed_forward_network_is_predicted_as_the_layer_does(name):
   run = lambda params, x, key: module.apply(
     {"params": params}, x, deterministic=False, rngs={"dropout": key}
   )
-  assert_near(branch("ffn", {}, options, **setting), real(module, run), rel=0.08)
+  assert_near(branch("ffn", {}, **setting), real(module, run), rel=0.08)
 
 
 # ---------------------------------------------------------------------------------------------
