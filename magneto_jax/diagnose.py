@@ -23,7 +23,7 @@ from magneto_jax.tasks import TASKS
 from magneto_jax.theory import stability
 from magneto_jax.theory.recipes import RECIPES
 
-# Tokens a batch has at least, if the config's has as many: their mean is then within a per cent.
+# Tokens a batch has at most, if a sample has no more: the mean over them is within a per cent.
 _TOKENS = 1024
 
 

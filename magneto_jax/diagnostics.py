@@ -319,7 +319,17 @@ def predict(
     unknown = {kind: _unknown(m) for kind, m in measured.items()}
     return unknown, propagation.Update(math.nan, math.nan)
   own = Gradient(samples**2 * top.variance, samples**2 * top.covariance)
-  return propagation.propagate_all(parts, starts, top), propagation.first_update(parts, starts, own)
+  update = propagation.first_update(parts, starts, own)
+  readout = _readout(list(parts_of(model).values())[-1])
+  return propagation.propagate_all(parts, starts, top), propagation.Update(
+    *(readout * change for change in update)
+  )
+
+
+def _readout(part: Part) -> float:
+  """How large a change of a language model's logits is, over that of its last layer's output."""
+  table = part.backbone.recipe.embedding.tokens
+  return float(table.std(1, 1)) * math.sqrt(part.backbone.width) if part.is_causal else 1.0
 
 
 def _moments(variance: float, correlation: float) -> tuple[float, float]:

@@ -49,8 +49,9 @@ def check(name: str, kind: str, found: dict[str, float]) -> None:
 
   The stream's variance within 10 % (with a norm at the site post: before it, at every layer, else
   in the mean over layers), the correlation within 0.08 (post: 0.06), and of encoders the gradient's
-  logarithm within 0.5 (FOLLOWED: 0.25, decoders too). Of a Post-LN encoder its slope within 10 %
+  logarithm within 0.5 (FOLLOWED: 0.25, and decoders 0.35). Of a Post-LN encoder its slope within 10 %
   and 0.01 a layer: the gradient falls exponentially; a decoder's gathers on the first tokens.
+  Out-norm's scores are outside the softmax's validity: the logarithm is within 40 % of its range.
   """
   post = has_post(name, kind)
   assert found["variance_largest" if post else "variance_mean"] <= 0.10
@@ -59,8 +60,10 @@ def check(name: str, kind: str, found: dict[str, float]) -> None:
     measured = found["slope_measured"]
     assert abs(found["slope_predicted"] - measured) <= 0.01 + 0.10 * abs(measured)
   elif name in FOLLOWED:
-    assert found["log_gradient"] <= 0.25
-  elif kind == "encoder" and name != "out_norm":
+    assert found["log_gradient"] <= (0.25 if kind == "encoder" else 0.35)
+  elif name == "out_norm":
+    assert found["log_gradient"] <= 0.4 * found["log_gradient_range"]
+  elif kind == "encoder":
     assert found["log_gradient"] <= 0.5
 
 
@@ -327,12 +330,22 @@ def middle_model(name, layers):
 @functools.cache
 def updates(name, layers, batch=2, seeds=4) -> tuple[float, float]:
   """(measured, predicted) first update of the matrices: geometric means over seeds."""
-  ratios = []
+  model, found = middle_model(name, layers), []
+
+  @jax.jit
+  def run(key, tokens_BT):
+    params = model.init(key, tokens_BT)["params"]
+    loss = diagnostics.random_projection(jax.random.fold_in(key, 1))
+    call = lambda tokens_BT: diagnostics.Call((tokens_BT,), {}, loss, jax.random.fold_in(key, 2))
+    update = diagnostics.first_update(model, params, call(tokens_BT[:1]))
+    return update, diagnostics.statistics(model, params, call(tokens_BT))
+
   for seed in range(seeds):
-    tokens = np.random.default_rng(seed).integers(0, 64, (batch, 16)).astype(np.int32)
-    found = diagnostics.diagnose(middle_model(name, layers), tokens, seed=seed)
-    ratios.append((found.update.matrices, found.predicted_update.matrices))
-  return tuple(np.exp(np.log(ratios).mean(axis=0)))
+    tokens_BT = np.random.default_rng(seed).integers(0, 64, (batch, 16)).astype(np.int32)
+    update, taken = run(jax.random.key(seed), tokens_BT)
+    predicted = diagnostics.predict(model, diagnostics.profiles_of(model, *taken), batch)[1]
+    found.append((float(update.matrices), predicted.matrices))
+  return tuple(np.exp(np.log(found).mean(axis=0)))
 
 
 @pytest.mark.slow

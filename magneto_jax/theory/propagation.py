@@ -302,7 +302,8 @@ def _attention(
         _, matrix, bias = back(_times(1 / gain, path))
         matrices, others = matrices + matrix, others + bias
     if is_cross:
-      return _Back(query, _plus(value, key), matrices, others)
+      # The paths count a query for each key.
+      return _Back(query, _times(setting.length / keys, _plus(value, key)), matrices, others)
     return _Back(_plus(value, _plus(query, key)), None, matrices, others)
 
   return _Branch(y, backward)
@@ -356,7 +357,8 @@ def _step(
   y = _norm(norm, f.y, setting) if "out" in sub.norms else f.y
   y = moments.dropout(y, setting.dropout)
   # Whole samples are dropped: tokens of one sample together.
-  y = Moments(0.0, y.variance / (1 - drop_path), y.covariance / (1 - drop_path))
+  kept = 1 / (1 - drop_path) if drop_path < 1 else 0.0
+  y = Moments(0.0, kept * y.variance, kept * y.covariance)
   total = moments.residual(x, y, skip=skip, branch=branch)
   stream = _norm(norm, total, setting) if "post" in sub.norms else total
 
@@ -372,7 +374,7 @@ def _step(
       return g
 
     g = through("post", g, total)
-    into = moments.dropout_gradient(_times(branch**2 / (1 - drop_path), g), setting.dropout)
+    into = moments.dropout_gradient(_times(kept * branch**2, g), setting.dropout)
     back = f.backward(through("out", into, f.y))
     for scale, scaled, arriving in (
       (sub.skip, x, g),

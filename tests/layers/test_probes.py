@@ -279,7 +279,7 @@ def test_gradients_are_those_of_a_model_cut_at_each_layer(name):
 @pytest.mark.parametrize(
   "options",
   [
-    {"remat": "full"},
+    pytest.param({"remat": "full"}, marks=pytest.mark.slow),
     pytest.param({"remat": "full", "unroll": -1}, marks=pytest.mark.slow),
     pytest.param({"unroll": -1}, marks=pytest.mark.slow),
     pytest.param({"remat": "dots", "unroll": 2}, marks=pytest.mark.slow),

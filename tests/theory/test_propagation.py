@@ -213,6 +213,37 @@ def test_the_feed_forward_sublayer_is_exactly_its_block():
   assert profile.gradient_correlation[0] == pytest.approx(g.correlation, rel=1e-12)
 
 
+@pytest.mark.parametrize("norms", [{"in"}, {"in", "out"}, {"in", "post"}, set()])
+def test_scales_and_rates_act_where_the_residual_rule_has_them(norms):
+  """x <- post(skip x + branch drop(out(f(in_scale in(x))))), forward and back; 1e-12."""
+  skip, branch_, inner, rate, path = 1.5, 0.7, 0.4, 0.2, 0.25
+  setting = dataclasses.replace(SETTING, use_bias=False, dropout=rate, epsilon=0.0)
+  scales = {"skip": Scale(skip), "branch": Scale(branch_), "in_scale": Scale(inner)}
+  sub = FeedForward(frozenset(norms), **scales)
+  x = Moments(0.0, 2.5, 0.5)
+  step = propagation._step("ffn", sub, "layer_norm", x, setting, None, path)
+  unit = lambda x: Moments(0.0, 1.0, x.correlation)
+  w = 2 / (WIDTH + FFN)
+  block = {"width": WIDTH, "ffn_width": FFN, "in_variance": w, "out_variance": w}
+  block["activation"] = "gelu"
+  normed = unit(x) if "in" in norms else x
+  h = Moments(0.0, inner**2 * normed.variance, inner**2 * normed.covariance)
+  raw = moments.ffn_block(h, **block)
+  y = moments.dropout(unit(raw) if "out" in norms else raw, rate)
+  by_path = 1 / (1 - path)
+  variance = skip**2 * x.variance + branch_**2 * by_path * y.variance
+  covariance = skip**2 * x.covariance + branch_**2 * by_path * y.covariance
+  assert step.total[1:] == pytest.approx((variance, covariance), rel=1e-12)
+  assert step.stream.variance == pytest.approx(1 if "post" in norms else variance, rel=1e-12)
+
+  g = np.array(TOP) / (variance if "post" in norms else 1)
+  into = np.array(moments.dropout_gradient(Gradient(*(branch_**2 * by_path * g)), rate))
+  into = into / (raw.variance if "out" in norms else 1)
+  into = np.array(moments.ffn_block_gradient(Gradient(*into), h, **block)) * inner**2
+  into = into / (x.variance if "in" in norms else 1)
+  assert step.backward(TOP).g == pytest.approx(tuple(skip**2 * g + into), rel=1e-12)
+
+
 def test_numbers_are_read_layer_by_layer():
   """LayerNorm Scaling: layer l adds 1 / l of what it would; patterns run repeat by repeat."""
   stack = stack_of("layernorm_scaling", 6)
@@ -298,6 +329,17 @@ def test_the_start_is_the_embedding_with_norm_and_dropout():
   assert normed == pytest.approx((0, 1 / 0.8, 0.3))
 
 
+def test_rotations_and_biases_act_on_the_scores_of_self_attention():
+  """Rotated keys are less alike; biases, which differ from key to key, add to the variance."""
+  setting = dataclasses.replace(SETTING, rotation=0.5, bias_variance=1.0)
+  raw = moments.Scores(3.0, 0.8, 0.4)
+  expected = (4.0, 0.8 * 0.5 * 3 / 4, 0.4 * 0.5 * 3 / 4)
+  assert propagation._positioned(raw, setting, False) == pytest.approx(expected)
+  assert propagation._positioned(raw, setting, True) == raw
+  capped = dataclasses.replace(SETTING, soft_cap=1e-3)
+  assert propagation._positioned(raw, capped, False).variance == pytest.approx(1e-6, rel=1e-2)
+
+
 @pytest.mark.parametrize("head_dim", (2, 16, 64))
 @pytest.mark.parametrize("length", (2, 33))
 def test_rotation_is_the_mean_over_pairs_of_rotated_products(length, head_dim):
@@ -344,10 +386,11 @@ D, SEEDS = 128, 24
 R = 0.3
 
 
-def real(module, run, seeds=SEEDS, length=LENGTH):
-  """Moments of a layer's output, and of the gradient with respect to its input, over seeds.
+def real(module, run, r=R, seeds=SEEDS, length=LENGTH):
+  """Moments of a layer's output and of the gradient with respect to its input, over seeds; and
+  the squared norm of that with respect to its matrices and to its other parameters.
 
-  Inputs are normal with the correlation R, the gradient that arrives with the correlation 0.2.
+  Inputs are normal with the correlation r, the gradient that arrives with the correlation 0.2.
   """
 
   @jax.jit
@@ -357,33 +400,39 @@ def real(module, run, seeds=SEEDS, length=LENGTH):
     shape = (1, length, D)
     normal = jax.random.normal
     alike = lambda a, b, r: r**0.5 * normal(a, (1, 1, D)) + (1 - r) ** 0.5 * normal(b, shape)
-    x, g = alike(keys[0], keys[1], R), alike(keys[2], keys[3], 0.2)
+    x, g = alike(keys[0], keys[1], r), alike(keys[2], keys[3], 0.2)
     params = module.init(keys[4], x)["params"]
-    y, back = jax.vjp(lambda x: run(params, x, keys[5]), x)
+    y, back = jax.vjp(lambda params, x: run(params, x, keys[5]), params, x)
+    by_params, by_x = back(g)
+    leaves = jax.tree_util.tree_flatten_with_path(by_params)[0]
+    energy = lambda is_matrix: sum(
+      jnp.sum(leaf**2) for path, leaf in leaves if (path[-1].key == "kernel") == is_matrix
+    )
 
     def of(x_BTD):
       square = jnp.mean(x_BTD**2)
       total = jnp.mean(jnp.sum(x_BTD, 1) ** 2)
       return square, (total - length * square) / (length * (length - 1))
 
-    return *of(y), *of(back(g)[0])
+    return *of(y), *of(by_x), energy(True), energy(False)
 
   keys = jax.random.split(jax.random.key(0), seeds)
   return [float(np.mean(values)) for values in one(keys)]
 
 
-def branch(name, record, options, **setting):
-  """(variance, covariance, of the output and of the input's gradient), predicted."""
+def branch(name, record, r=R, **setting):
+  """(variance, covariance, of the output and of the input's gradient, energies), predicted."""
   setting = Setting(width=D, ffn_width=4 * D, heads=HEADS, length=LENGTH, **setting)
   sub = {"ffn": FeedForward, "self_attention": Attention}[name](frozenset(), **record)
   sub = dataclasses.replace(sub, skip=Scale(0.0))
-  step = propagation._step(name, sub, "layer_norm", Moments(0, 1, R), setting, None, 0.0)
-  g = step.backward(Gradient(1.0, 0.2)).g
-  return step.total.variance, step.total.covariance, g.variance, g.covariance
+  step = propagation._step(name, sub, "layer_norm", Moments(0, 1, r), setting, None, 0.0)
+  back = step.backward(Gradient(1.0, 0.2))
+  return *step.total[1:], *back.g, back.matrices, back.others
 
 
 def assert_near(predicted, measured, *, rel):
-  """Variances within `rel`, covariances within `rel` of the variance."""
+  """Variances within `rel`, covariances within `rel` of the variance, energies within 2 `rel`."""
+  assert predicted[4:] == pytest.approx(measured[4:], rel=2 * rel)
   for i in (0, 2):
     assert predicted[i] == pytest.approx(measured[i], rel=rel), (predicted, measured)
     error = abs(predicted[i + 1] - measured[i + 1])
@@ -411,7 +460,7 @@ def test_attention_is_predicted_as_the_layer_does(name):
   )[0]
   measured = real(module, run)
   rel = 0.25 if name in ("causal", "window") else 0.12
-  assert_near(branch("self_attention", record, options, **setting), measured, rel=rel)
+  assert_near(branch("self_attention", record, **setting), measured, rel=rel)
 
 
 @pytest.mark.parametrize(
@@ -424,7 +473,7 @@ def test_the_feed_forward_network_is_predicted_as_the_layer_does(name):
   run = lambda params, x, key: module.apply(
     {"params": params}, x, deterministic=False, rngs={"dropout": key}
   )
-  assert_near(branch("ffn", {}, options, **setting), real(module, run), rel=0.08)
+  assert_near(branch("ffn", {}, **setting), real(module, run), rel=0.08)
 
 
 # ---------------------------------------------------------------------------------------------
