@@ -97,7 +97,6 @@ def errors(pairs: list) -> dict[str, float]:
 
   variance_mean, variance_largest: over layers, of |predicted / measured - 1|.
   correlation, log_gradient: the largest difference over layers.
-  log_gradient_range: the largest measured distance from the last layer's.
   slope_measured, slope_predicted: of the log gradient by layer, over the middle half.
   """
   measured, predicted = (mean_profile(list(side)) for side in zip(*pairs, strict=True))
@@ -112,7 +111,6 @@ def errors(pairs: list) -> dict[str, float]:
     "variance_largest": float(np.max(relative)),
     "correlation": apart("correlation"),
     "log_gradient": apart("log_gradient"),
-    "log_gradient_range": float(np.max(np.abs(measured["log_gradient"]))),
     "slope_measured": slope(measured),
     "slope_predicted": slope(predicted),
   }

@@ -31,8 +31,8 @@ from tests.models.common import compiled
 
 
 @functools.cache
-def errors(name: str, kind: str, depth: int, seeds: int = prediction.SEEDS) -> dict[str, float]:
-  return prediction.errors(prediction.measure(name, kind, depth, seeds=seeds))
+def cell(name: str, kind: str, depth: int, seeds: int = prediction.SEEDS) -> dict:
+  return prediction.cell(name, kind, depth, seeds=seeds)
 
 
 def has_post(name: str, kind: str) -> bool:
@@ -44,13 +44,13 @@ def has_post(name: str, kind: str) -> bool:
 FOLLOWED = ("deepnet", "keel", "deepscalelm, post")
 
 
-def check(name: str, kind: str, found: dict[str, float]) -> None:
+def check(name: str, kind: str, found: dict) -> None:
   """The errors that docs/theory.md states, of means over models.
 
   The stream's variance within 10 % (with a norm at the site post: before it, at every layer, else
   in the mean over layers), the correlation within 0.08 (post: 0.06), and of encoders the gradient's
-  logarithm within 0.5 (FOLLOWED: 0.25, and decoders 0.35). Of a Post-LN encoder its slope within 10 %
-  and 0.01 a layer: the gradient falls exponentially; a decoder's gathers on the first tokens.
+  logarithm within 0.5 (FOLLOWED: 0.25, and decoders 0.35). Of a Post-LN encoder its slope within
+  10 % and 0.01 a layer: the gradient falls exponentially; a decoder's gathers on the first tokens.
   Out-norm's scores are outside the softmax's validity: the logarithm is within 40 % of its range.
   """
   post = has_post(name, kind)
@@ -62,7 +62,7 @@ def check(name: str, kind: str, found: dict[str, float]) -> None:
   elif name in FOLLOWED:
     assert found["log_gradient"] <= (0.25 if kind == "encoder" else 0.35)
   elif name == "out_norm":
-    assert found["log_gradient"] <= 0.4 * found["log_gradient_range"]
+    assert found["log_gradient"] <= 0.4 * max(map(abs, found["measured"]["log_gradient"]))
   elif kind == "encoder":
     assert found["log_gradient"] <= 0.5
 
@@ -73,16 +73,16 @@ TABLE = list(itertools.product(prediction.VARIANTS, prediction.KINDS, prediction
 
 @pytest.mark.parametrize("case", QUICK, ids=lambda case: "-".join(map(str, case)))
 def test_predictions_hold_of_a_few_real_models(case):
-  check(*case[:2], errors(*case, seeds=QUICK[case]))
+  check(*case[:2], cell(*case, seeds=QUICK[case]))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, kind, depth", TABLE)
 def test_predictions_hold_of_real_models(name, kind, depth):
-  check(name, kind, errors(name, kind, depth))
+  check(name, kind, cell(name, kind, depth))
 
 
-def median_of_streams(kind: str, cells: dict[str, dict[str, float]]) -> float:
+def median_of_streams(kind: str, cells: dict[str, dict]) -> float:
   """Of recipes without a norm at the site post."""
   return np.median([e["variance_mean"] for name, e in cells.items() if not has_post(name, kind)])
 
@@ -92,7 +92,7 @@ def median_of_streams(kind: str, cells: dict[str, dict[str, float]]) -> float:
 @pytest.mark.parametrize("kind", prediction.KINDS)
 def test_the_stream_is_predicted_within_five_per_cent_in_the_median(kind, depth):
   """In one process it reads what the table measured."""
-  cells = {name: errors(name, kind, depth) for name in prediction.VARIANTS}
+  cells = {name: cell(name, kind, depth) for name in prediction.VARIANTS}
   assert median_of_streams(kind, cells) <= 0.05
 
 

@@ -68,7 +68,7 @@ def test_second_command_runs_the_tests(fences):
 
 def test_layers_serve_other_projects_as_written():
   """In Linen and in NNX, without a warning; and the init function of a recipe's group."""
-  _, model, blocks = fenced("python", README)
+  model, _, blocks = fenced("python", README)
   # The model as it is written, by its shapes: its weights take half a minute. No run to load.
   model = model.replace("model.init(", "jax.eval_shape(model.init, ")
   recipe = [line for line in model.splitlines() if "magneto_jax.load(" not in line]
@@ -79,7 +79,7 @@ def test_layers_serve_other_projects_as_written():
 
 def test_a_model_is_diagnosed_as_written(tmp_path):
   """With fewer layers, which is all that the time depends on."""
-  code = fenced("python", README)[0].replace("decoder_layers=200", "decoder_layers=7")
+  code = fenced("python", README)[1].replace("decoder_layers=200", "decoder_layers=7")
   command = [sys.executable, "-W", "error", "-c", code]
   said = subprocess.run(command, check=True, cwd=tmp_path, capture_output=True, text=True).stdout
   assert said.startswith("take ")
