@@ -177,8 +177,14 @@ def main() -> None:
   arguments = parser.parse_args()
   results = coordinator.head("prediction")
   results["versions"] = reporting.versions()
-  sizes = ("WIDTH", "FFN", "HEADS", "LENGTH", "VOCAB", "DROPOUT")
-  results["setting"] = {name.lower(): globals()[name] for name in sizes}
+  results["setting"] = {
+    "width": WIDTH,
+    "ffn": FFN,
+    "heads": HEADS,
+    "length": LENGTH,
+    "vocab": VOCAB,
+    "dropout": DROPOUT,
+  }
   results["cells"] = []
   default = coordinator.RESULTS / f"prediction-{results['date'][:10]}.json"
   for depth, variant, kind in itertools.product(arguments.depths, VARIANTS, KINDS):
