@@ -536,19 +536,24 @@ def _panels(
   """A panel for each quantity of one stack."""
   prefix = "" if alone else f"{kind}: "
 
-  def panel(title: str, label: str, read, band=1.0, *, log: bool = True):
+  # The input and the last layer's gradient are given: errors gather on the way from there.
+  way = np.linspace(0, 1, len(next(iter(pairs.values()))[0].variance))
+
+  def panel(title: str, label: str, read, band=lambda profile: 1.0, *, log: bool = True):
     curves = {
-      name: reporting.Curve(read(m), None if p is None else read(p), band)
+      name: reporting.Curve(read(m), None if p is None else read(p), 1.0 if p is None else band(p))
       for name, (m, p) in pairs.items()
     }
     return reporting.Panel(prefix + title, label, curves, log)
 
   norm = lambda profile: np.sqrt(profile.gradient / profile.gradient[-1])
-  # The input and the last layer's gradient are given: errors gather on the way from there.
-  way = np.linspace(0, 1, len(next(iter(pairs.values()))[0].variance))
-  gradient_band = propagation.GRADIENT_BAND[kind == "decoder"] ** way[::-1]
   return [
-    panel("stream", "variance, before a norm behind the sum", lambda p: p.variance, 1.1**way),
+    panel(
+      "stream",
+      "variance, before a norm behind the sum",
+      lambda p: p.variance,
+      lambda p: propagation.VARIANCE_BAND**way,
+    ),
     panel("tokens", "correlation of two tokens", lambda p: p.correlation, log=False),
-    panel("gradient", "norm, over the last layer's", norm, gradient_band),
+    panel("gradient", "norm, over the last layer's", norm, lambda p: p.gradient_band ** way[::-1]),
   ]
