@@ -8,7 +8,6 @@ changes the depth. DIR gets `diagnosis.png` and `diagnosis.json`.
 
 import dataclasses
 import json
-import math
 import pathlib
 import tempfile
 import time
@@ -20,11 +19,9 @@ from magneto_jax import cli, diagnostics, reporting
 from magneto_jax.config import ConfigError, RecipeConfig, TrainConfig, config_errors
 from magneto_jax.data import files
 from magneto_jax.tasks import TASKS
-from magneto_jax.theory import stability
+from magneto_jax.theory import propagation, stability
 from magneto_jax.theory.recipes import RECIPES
-
-# Tokens a batch has at most, if a sample has no more: the mean over them is within a per cent.
-_TOKENS = 1024
+from magneto_jax.theory.recipes import options as options_of
 
 
 def main() -> None:
@@ -49,9 +46,9 @@ def main() -> None:
 
 def chosen(names: str) -> tuple[str, ...]:
   """The recipes that the flag names; none: the config's own."""
-  if names == "all":
-    return tuple(RECIPES)
   listed = tuple(name.strip() for name in names.split(",") if name.strip())
+  if "all" in listed:
+    return tuple(RECIPES)
   for name in listed:
     if name not in RECIPES:
       raise ConfigError(f"--recipes: {name!r} must be one of all, {', '.join(RECIPES)}")
@@ -60,7 +57,13 @@ def chosen(names: str) -> tuple[str, ...]:
 
 def variant(config: TrainConfig, recipe: str, layers: int) -> TrainConfig:
   """The config with another recipe and depth, its layers scanned and recomputed."""
-  options = config.recipe_options if recipe == config.recipe else RecipeConfig()
+  # Of the options that are given a recipe takes those it has.
+  taken = {
+    name: value
+    for name, value in dataclasses.asdict(config.recipe_options).items()
+    if name in options_of(recipe)
+  }
+  options = RecipeConfig(**taken)
   model = dataclasses.replace(config.model, layers=layers, remat="full", unroll=1)
   return dataclasses.replace(config, recipe=recipe, recipe_options=options, model=model)
 
@@ -72,12 +75,14 @@ class Diagnoses:
   Attributes:
     config: as it was given, with the depth that was measured.
     diagnoses: one a recipe.
+    bounds: the papers' bounds of each recipe's first update; see `propagation.update_bound`.
     recommendation: what the theory recommends for this architecture.
     seconds: how long it took.
   """
 
   config: TrainConfig
   diagnoses: tuple[diagnostics.Diagnosis, ...]
+  bounds: dict[str, propagation.Bound]
   recommendation: stability.Recommendation
   seconds: float
 
@@ -107,22 +112,31 @@ def diagnose(
   with tempfile.TemporaryDirectory() as scratch, config_errors():
     data = task.load_data(config.data, pathlib.Path(scratch), None)
     facts = task.facts(data)
-    rows = min(config.batch_size, max(1, _TOKENS // config.data.seq_length))
-    batch, calls = diagnostics.first_samples(data.train, rows), diagnostics.calls_of(task)
+    batch = diagnostics.first_samples(data.train, config.batch_size, config.data.seq_length)
+    calls = diagnostics.calls_of(task)
 
     def measured(recipe: str, layers: int, **options) -> diagnostics.Diagnosis:
       model = task.build_model(variant(config, recipe, layers), facts)
       return diagnostics.examine(model, calls, batch, name=recipe, seed=config.seed, **options)
 
-    shallow = measured("pre_ln", min(depth, stability.SHALLOW))
+    shallow = measured("pre_ln", stability.SHALLOW)
     found = tuple(measured(name, depth, baseline=shallow) for name in recipes or (config.recipe,))
-    recommendation = stability.recommend(
-      task.architecture(config, facts),
-      length=config.data.seq_length,
-      activation=config.model.activation,
-      attention_dropout=config.model.attention_dropout,
-    )
-  return Diagnoses(config, found, recommendation, time.perf_counter() - started)
+    # The text's own correlation, as it was measured before the embedding's dropout.
+    ((kind, first),) = shallow.measured.items()
+    correlation = first.correlation[0] / (1 - config.model.dropout)
+    architecture = task.architecture(config, facts)
+    if 0 < correlation <= 1:
+      architecture = dataclasses.replace(architecture, token_correlation=float(correlation))
+    part = diagnostics.parts_of(task.build_model(config, facts))[kind]
+    setting = dataclasses.asdict(diagnostics.setting_of(part, first.tokens))
+    # What the architecture says itself.
+    for name in ("width", "ffn_width", "heads", "dropout", "is_causal", "memory_length"):
+      del setting[name]
+    bounds = {
+      d.name: propagation.update_bound(RECIPES[d.name](architecture), architecture) for d in found
+    }
+    recommendation = stability.recommend(architecture, **setting)
+  return Diagnoses(config, found, bounds, recommendation, time.perf_counter() - started)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -151,7 +165,7 @@ def table(found: Diagnoses) -> rich.table.Table:
   for diagnosis in found.diagnoses:
     for kind, m in diagnosis.measured.items():
       p = diagnosis.predicted[kind]
-      ratio = [math.sqrt(g[1] / g[-1]) if g[-1] else math.nan for g in (m.gradient, p.gradient)]
+      ratio = [stability.first_over_last(profile.gradient) for profile in (m, p)]
       name = diagnosis.name if len(diagnosis.measured) == 1 else f"{diagnosis.name}, {kind}"
       result.add_row(
         name,
@@ -164,12 +178,13 @@ def table(found: Diagnoses) -> rich.table.Table:
   return result
 
 
-def verdict(diagnosis: diagnostics.Diagnosis, recommendation: stability.Recommendation) -> str:
+def verdict(diagnosis: diagnostics.Diagnosis, found: Diagnoses) -> str:
   """Stable, or what breaks where and which recipe would mend it."""
   if not diagnosis.findings:
     return f"{diagnosis.name}: stable at its start: no figure is beyond its limit"
-  sound = [c.name for c in recommendation.candidates if not c.findings]
-  others = [name for name in sound if name != diagnosis.name][:3]
+  unsound = {d.name for d in found.diagnoses if d.findings}
+  sound = [c.name for c in found.recommendation.candidates if not c.findings]
+  others = [name for name in sound if name not in unsound][:3]
   texts = "; ".join(finding.text for finding in diagnosis.findings)
   broken = {finding.figure for finding in diagnosis.findings}
   word = "runs out of float16" if broken == {"float16"} else "unstable"
@@ -181,7 +196,7 @@ def report(found: Diagnoses) -> None:
   """Prints the table and the verdicts."""
   console = reporting.make_console()
   console.print(table(found))
-  lines = ["", *(verdict(d, found.recommendation) for d in found.diagnoses)]
+  lines = ["", *(verdict(d, found) for d in found.diagnoses)]
   notes = dict.fromkeys(f"note, {d.name}: {note}" for d in found.diagnoses for note in d.notes)
   lines += [*notes, f"recommended: {found.recommendation}".splitlines()[0]]
   lines.append(f"measured in {reporting.duration(found.seconds)}")
@@ -196,7 +211,12 @@ def leave(found: Diagnoses, directory: pathlib.Path) -> None:
   values = {
     "config": dataclasses.asdict(found.config),
     "diagnoses": [
-      {**d.as_json(), "verdict": verdict(d, found.recommendation)} for d in found.diagnoses
+      {
+        **d.as_json(),
+        "update_bound": diagnostics.jsonable(found.bounds[d.name]._asdict()),
+        "verdict": verdict(d, found),
+      }
+      for d in found.diagnoses
     ],
     "recommended": str(found.recommendation),
     "seconds": found.seconds,

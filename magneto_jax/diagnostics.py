@@ -197,9 +197,22 @@ def calls_of(task) -> Callable[[Any, jax.Array], Call]:
   return call
 
 
-def first_samples(dataset: Sequence[Mapping[str, np.ndarray]], rows: int) -> dict[str, np.ndarray]:
-  """The first samples of a data set as a batch."""
-  samples = [dataset[i] for i in range(min(rows, len(dataset)))]
+# So many tokens suffice: the mean over them is within a per cent.
+_TOKENS = 1024
+
+
+def first_samples(
+  dataset: Sequence[Mapping[str, np.ndarray]], rows: int, length: int
+) -> dict[str, np.ndarray]:
+  """The first samples of a data set as a batch: some thousand tokens, at most `rows` of `length`.
+
+  Raises:
+    ValueError: the data set is empty.
+  """
+  if not len(dataset):
+    raise ValueError(f"the training set has no sample of {length} tokens: give more text")
+  rows = min(rows, max(1, _TOKENS // length), len(dataset))
+  samples = [dataset[i] for i in range(rows)]
   return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
 
 
@@ -472,7 +485,11 @@ def examine(
     ratio = update.matrices / baseline.update.matrices
     predicted_ratio = predicted_update.matrices / baseline.predicted_update.matrices
   findings = findings_of(measured) + tuple(stability.update_findings(ratio))
-  notes = tuple(dict.fromkeys(note for profile in predicted.values() for note in profile.notes))
+  notes = [note for profile in predicted.values() for note in profile.notes]
+  segments = calls(batch, dropout_key).kwargs.get("segment_ids_BT")
+  if segments is not None and np.any(np.asarray(segments) != np.asarray(segments)[:, :1]):
+    notes.append("samples hold several documents, and are predicted as if they were one")
+  notes = tuple(dict.fromkeys(notes))
   return Diagnosis(
     name,
     measured,
@@ -519,11 +536,14 @@ def draw_run(
   *,
   title: str,
 ) -> pathlib.Path:
-  """Draws measurements of one model at several times; the prediction is of the first."""
-  names, panels = list(measured), []
-  for kind, profile in predicted.items():
-    pairs = {name: (measured[name][kind], profile if name == names[0] else None) for name in names}
-    panels += _panels(kind, pairs, alone=len(predicted) == 1)
+  """Draws measurements of one model at several times; a prediction is of the first."""
+  first, panels = next(iter(measured)), []
+  for kind in measured[first]:
+    pairs = {
+      name: (stacks[kind], predicted.get(kind) if name == first else None)
+      for name, stacks in measured.items()
+    }
+    panels += _panels(kind, pairs, alone=len(measured[first]) == 1)
   return reporting.draw_by_layer(path, panels, title=title)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from flax import linen as nn
 
 from magneto_jax import diagnostics, reporting
+from magneto_jax.theory import stability
 
 FILE = "diagnostics.jsonl"
 
@@ -59,38 +60,39 @@ class Monitor:
         "variance": m.variance[-1],
         "correlation": m.correlation[-1],
         "largest": m.largest.max(),
-        "gradient_norm_first_over_last": np.sqrt(m.gradient[1] / m.gradient[-1]),
+        "gradient_norm_first_over_last": stability.first_over_last(m.gradient),
       }
       metrics |= {f"diagnostics/{kind}/{name}": float(value) for name, value in figures.items()}
     metrics["diagnostics/first_update"] = update.matrices
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
   def report(self) -> tuple[dict[str, Any], list[str]]:
-    """Draws diagnostics.png; what the summary and the terminal say of the run."""
+    """Draws diagnostics.png; what the summary and the terminal say of the run.
+
+    The prediction is of the start: a run whose first steps were not measured is shown without it.
+    """
     first, last = (_measured(self._rows[i]["stacks"]) for i in (0, -1))
-    at = self.steps[0], self.steps[-1]
-    predicted, _ = diagnostics.predict(self._model, first)
+    begin, end = (f"step {self.steps[i]:,}" for i in (0, -1))
+    predicted = diagnostics.predict(self._model, first)[0] if self.steps[0] == 0 else {}
     diagnostics.draw_run(
-      {"the start, predicted and measured": first, f"step {at[1]:,}": last},
+      {begin: first, end: last},
       predicted,
       self._workdir / "diagnostics.png",
-      title=f"stream and gradient by layer, steps {at[0]:,} and {at[1]:,}",
+      title=f"stream and gradient by layer, {begin} and {end}",
     )
-    summary, lines = {}, []
-    for kind, p in predicted.items():
-      was, now = first[kind], last[kind]
-      ratio = lambda m: float(np.sqrt(m.gradient[1] / m.gradient[-1]))
-      figures = {
-        "stream variance": (was.variance[-1], p.variance[-1], now.variance[-1]),
-        "token correlation": (was.correlation[-1], p.correlation[-1], now.correlation[-1]),
-        "gradient norm, first layer / last": (ratio(was), ratio(p), ratio(now)),
-      }
-      for name, (start, theory, end) in figures.items():
-        summary[f"{kind}: {name}"] = {"start": start, "predicted": theory, "end": end}
-        lines.append(
-          f"{kind}: {name} {start:.3g} at step {at[0]:,} (predicted {theory:.3g}),"
-          f" {end:.3g} at step {at[1]:,}"
-        )
+    summary, lines = {"steps": [self.steps[0], self.steps[-1]]}, []
+    for kind, was in first.items():
+      now, theory = last[kind], predicted.get(kind)
+      for name, read in {
+        "stream variance": lambda m: float(m.variance[-1]),
+        "token correlation": lambda m: float(m.correlation[-1]),
+        "gradient norm, first layer / last": lambda m: stability.first_over_last(m.gradient),
+      }.items():
+        expected = None if theory is None else read(theory)
+        figures = {"first": read(was), "predicted": expected, "last": read(now)}
+        summary[f"{kind}: {name}"] = figures
+        said = "" if theory is None else f" (predicted {expected:.3g})"
+        lines.append(f"{kind}: {name} {read(was):.3g} at {begin}{said}, {read(now):.3g} at {end}")
       lines += [f"{kind}: {f.text}" for f in diagnostics.findings_of({kind: now})]
     return diagnostics.jsonable(summary), lines
 

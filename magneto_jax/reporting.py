@@ -303,6 +303,9 @@ def draw_by_layer(
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if panel.log:
       axes.set_yscale("log")
+    else:  # A share: small differences must not fill the panel.
+      low, high = axes.get_ylim()
+      axes.set_ylim(min(low, 0.0), max(high, 1.02))
   if bars is not None:
     _draw_bars(grid[len(panels)], bars, styles)
   for axes in grid[:count]:
@@ -341,7 +344,9 @@ def _draw_bars(axes, bars: Bars, styles: Mapping[str, Mapping[str, str]]) -> Non
     axes.plot([i], [predicted], marker="_", ms=16, mew=2, **style)
   axes.set_xticks(range(len(bars.values)), bars.values, rotation=40, ha="right")
   axes.set_xlim(-0.7, len(bars.values) - 0.3)
-  axes.set(title=bars.title, ylabel=bars.label, yscale="log")
+  is_positive = any(value > 0 for pair in bars.values.values() for value in pair)
+  scale = "log" if is_positive else "linear"
+  axes.set(title=bars.title, ylabel=bars.label, yscale=scale)
 
 
 def _draw_curve(axes, curve: Curve, style: Mapping[str, str]) -> None:

@@ -343,7 +343,9 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict:
 
   monitor = None
   if config.diagnostics_every:
-    batch = diagnostics.first_samples(job.data.train, config.batch_size)
+    # No more rows than a step holds at a time.
+    rows, length = config.batch_size // config.accumulation, config.data.seq_length
+    batch = diagnostics.first_samples(job.data.train, rows, length)
     calls = diagnostics.calls_of(job.task)
     monitor = Monitor(workdir, job.model, calls, batch, after_step=start)
 
@@ -384,9 +386,9 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict:
       )
 
   with opened, reporting.Progress(console, start=start, total=config.steps) as progress:
-    if monitor is not None and start == 0:
+    if monitor is not None and (start == 0 or not monitor.steps):
       with stopwatch.paused():
-        diagnose(0)
+        diagnose(start)
     unread = None
     for step in range(start + 1, config.steps + 1):
       state, metrics = job.step(state, next(job.batches), dropout_key)
@@ -394,6 +396,10 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict:
         report(*unread)
       unread = step, metrics
       last = step == config.steps
+      if monitor is not None and (last or step % config.diagnostics_every == 0):
+        # Before the checkpoint: what is saved has been measured.
+        with stopwatch.paused():
+          diagnose(step)
       if last or step % config.eval_every == 0 or step % config.checkpoint_every == 0:
         report(*unread)
         unread = None
@@ -404,9 +410,6 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict:
             progress.line(f"step {step:,}/{config.steps:,}  validation: {_in_words(validation)}")
           if last or step % config.checkpoint_every == 0:
             save(step)
-      if monitor is not None and (last or step % config.diagnostics_every == 0):
-        with stopwatch.paused():
-          diagnose(step)
 
     training_seconds = stopwatch.seconds
 

@@ -489,8 +489,8 @@ def test_measuring_a_run_changes_nothing_of_it(tmp_path):
   assert [row["step"] for row in rows] == [0, 2, 3]
   figures = summary["diagnostics"]["decoder: stream variance"]
   last = monitor.read(measured)[-1]["stacks"]["decoder"]["variance"]
-  assert figures["end"] == last[-1] == rows[-1]["diagnostics/decoder/variance"]
-  assert figures["predicted"] == pytest.approx(figures["start"], rel=0.5)
+  assert figures["last"] == last[-1] == rows[-1]["diagnostics/decoder/variance"]
+  assert figures["predicted"] == pytest.approx(figures["first"], rel=0.5)
   assert (measured / "diagnostics.png").stat().st_size > 10_000
 
 

@@ -888,8 +888,10 @@ def _overlaps(scores: Scores, keys: int, causal: bool, form: str) -> _Overlaps:
   # and the longer row gives each a weight of about 1 / visible.
   pairs, count = _sum_of_squares(np.asarray(shared)[..., None], visible), keys * (keys - 1) / 2
   one, two = rows.mean(-1), pairs @ (visible - 1.0) / max(count, 1)
-  if is_closed or keys == 1:
+  if is_closed:
     return _Overlaps(one, two, one, two, rows, pairs)
+  if keys == 1:  # Its weight is 1, whatever its score.
+    return _Overlaps(one, two, 0.0, 0.0, rows, pairs)
   # A row of i keys moves by 1 - 1/i of its weights, and two by 1 - 1/i of the shorter.
   mobility /= 1 - rows[-1]
   shorter = visible - 1 - np.concatenate([[0.0], np.cumsum(1 / visible[:-1])])
@@ -991,6 +993,7 @@ def attention_mixing_gradient(
   dropout: Number = 0.0,
   width: Number | None = None,
   form: str = "closed",
+  queries: int | None = None,
 ) -> AttentionGradient:
   """Of `attention_mixing`, with respect to the layer's input, in units of (d_out sv2) g2.
 
@@ -1018,22 +1021,29 @@ def attention_mixing_gradient(
     g: with respect to the mixed values.
     scores, keys, causal, dropout, width, form: of `attention_mixing`.
     input_correlation: r.
+    queries: T, as many as keys by default; a memory's keys and values get T/L times the gradient
+      that a query sends, and T - 1 others' in place of L - 1.
   """
   _check(g)
   keys = _check_keys(keys)
   _check_rate("dropout", dropout)
   q, q2, moves, moves2, *_ = _overlaps(scores, keys, causal, form)
   v, r_key, r_query = scores
-  r, rg, others = _correlation("input_correlation", input_correlation), g.correlation, keys - 1
+  r, rg = _correlation("input_correlation", input_correlation), g.correlation
+  queries = keys if queries is None else queries
+  share, others, pairs = queries / keys, queries - 1, max(keys - 1, 1)
   aligned = _aligned(r, width) * moves / q
   spread = ((1 - r) + r * dropout) / (1 - dropout)
-  value = Gradient(q / (1 - dropout) + others * rg * q2, (1 - q) / max(others, 1) + rg * (1 - q2))
+  value = Gradient(
+    share * (q / (1 - dropout) + others * rg * q2),
+    share * ((1 - q) + others * rg * (1 - q2)) / pairs,
+  )
   query = Gradient(
     v * ((1 - r_key) * spread * moves + aligned),
     rg * v * ((1 - r) * (1 - r_key) * moves2 + aligned),
   )
-  key_variance = v * (spread * moves + others * moves2 * rg * r_query * (1 - r))
-  return AttentionGradient(value, query, Gradient(key_variance, -key_variance / max(others, 1)))
+  key_variance = share * v * (spread * moves + others * moves2 * rg * r_query * (1 - r))
+  return AttentionGradient(value, query, Gradient(key_variance, -key_variance / pairs))
 
 
 # ---------------------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ Sublayer by sublayer, with the moments (variance, covariance) of what it adds to
 
 Assumptions: weights are independent, of zero mean, and wide (errors of order 1/D); tokens are
 exchangeable (one correlation for all pairs); gradients are independent of the forward pass; scales
-that are learned have their initial values. Where these do not hold a prediction comes with a note.
+that are learned have their initial values. A prediction that is known to be bad comes with a note;
+how good the others are stands in docs/theory.md.
 
 References: Kedia et al., Transformers Get Stable, arXiv 2403.09635 (the moments); Noci et al.,
 Signal Propagation in Transformers, arXiv 2206.03126 (rank collapse); DeepNet, arXiv 2203.00555, and
@@ -273,6 +274,7 @@ def _attention(
     "input_correlation": source.correlation,
     "form": "integral",
   }
+  _note_scores(scores, mixing, setting)
   mixed = moments.attention_mixing(v, scores, **mixing)
   if mixing["causal"] and sub.norms & {"mid", "out"}:
     dropped = {"dropout": setting.attention_dropout, "form": "integral"}
@@ -291,7 +293,8 @@ def _attention(
       others += gain
     if sub.head_scale:
       others += _energy(q_features, mixed, g, setting.length)
-    paths = moments.attention_mixing_gradient(g, scores, **mixing)
+    queries = setting.length if is_cross else keys
+    paths = moments.attention_mixing_gradient(g, scores, queries=queries, **mixing)
     value, query, key = (_times(value_gain * g.variance, path) for path in paths)
     # Scores' gradient is in units of the source; the queries' input has a variance of its own.
     query = _times(source.second / x.second, query) if x.second else query
@@ -304,11 +307,23 @@ def _attention(
         _, matrix, bias = back(_times(1 / gain, path))
         matrices, others = matrices + matrix, others + bias
     if is_cross:
-      # The paths count a query for each key.
-      return _Back(query, _times(setting.length / keys, _plus(value, key)), matrices, others)
+      return _Back(query, _plus(value, key), matrices, others)
     return _Back(_plus(value, _plus(query, key)), None, matrices, others)
 
   return _Branch(y, backward)
+
+
+def _note_scores(scores: moments.Scores, mixing: dict, setting: Setting) -> None:
+  """Warns where attention is known to be predicted worse."""
+  spread = (1 - scores.key_correlation) * scores.variance
+  if mixing["keys"] > 1 and spread > 0.5 * math.log(mixing["keys"]):
+    _warn("attention's scores have a variance at which the gradient is predicted badly")
+  if mixing["causal"] and mixing["keys"] < setting.length:
+    _warn("a causal window is predicted as a sample of its length: too much of its tokens alike")
+
+
+def _warn(text: str) -> None:
+  warnings.warn(text, moments.OutsideValidity, stacklevel=3)
 
 
 def _positioned(scores: moments.Scores, setting: Setting, is_cross: bool) -> moments.Scores:
@@ -446,6 +461,9 @@ def propagate(
   elif not gradients[0].variance < _OVERFLOW:
     notes.append("the gradient overflows: it is infinite below some layer")
     matrices = others = math.inf
+  band = _gradient_band(layers[-1], setting)
+  if band > 2:
+    notes.append("gradients of causal Post-LN gather on the first tokens, which is not predicted")
   ratio = lambda a, b: a / b if b else math.nan
   return Profile(
     variance=np.array([m.second for m in totals]),
@@ -455,7 +473,7 @@ def propagate(
     matrices=matrices,
     others=others,
     memory_gradient=None if memory is None else to_memory,
-    gradient_band=_gradient_band(layers[-1], setting),
+    gradient_band=band,
     notes=tuple(notes),
   )
 
@@ -532,8 +550,14 @@ def parts_of(
     for kind, stack in stacks.items()
     if stack is not None
   }
-  r0 = architecture.token_correlation
-  return parts, {kind: start_of(*part, r0) for kind, part in parts.items()}
+  starts = {}
+  for kind, (stack, own) in parts.items():
+    # A second table is that of learned positions.
+    tables = architecture.embedding_tables - 1
+    positions = tables * float(stack.embedding.positions.std(1, 1)) ** 2
+    r0 = architecture.token_correlation
+    starts[kind] = start_of(stack, own, r0, position_variance=positions)
+  return parts, starts
 
 
 def predict(
@@ -598,7 +622,7 @@ class Update(NamedTuple):
 def first_update(
   parts: dict[str, tuple[records.Stack, Setting]],
   starts: dict[str, Moments],
-  top: Gradient = UNIT_GRADIENT,
+  top: Gradient | None = None,
 ) -> Update:
   """The first update that the moments predict, of one sample, as the learning rate goes to 0.
 
@@ -613,7 +637,8 @@ def first_update(
 
   Args:
     parts, starts: of `propagate_all`.
-    top: the loss's gradient with respect to the last layer's output.
+    top: the loss's gradient with respect to the last layer's output; by default the one that has
+      unit variance and no correlation behind the final norm.
 
   Reference: Jacot et al., Neural Tangent Kernel, arXiv 1806.07572.
   """
@@ -623,6 +648,8 @@ def first_update(
   scale = 1.0
   if last_stack.final_norm:
     scale = 1 / (float(list(apart.values())[-1].variance[-1]) + last.epsilon)
+  # A final norm divides the gradient on its way back, too.
+  top = Gradient(scale, 0.0) if top is None else top
   rho = top.correlation
 
   def change(energy: Callable[[Profile], float]) -> float:

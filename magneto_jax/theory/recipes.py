@@ -544,7 +544,7 @@ def _deepscalelm(
   embedding = dataclasses.replace(
     _embedding(architecture),
     positions=Init("normal", gain=std),
-    patches=Init("lecun_normal", gain=math.sqrt(keep)),
+    patches=Init("lecun_normal", gain=std),
     scale=math.sqrt(architecture.width) * std,
     norm=placement == "post",
   )
@@ -571,7 +571,7 @@ def deepscalelm(
     | v, out        | sqrt((1 - p) / r_l) / D         | whatever the heads               |
     | wi, wo        | sqrt(2 (1 - p) / (D F))         | sqrt((1 - p) / 2) / D at F = 4 D |
     | tables        | (1 - p) / e                     |                                  |
-    | patches       | (1 - p) / (their fan-in)        |                                  |
+    | patches       | (1 - p) / (e * their fan-in)    |                                  |
 
   so that every block, and the stream behind the embedding's dropout, has variance 1. r starts at
   (1 - p) token_correlation. In each layer attention makes it lambda^2 r + beta^2 (1 - p), then the

@@ -131,6 +131,11 @@ def update_findings(ratio: float) -> Iterator[Finding]:
     )
 
 
+def first_over_last(gradient: np.ndarray) -> float:
+  """The gradient's norm at the first layer over that at the last one, from its variance [L + 1]."""
+  return math.sqrt(gradient[1] / gradient[-1]) if gradient[-1] else math.nan
+
+
 def expected_largest(variance: np.ndarray, count: int) -> np.ndarray:
   """The largest of `count` normal numbers: sqrt(2 log(count) S)."""
   return np.sqrt(2 * math.log(max(count, 2)) * np.asarray(variance))
@@ -151,7 +156,8 @@ class Candidate(NamedTuple):
     correlation: of the tokens after the last layer.
     largest: the largest absolute value expected in the stream.
     update_ratio: the first update over that of Pre-LN with SHALLOW layers.
-    used: how much of its limits the recipe uses, on a logarithmic scale: below 1 within all.
+    used: how much of its limits the recipe uses, on a logarithmic scale: below 1 within all. It is
+      above 1 without a finding where matrices hardly move at first (UPDATE_FLOOR).
     notes: of the prediction.
   """
 
@@ -243,12 +249,9 @@ def candidate(
 
 
 def shallow(architecture: records.Architecture) -> records.Architecture:
-  """The same with at most SHALLOW layers a stack."""
-  return dataclasses.replace(
-    architecture,
-    encoder_layers=min(architecture.encoder_layers, SHALLOW),
-    decoder_layers=min(architecture.decoder_layers, SHALLOW),
-  )
+  """The same with SHALLOW layers a stack."""
+  depths = {f"{kind}_layers": SHALLOW for kind in architecture.kind.split("_")}
+  return dataclasses.replace(architecture, **depths)
 
 
 def update_ratio(name: str, architecture: records.Architecture, **options) -> float:
@@ -288,6 +291,7 @@ def recommend(
   Example:
     >>> print(recommend(Architecture("decoder", decoder_layers=200, width=512, ffn_width=2048)))
   """
+  recipes = (recipes,) if isinstance(recipes, str) else recipes
   if not recipes:
     raise ValueError("recommend needs recipes to choose from")
   for name in recipes:

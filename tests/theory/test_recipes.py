@@ -560,7 +560,8 @@ def test_deepscalelms_blocks_have_unit_variance_in_training(dropout, name):
   embedding = stack.embedding
   tables = (embedding.scale * embedding.tokens.gain, embedding.positions.gain)
   assert sum(std**2 for std in tables) / keep == pytest.approx(1)
-  assert 48 * embedding.patches.std(48, 768) ** 2 / keep == pytest.approx(1)
+  # Patches stand in the tokens' place, beside positions.
+  assert 2 * 48 * embedding.patches.std(48, 768) ** 2 / keep == pytest.approx(1)
   # As everywhere in the house: logits of unit variance with a tied table.
   assert embedding.tokens == embedding.relative == Init("normal", 768**-0.5)
 
