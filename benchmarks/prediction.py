@@ -96,7 +96,8 @@ def errors(pairs: list) -> dict[str, float]:
   """How far the mean prediction lies from the mean measurement.
 
   variance_mean, variance_largest: over layers, of |predicted / measured - 1|.
-  correlation, log_gradient: the largest difference over layers.
+  correlation, log_gradient: the largest difference over layers; of the gradient where float32 holds
+    its square.
   slope_measured, slope_predicted: of the log gradient by layer, over the middle half.
   """
   measured, predicted = (mean_profile(list(side)) for side in zip(*pairs, strict=True))
@@ -105,7 +106,11 @@ def errors(pairs: list) -> dict[str, float]:
   middle = slice(depth // 4, depth - depth // 4 + 1)
   layers = np.arange(depth + 1)[middle]
   slope = lambda side: float(np.polyfit(layers, side["log_gradient"][middle], 1)[0])
-  apart = lambda name: float(np.max(np.abs(predicted[name] - measured[name])))
+
+  def apart(name: str) -> float:
+    held = np.isfinite(measured[name])
+    return float(np.max(np.abs(predicted[name][held] - measured[name][held])))
+
   return {
     "variance_mean": float(np.mean(relative)),
     "variance_largest": float(np.max(relative)),
@@ -190,7 +195,8 @@ def main() -> None:
   for depth, variant, kind in itertools.product(arguments.depths, VARIANTS, KINDS):
     results["cells"].append(cell(variant, kind, depth, seeds=arguments.seeds))
     print(f"{variant}, {kind}, {depth} layers: {results['cells'][-1]['seconds']:.0f} s", flush=True)
-    (arguments.output or default).write_text(json.dumps(results, indent=1) + "\n")
+    text = json.dumps(diagnostics.jsonable(results), indent=1, allow_nan=False)
+    (arguments.output or default).write_text(text + "\n")
   print("\n".join(table(results)))
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import pathlib
 import subprocess
 import sys
@@ -208,12 +209,13 @@ def unsound() -> diagnose.Diagnoses:
   given = config(layers=2)
   architecture = stability.records.Architecture("decoder", 0, 2, width=16, ffn_width=32, heads=2)
   recommendation = stability.recommend(architecture, length=16)
-  return diagnose.Diagnoses(given, tuple(found), recommendation, 61.0)
+  bounds = {name: propagation.Bound(math.nan, "no bound") for name in ("post_ln", "pre_ln", "keel")}
+  return diagnose.Diagnoses(given, tuple(found), bounds, recommendation, 61.0)
 
 
 def test_a_verdict_names_what_breaks_and_what_would_mend_it():
   found = unsound()
-  bad, good, large = (diagnose.verdict(d, found.recommendation) for d in found.diagnoses)
+  bad, good, large = (diagnose.verdict(d, found) for d in found.diagnoses)
   assert bad.startswith("post_ln: unstable: the gradient explodes towards the input")
   assert "; sound at this depth: " in bad and "post_ln" not in bad.split("depth: ")[1]
   assert good == "pre_ln: stable at its start: no figure is beyond its limit"

@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from magneto_jax.theory import stability
+from magneto_jax.theory import moments, propagation, stability
 from magneto_jax.theory.recipes import RECIPES
 from magneto_jax.theory.records import Architecture
 
@@ -169,13 +169,13 @@ def test_shallow_post_ln_and_deep_deepnet_are_sound():
 
 
 def test_pre_ln_of_the_shallow_depth_is_the_unit_of_the_update():
-  for layers in (3, stability.SHALLOW):
-    for kind in KINDS:
-      assert stability.update_ratio("pre_ln", architecture(kind, layers), length=64) == 1.0
+  for kind in KINDS:
+    shallow = architecture(kind, stability.SHALLOW)
+    assert stability.update_ratio("pre_ln", shallow, length=64) == 1.0
   sizes = stability.shallow(architecture("encoder_decoder", 9))
   assert (sizes.encoder_layers, sizes.decoder_layers) == (stability.SHALLOW,) * 2
   sizes = stability.shallow(dataclasses.replace(architecture("decoder", 4), dropout=0.1))
-  assert (sizes.encoder_layers, sizes.decoder_layers, sizes.dropout) == (0, 4, 0.1)
+  assert (sizes.encoder_layers, sizes.decoder_layers, sizes.dropout) == (0, stability.SHALLOW, 0.1)
 
 
 def test_findings_of_two_stacks_say_whose_they_are():
@@ -196,3 +196,18 @@ def test_a_name_that_is_no_recipe_is_refused_with_the_names(recipes):
 def test_no_recipes_are_refused():
   with pytest.raises(ValueError, match="needs recipes"):
     stability.recommend(architecture("encoder", 2), recipes=())
+
+
+@pytest.mark.parametrize("name", ["pre_ln", "magneto", "deepnet", "out_norm"])
+def test_the_ratio_is_of_a_loss_at_the_output(name):
+  """A gradient of unit variance behind the final norm, which divides it on its way back."""
+  deep = architecture("decoder", 40)
+  parts, starts = propagation.parts_of(RECIPES[name](deep), deep, length=64)
+  ((kind, (stack, setting)),) = parts.items()
+  variance = propagation.propagate_all(parts, starts)[kind].variance[-1] + setting.epsilon
+  top = moments.Gradient(1 / variance if stack.final_norm else 1.0, 0.0)
+  update = propagation.first_update(parts, starts, top).matrices
+  shallow = stability.shallow(deep)
+  base = propagation.parts_of(RECIPES["pre_ln"](shallow), shallow, length=64)
+  expected = update / propagation.first_update(*base).matrices
+  assert stability.update_ratio(name, deep, length=64) == pytest.approx(expected)
