@@ -153,8 +153,8 @@ def parser(doc: str, *, variants: Sequence[str], shape: str, rounds: int):
   return result
 
 
-def record(benchmark: str, args: argparse.Namespace, shape, variables) -> dict:
-  """Where, when and how: the head of a results file."""
+def provenance(benchmark: str, variables: Mapping[str, str]) -> dict:
+  """Where, when and how; `variables` are those added to the environment."""
   inherited = ("XLA_FLAGS", "LD_PRELOAD", "JAX_", "OMP_", "KMP_", "MKL_", "MALLOC_", "GLIBC_")
   inherited = {name: value for name, value in os.environ.items() if name.startswith(inherited)}
   return {
@@ -166,6 +166,12 @@ def record(benchmark: str, args: argparse.Namespace, shape, variables) -> dict:
     "machine": _machine(),
     "load_average_at_start": os.getloadavg()[0],
     "environment": inherited | dict(variables),
+  }
+
+
+def record(benchmark: str, args: argparse.Namespace, shape, variables) -> dict:
+  """The head of a results file."""
+  return provenance(benchmark, variables) | {
     "threads": args.threads,
     "shape": {"name": args.shape} | dataclasses.asdict(shape),
     "gflop_per_step": shape.step_flops / 1e9,

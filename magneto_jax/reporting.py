@@ -235,6 +235,18 @@ MARKS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", ":")
 
 
+def line_styles(names: Sequence[str]) -> dict[str, dict[str, str]]:
+  """Colour, dashes and mark of each name: no two alike, for any colour vision."""
+  return {
+    name: {
+      "color": COLOURS[i % len(COLOURS)],
+      "linestyle": DASHES[i // len(COLOURS) % len(DASHES)],
+      "marker": MARKS[(i + i // len(COLOURS)) % len(MARKS)],
+    }
+    for i, name in enumerate(names)
+  }
+
+
 class Curve(NamedTuple):
   """One line of a panel, by layer: `predicted` is drawn as a line, `measured` as marks.
 
@@ -265,14 +277,7 @@ def draw_by_layer(
   from matplotlib.lines import Line2D
 
   names = list(dict.fromkeys(name for panel in panels for name in panel.curves))
-  styles = {
-    name: {
-      "color": COLOURS[i % len(COLOURS)],
-      "linestyle": DASHES[i // len(COLOURS) % len(DASHES)],
-      "marker": MARKS[(i + i // len(COLOURS)) % len(MARKS)],
-    }
-    for i, name in enumerate(names)
-  }
+  styles = line_styles(names)
   rows = -(-len(panels) // columns)
   figure = Figure(figsize=(4.6 * columns, 3.9 * rows + 0.8), dpi=130, layout="constrained")
   grid = figure.subplots(rows, columns, squeeze=False)
