@@ -3,15 +3,22 @@
 import argparse
 from collections.abc import Callable
 
-from benchmarks.stability import files, training
+from benchmarks.stability import files, gradients, propagation, rate, text, training, update
 
 
-def _training(args: argparse.Namespace, keep: Callable[[dict], object]) -> None:
-  rates = [float(rate) for rate in args.training_rates.split(",")]
-  training.measure(training.Setup(), keep, rates=rates, processes=args.processes)
+def measure(part: str, keep: Callable[[dict], object], args: argparse.Namespace) -> None:
+  """Runs one part; `keep` is given its results whenever there are more of them."""
+  if part == "training":
+    rates = [float(rate) for rate in args.training_rates.split(",")]
+    training.measure(training.Setup(), keep, rates=rates, processes=args.processes)
+  elif part == "rate":
+    rate.measure(text.Setup(), keep)
+  else:
+    module = {"update": update, "gradients": gradients, "propagation": propagation}[part]
+    module.measure(module.Setup(), keep)
 
 
-PARTS = {"training": _training}
+PARTS = ("update", "rate", "gradients", "propagation", "training")
 
 
 def main() -> None:
@@ -22,7 +29,7 @@ def main() -> None:
   args = parser.parse_args()
   for part in args.parts.split(","):
     head = files.head(part)
-    PARTS[part](args, lambda results, head=head: files.save(head | results))
+    measure(part, lambda results, head=head: files.save(head | results), args)
 
 
 if __name__ == "__main__":

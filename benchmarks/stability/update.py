@@ -1,0 +1,241 @@
+"""Part `update`: one SGD step's update of the output against depth (DeepNet, figure 5)."""
+
+import dataclasses
+import functools
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+
+from magneto_jax import diagnostics
+from magneto_jax.layers.positions import sinusoidal
+from magneto_jax.models.language import CausalLM
+from magneto_jax.theory import propagation, recipes, records
+
+# DeepNet's tiny Transformers (64-128-2), as decoders.
+SIZES = {"width": 64, "ffn_width": 128, "heads": 2}
+DEPTHS = (6, 12, 24, 48, 96, 200, 400, 1000)
+# What moves: the layers' matrices, as in the theorems, or all of the layers' parameters.
+ROWS = ("matrices", "everything")
+# rms(dF) / eta of such a decoder in torchscale and fairseq, in float64 with eta = 1e-4, at 6, 24
+# and 96 layers; other text, and where the init differs, other numbers.
+OTHERS = {
+  "layers": [6, 24, 96],
+  "matrices": {
+    "post_ln": [17.1, 173, 3238],
+    "deepnet": [0.293, 0.251, 0.234],
+    "pre_ln": [3.30, 9.65, 16.6],
+    "normformer": [11.8, 19.0, 26.3],
+  },
+  "everything": {
+    "post_ln": [19.4, 216, 2220],
+    "deepnet": [0.85, 2.34, 8.41],
+    "pre_ln": [3.83, 12.1, 24.2],
+    "normformer": [12.1, 24.2, 51.2],
+  },
+}
+# All recipes as they are by default, and DeepScaleLM's other placement.
+LINES: Mapping[str, tuple[str, dict]] = {name: (name, {}) for name in recipes.RECIPES} | {
+  f"{name}, post": (name, {"placement": "post"}) for name in ("deepscalelm", "deepscalelm_simple")
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+  """Two batches of uniformly random tokens: one for the step, one on which F is read."""
+
+  vocab_size: int = 64
+  length: int = 16
+  batch: int = 4
+  activation: str = "relu"
+
+
+def start_moments(setup: Setup, variance: float = 1.0) -> tuple[float, float]:
+  """Variance of the stack's input, and correlation of two of its tokens.
+
+  Two random tokens are the same once in V; sinusoidal positions have moments of their own.
+  """
+  table_TD = np.asarray(sinusoidal(jnp.arange(setup.length), SIZES["width"]), np.float64)
+  square = np.mean(np.square(table_TD))
+  products = table_TD @ table_TD.T / SIZES["width"]
+  pairs = setup.length * (setup.length - 1)
+  product = (products.sum() - np.trace(products)) / pairs
+  total = variance + square
+  return float(total), float((variance / setup.vocab_size + product) / total)
+
+
+def architecture(setup: Setup, layers: int) -> records.Architecture:
+  """The decoder's sizes."""
+  correlation = start_moments(setup)[1]
+  return records.Architecture(
+    "decoder", decoder_layers=layers, **SIZES, token_correlation=correlation
+  )
+
+
+def recipe_of(setup: Setup, line: str, layers: int) -> records.Recipe:
+  """The record of one line of the figure."""
+  name, options = LINES[line]
+  return recipes.RECIPES[name](architecture(setup, layers), **options)
+
+
+def model_of(setup: Setup, line: str, layers: int, dtype=jnp.float32) -> CausalLM:
+  """The decoder of one line of the figure."""
+  return CausalLM(
+    recipe=recipe_of(setup, line, layers).decoder,
+    vocab_size=setup.vocab_size,
+    width=SIZES["width"],
+    num_heads=SIZES["heads"],
+    ffn_width=SIZES["ffn_width"],
+    activation=setup.activation,
+    positions="sinusoidal",
+    tied=False,
+    remat="full",
+    dtype=dtype,
+  )
+
+
+def features(model: CausalLM, output) -> jax.Array:
+  """What the output projection reads, at the model's start: the final norm has no gain yet."""
+  _, hidden_LBTD = output
+  x_BTD = hidden_LBTD[-1]
+  if not model.recipe.final_norm:
+    return x_BTD
+  norm = {"layer_norm": nn.LayerNorm, "rms_norm": nn.RMSNorm}[model.recipe.norm]
+  plain = {"use_scale": False} | ({"use_bias": False} if norm is nn.LayerNorm else {})
+  return norm(epsilon=model.norm_epsilon, dtype=model.dtype, **plain).apply({}, x_BTD)
+
+
+def calls(setup: Setup, model: CausalLM, key: jax.Array) -> tuple[diagnostics.Call, ...]:
+  """The call of the step, with the cross-entropy of random targets, and the one that reads F."""
+  shape = (setup.batch, setup.length)
+  first, targets, second = (
+    jax.random.randint(jax.random.fold_in(key, i), shape, 0, setup.vocab_size) for i in range(3)
+  )
+
+  def loss(logits):
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, targets))
+
+  step = diagnostics.Call((first,), {}, loss, key)
+  read = {"return_hidden_states": True}
+  return step, diagnostics.Call((second,), read, lambda out: features(model, out), key)
+
+
+def keys(seed: int) -> tuple[jax.Array, jax.Array]:
+  """Of the parameters and of the batches."""
+  return tuple(jax.random.fold_in(jax.random.key(seed), i) for i in range(2))
+
+
+def measured(setup: Setup, line: str, layers: int, seeds: Sequence[int]) -> list[list[float]]:
+  """[matrices, everything] for each seed: rms(J g), as the learning rate goes to 0."""
+  model = model_of(setup, line, layers)
+
+  # Compiling takes most of the time here.
+  fast = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+  @functools.partial(jax.jit, compiler_options=fast)
+  def update(seed):
+    init_key, batch_key = keys(seed)
+    step, read = calls(setup, model, batch_key)
+    params = model.init(init_key, *step.args)["params"]
+    return diagnostics.first_update(model, params, step, read)
+
+  return [[float(value) for value in update(seed)] for seed in seeds]
+
+
+def predicted(setup: Setup, line: str, layers: int) -> dict[str, float]:
+  """What the theory says of the same, of one sample and itself, and the papers' bound."""
+  recipe, sizes = recipe_of(setup, line, layers), architecture(setup, layers)
+  parts, _ = propagation.parts_of(recipe, sizes, length=setup.length, activation=setup.activation)
+  stack, setting = parts["decoder"]
+  embedding = stack.embedding
+  tokens = float((embedding.tokens.std(1, 1) * embedding.scale) ** 2)
+  _, correlation = start_moments(setup, tokens)
+  start = propagation.start_of(stack, setting, correlation, position_variance=0.5)
+  update = propagation.first_update(parts, {"decoder": start})
+  bound = propagation.update_bound(recipe, sizes)
+  return {**update._asdict(), "bound": bound.value, "no_bound": bound.reason}
+
+
+def finite_step(setup: Setup, line: str, layers: int, *, seed: int, rate: float) -> dict:
+  """A real step in float64, rms(F(after) - F(before)) / rate, beside the derivative in float32."""
+  init_key, batch_key = keys(seed)
+  step, read = calls(setup, model_of(setup, line, layers), batch_key)
+  params = model_of(setup, line, layers).init(init_key, *step.args)["params"]
+  derivative = diagnostics.first_update(model_of(setup, line, layers), params, step, read)
+  # Drawn in 32 bits, as 64 would bring other tokens.
+  model = model_of(setup, line, layers, jnp.float64)
+  step, read = calls(setup, model, batch_key)
+  with jax.enable_x64(True):
+    wide = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf), jnp.float64), params)
+    run = jax.jit(lambda params: read.loss(read.apply(model, {"params": params})))
+    gradient = jax.jit(jax.grad(lambda p: step.loss(step.apply(model, {"params": p}))))(wide)
+    before, moved = run(wide), []
+    for moves in (diagnostics.is_matrix, diagnostics.is_of_a_layer):
+      after = jax.tree_util.tree_map_with_path(
+        lambda path, p, g, moves=moves: p - rate * g if moves(path) else p, wide, gradient
+      )
+      moved.append(float(jnp.sqrt(jnp.mean(jnp.square(run(after) - before)))) / rate)
+  return {
+    "line": line,
+    "layers": layers,
+    "derivative": dict(zip(ROWS, map(float, derivative), strict=True)),
+    "finite_step": dict(zip(ROWS, moved, strict=True)),
+  }
+
+
+def seeds_of(layers: int) -> int:
+  """How many draws: deep stacks take longest."""
+  return 3 if layers <= 96 else 2 if layers <= 200 else 1
+
+
+def measure(
+  setup: Setup,
+  keep: Callable[[dict], object],
+  *,
+  lines: Sequence[str] = tuple(LINES),
+  depths: Sequence[int] = DEPTHS,
+  seeds: Callable[[int], int] = seeds_of,
+) -> dict:
+  """Every line at every depth; `keep` is given what there is after each line."""
+  results = {
+    "setup": dataclasses.asdict(setup) | SIZES,
+    "depths": list(depths),
+    "seeds": [seeds(layers) for layers in depths],
+    "finite_steps": [],
+    "lines": {},
+    "others": OTHERS,
+  }
+  for line in lines:
+    entry = {"measured": {row: [] for row in ROWS}, "draws": {row: [] for row in ROWS}}
+    entry |= {"predicted": {row: [] for row in ROWS}, "bound": [], "no_bound": ""}
+    for layers in depths:
+      draws = measured(setup, line, layers, range(seeds(layers)))
+      theory = predicted(setup, line, layers)
+      for i, row in enumerate(ROWS):
+        values = [draw[i] for draw in draws]
+        entry["draws"][row].append(values)
+        # Draws are heavy-tailed: the geometric mean is what a single one is like.
+        entry["measured"][row].append(geometric_mean(values))
+        entry["predicted"][row].append(theory[row])
+      entry["bound"].append(theory["bound"])
+      entry["no_bound"] = theory["no_bound"]
+    results["lines"][line] = entry
+    keep(results)
+  checked = [line for line in ("post_ln", "deepnet", "pre_ln") if line in lines]
+  results["finite_steps"] = [
+    finite_step(setup, line, layers, seed=0, rate=1e-4)
+    for line in checked
+    for layers in depths[:3:2]
+  ]
+  keep(results)
+  return results
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+  """exp(mean log); 0 if any is 0."""
+  return math.exp(statistics.fmean(map(math.log, values))) if all(values) else 0.0
