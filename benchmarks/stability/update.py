@@ -39,9 +39,13 @@ OTHERS = {
     "normformer": [12.1, 24.2, 51.2],
   },
 }
-# All recipes as they are by default, and DeepScaleLM's other placement.
-LINES: Mapping[str, tuple[str, dict]] = {name: (name, {}) for name in recipes.RECIPES} | {
-  f"{name}, post": (name, {"placement": "post"}) for name in ("deepscalelm", "deepscalelm_simple")
+# All recipes as they are by default, those of the papers first, and DeepScaleLM's other placement.
+CLAIMED = ("pre_ln", "post_ln", "magneto", "deepnet", "normformer", "deepscalelm")
+LINES: Mapping[str, tuple[str, dict]] = {
+  **{name: (name, {}) for name in CLAIMED},
+  "deepscalelm, post": ("deepscalelm", {"placement": "post"}),
+  **{name: (name, {}) for name in reversed(recipes.RECIPES) if name not in CLAIMED},
+  "deepscalelm_simple, post": ("deepscalelm_simple", {"placement": "post"}),
 }
 
 
