@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Callable
 
-from benchmarks.stability import files, gradients, propagation, rate, text, training, update
+from benchmarks.stability import files, page, rate, text, training
 
 
 def measure(part: str, keep: Callable[[dict], object], args: argparse.Namespace) -> None:
@@ -14,22 +14,22 @@ def measure(part: str, keep: Callable[[dict], object], args: argparse.Namespace)
   elif part == "rate":
     rate.measure(text.Setup(), keep)
   else:
-    module = {"update": update, "gradients": gradients, "propagation": propagation}[part]
+    module, _ = page.PARTS[part]
     module.measure(module.Setup(), keep)
-
-
-PARTS = ("update", "rate", "gradients", "propagation", "training")
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument("--parts", default=",".join(PARTS), help="separated by commas")
+  parser.add_argument(
+    "--parts", default=",".join(page.PARTS), help="separated by commas; may be empty"
+  )
   parser.add_argument("--processes", type=int, default=1, help="trainings at a time")
   parser.add_argument("--training_rates", default="1e-3,4e-3", help="separated by commas")
   args = parser.parse_args()
-  for part in args.parts.split(","):
+  for part in filter(None, args.parts.split(",")):
     head = files.head(part)
     measure(part, lambda results, head=head: files.save(head | results), args)
+  print(f"written: {page.write(page.results_of())}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
 """Part `propagation`: the stream and its gradient through 192 layers, measured and predicted."""
 
 import dataclasses
+import pathlib
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from magneto_jax import diagnostics
+from benchmarks.stability import words
+from magneto_jax import diagnostics, reporting
 from magneto_jax.models.encoder import Encoder
 from magneto_jax.theory import recipes, records
 
@@ -122,3 +124,135 @@ def measure(
     results["lines"][line] = summary(setup, line, measured(setup, line, range(seeds)))
     keep(results)
   return results
+
+
+# ---------------------------------------------------------------------------------------------
+# The picture and the page
+# ---------------------------------------------------------------------------------------------
+
+
+PAPER = (
+  "The authors' own figures have 192 layers of width 1024 and 256 tokens at dropout 0.1: with"
+  " Xavier's init Pre-LN's variance grows linearly, Post-LN's gradient norm by 1.024 a layer"
+  " towards the output (exp(0.047) in g, which is its square); with DeepScaleLM both stay within"
+  " a factor of 2 of where they start."
+)
+
+
+def draw(results: dict, path: pathlib.Path) -> None:
+  """Stream variance, correlation and gradient: vanilla stacks above, DeepScaleLM below."""
+  titles = {
+    "variance": ("Variance of the stream", "E x^2"),
+    "correlation": ("Correlation of two tokens", "E x_i x_j / E x^2"),
+    "gradient": ("Gradient", "(dloss/dx)^2 over the last layer's"),
+  }
+  vanilla = [line for line in results["lines"] if not line.startswith("deepscalelm")]
+  scaled = [line for line in results["lines"] if line not in vanilla]
+  panels = []
+  for kind, lines in (("Xavier", vanilla), ("DeepScaleLM", scaled)):
+    for figure, (title, label) in titles.items():
+      curves = {}
+      for line in lines:
+        entry = results["lines"][line]
+        arrays = (np.array(entry[k][figure], np.float64) for k in ("measured", "predicted"))
+        curves[line] = reporting.Curve(*arrays)
+      logarithmic = figure != "correlation" and kind == "Xavier" or figure == "gradient"
+      panels.append(reporting.Panel(f"{title}, {kind}", label, curves, logarithmic))
+  layers = results["setup"]["layers"]
+  reporting.draw_by_layer(path, panels, title=f"An encoder of {layers} layers at its start")
+
+
+def errors(entry: dict, figure: str) -> float:
+  """The median over layers of |log(measured / predicted)|, as a factor."""
+  measured, predicted = (np.array(entry[k][figure], np.float64) for k in ("measured", "predicted"))
+  return float(np.exp(np.nanmedian(np.abs(np.log(measured[1:] / predicted[1:])))))
+
+
+def last(entry: dict, figure: str, kind: str = "measured") -> float:
+  return entry[kind][figure][-1]
+
+
+def slope(entry: dict, kind: str = "measured") -> float:
+  """d log(gradient) / d layer over the middle half."""
+  gradient = np.array(entry[kind]["gradient"], np.float64)
+  low, high = len(gradient) // 4, 3 * len(gradient) // 4
+  return float(np.polyfit(np.arange(low, high), np.log(gradient[low:high]), 1)[0])
+
+
+def judged(results: dict) -> list[words.Claim]:
+  """DeepScaleLM's claims."""
+  lines, layers = results["lines"], results["setup"]["layers"]
+  pre, post = lines["pre_ln, dropout 0.1"], lines["post_ln, dropout 0.1"]
+  plain = lines["post_ln, dropout 0"]
+  half = pre["measured"]["variance"][layers // 2] / last(pre, "variance")
+  entries = [
+    words.Claim(
+      "Pre-LN's variance grows linearly with depth (half of it at half the depth, within 15 %)",
+      f"{words.number(last(pre, 'variance'))} at the end, {words.number(half)} of it halfway",
+      0.425 <= half <= 0.575,
+    ),
+    words.Claim(
+      "Post-LN's gradient vanishes exponentially (with dropout; at least 1.01 times less a layer)",
+      f"exp({words.number(slope(post))}) a layer, predicted"
+      f" exp({words.number(slope(post, 'predicted'))})",
+      slope(post) >= 0.01,
+    ),
+    words.Claim(
+      "without dropout tokens collapse into one (correlation above 0.99 at the end)",
+      f"Post-LN {words.number(last(plain, 'correlation'))}, Pre-LN"
+      f" {words.number(last(lines['pre_ln, dropout 0'], 'correlation'))}",
+      last(plain, "correlation") > 0.99 and last(lines["pre_ln, dropout 0"], "correlation") > 0.99,
+    ),
+  ]
+  for name in ("deepscalelm", "deepscalelm, post"):
+    entry = lines[name]
+    variance = entry["measured"]["variance"][1:]
+    gradient = entry["measured"]["gradient"][1:]
+    entries += [
+      words.Claim(
+        f"{name}: the variance stays near 1 through all layers (between 1/2 and 2)",
+        f"{words.number(min(variance))} to {words.number(max(variance))}",
+        0.5 <= min(variance) and max(variance) <= 2,
+      ),
+      words.Claim(
+        f"{name}: the gradient neither vanishes nor explodes (within a factor of 10)",
+        f"{words.number(min(gradient))} to {words.number(max(gradient))} of the last layer's",
+        0.1 <= min(gradient) and max(gradient) <= 10,
+      ),
+      words.Claim(
+        f"{name}: tokens stay apart (correlation below 0.95 at the end)",
+        words.number(last(entry, "correlation")),
+        last(entry, "correlation") < 0.95,
+      ),
+    ]
+  return entries
+
+
+def section(results: dict) -> list[str]:
+  """The page's text and tables."""
+  setup = results["setup"]
+  rows = []
+  for name, entry in results["lines"].items():
+    cells = []
+    for figure, at in (("variance", -1), ("correlation", -1), ("gradient", 1)):
+      pair = [words.number(entry[kind][figure][at]) for kind in ("measured", "predicted")]
+      cells += [f"{pair[0]} ({pair[1]})", words.number(errors(entry, figure))]
+    rows.append([name, *cells, f"{slope(entry):.3g} ({slope(entry, 'predicted'):.3g})"])
+  columns = ["", "variance", "off by", "correlation", "off by", "gradient", "off by", "slope"]
+  return [
+    f"An encoder of {setup['layers']} layers, width {setup['width']}, FFN {setup['ffn_width']} with"
+    f" ReLU, {setup['heads']} heads, {setup['batch']} samples of {setup['length']} tokens whose"
+    f" embeddings have the correlation {setup['correlation']} (BERT's, in the authors' code),"
+    f" {results['seeds']} seeds; dropout, where there is any, of attention too. Predictions are"
+    " `theory.propagation`'s, from the measured input. DeepScaleLM has dropout 0.1 throughout.",
+    "",
+    PAPER,
+    "",
+    *words.claims(judged(results)),
+    "",
+    "**Measured (predicted)**: variance and correlation after the last layer, gradient after the"
+    " first one over the last one's, and its slope d ln g / d layer over the middle half. `off by`"
+    " is the factor by which the prediction errs, the median over layers.",
+    "",
+    *words.table(columns, rows),
+  ]

@@ -1,13 +1,16 @@
 """Part `rate`: the largest learning rate at which training does not diverge."""
 
 import dataclasses
+import math
+import pathlib
 import time
 from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 
-from benchmarks.stability import text
+from benchmarks.stability import pictures, text, words
+from magneto_jax import reporting
 
 RECIPES = ("pre_ln", "post_ln", "magneto", "deepnet", "normformer", "deepscalelm", "peri_ln")
 DEPTHS = (6, 24, 48)
@@ -91,3 +94,154 @@ def measure(
       results["recipes"][recipe][str(layers)] = found
       keep(results)
   return results
+
+
+# ---------------------------------------------------------------------------------------------
+# The picture and the page
+# ---------------------------------------------------------------------------------------------
+
+
+PAPER = (
+  "Magneto's own figures (tables 9 and 10; 750 and 10,000 steps of warm-up, widths 1024 and 768):"
+  " causal language models of 24 layers train at 1e-3 where Pre-LN and NormFormer diverge and need"
+  " 5e-4, those of 48 and 72 layers at 1.2e-3; masked ones of 12 layers train at 3e-3, where"
+  " Pre-LN diverges at 2e-3 and Post-LN at 1e-3."
+)
+
+
+def searched(results: dict, recipe: str) -> dict[int, dict]:
+  """The searches of a recipe that there are, by depth."""
+  return {int(layers): found for layers, found in results["recipes"][recipe].items()}
+
+
+def draw(results: dict, path: pathlib.Path) -> None:
+  """Left the largest rates by depth, then at each depth the final loss at each rate tried."""
+  depths = sorted({n for recipe in results["recipes"] for n in searched(results, recipe)})
+  styles = reporting.line_styles(list(results["recipes"]))
+  title = "The largest learning rate of Adam, without warm-up, that does not diverge"
+  figure, grid = pictures.panels(1, 1 + len(depths), title=title, width=4.6)
+  for name, style in styles.items():
+    found = searched(results, name)
+    rates = [found[n]["largest_rate"] or math.nan if n in found else math.nan for n in depths]
+    grid[0, 0].plot(depths, rates, lw=1.4, ms=5, **style)
+    for axes, layers in zip(grid[0, 1:], depths, strict=True):
+      losses = by_rate(found[layers]) if layers in found else {}
+      axes.plot(losses.keys(), losses.values(), lw=1.4, ms=5, **style)
+  pictures.depth_axis(grid[0, 0], depths)
+  grid[0, 0].set_yscale("log")
+  pictures.tidy(grid[0, 0], title="largest rate", xlabel="layers", ylabel="learning rate")
+  for axes, layers in zip(grid[0, 1:], depths, strict=True):
+    threshold = next(
+      searched(results, r)[layers]["threshold"]
+      for r in results["recipes"]
+      if layers in searched(results, r)
+    )
+    axes.axhline(threshold, color="#666666", lw=1, linestyle=":")
+    axes.set_xscale("log")
+    axes.set_ylim(threshold - 1.0, threshold + 1.2)
+    pictures.tidy(
+      axes,
+      title=f"{layers} layers",
+      xlabel="learning rate",
+      ylabel="final loss, nats a byte (worst seed)",
+    )
+  kinds = {"dots: above it a run counts as diverged": {"lw": 1, "linestyle": ":"}}
+  pictures.save(figure, path, pictures.handles(styles, **kinds), columns=8)
+
+
+def by_rate(found: dict) -> dict[float, float]:
+  """The worst seed's final loss at each rate; NaN where one is not finite."""
+  losses: dict[float, list[float]] = {}
+  for run in found["runs"]:
+    losses.setdefault(run["rate"], []).append(run["final_loss"])
+  return {
+    rate: math.nan if None in values else max(values) for rate, values in sorted(losses.items())
+  }
+
+
+def judged(results: dict) -> list[words.Claim]:
+  """Magneto's and DeepNet's claims, at each depth."""
+  entries = []
+  rate = lambda recipe, layers: searched(results, recipe).get(layers, {}).get("largest_rate")
+
+  def compare(claim: str, a: str, b: str, holds: Callable[[float], bool], layers: int):
+    first, second = rate(a, layers), rate(b, layers)
+    ratio = first / second if first and second else None
+    here = f"{words.number(first)} against {words.number(second)}"
+    if ratio is not None:
+      here += f", {words.number(ratio)} times"
+    entries.append(
+      words.Claim(f"{claim}, {layers} layers", here, None if ratio is None else holds(ratio))
+    )
+
+  for layers in results["depths"]:
+    compare(
+      "Magneto's is at least twice Pre-LN's (Magneto, section 4: 1e-3 or 1.2e-3 against 5e-4)",
+      "magneto",
+      "pre_ln",
+      lambda ratio: ratio >= 1.99,
+      layers,
+    )
+  deepest = results["depths"][1:]
+  for layers in deepest:
+    compare(
+      "Post-LN's is below Pre-LN's (Magneto, section 4.2)",
+      "post_ln",
+      "pre_ln",
+      lambda ratio: ratio < 1,
+      layers,
+    )
+    compare(
+      "DeepNet's is above Post-LN's (DeepNet, figure 7)",
+      "deepnet",
+      "post_ln",
+      lambda ratio: ratio > 1,
+      layers,
+    )
+    compare(
+      "NormFormer's is Pre-LN's (Magneto, section 4.1; within a factor of sqrt 2)",
+      "normformer",
+      "pre_ln",
+      lambda ratio: 0.7 < ratio < 1.42,
+      layers,
+    )
+  return entries
+
+
+def section(results: dict) -> list[str]:
+  """The page's text and tables."""
+  setup, depths = results["setup"], results["depths"]
+  rows, best = [], []
+  for recipe in results["recipes"]:
+    found = searched(results, recipe)
+    rows.append([recipe, *(words.number(found.get(n, {}).get("largest_rate")) for n in depths)])
+    lowest = [
+      min((v for v in by_rate(found[n]).values() if v == v), default=None) if n in found else None
+      for n in depths
+    ]
+    best.append([recipe, *map(words.number, lowest)])
+  columns = ["layers", *map(str, depths)]
+  seeds = results["seeds"]
+  return [
+    f"Decoders of width {setup['width']} on the bytes of the embedded text, {setup['batch']}"
+    f" samples of {setup['length']} a step, {setup['steps']} steps of the library's Adam at a"
+    " constant rate: no warm-up, no clipping, no weight decay."
+    f" A rate counts if with each of {seeds} seeds (parameters and order"
+    " of the data, the same for all recipes) the mean loss of the last tenth is finite and"
+    f" {results['margin']} nats below what the frequencies of the bytes alone give: a model that"
+    " is stuck there has learned no more than they. Rates are doubled or halved, and at the edge"
+    " tried to a factor of sqrt 2; that larger ones never train again is assumed.",
+    "",
+    PAPER,
+    "",
+    *words.claims(judged(results)),
+    "",
+    "**The largest rate** that trains (a dash: none was found, or not measured):",
+    "",
+    *words.table(columns, rows),
+    "",
+    "**The lowest final loss** of all rates tried (nats a byte, the worse seed): a large rate that"
+    " trains is not the best one.",
+    "",
+    *words.table(columns, best),
+  ]

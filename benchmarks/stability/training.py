@@ -2,11 +2,13 @@
 
 import concurrent.futures
 import dataclasses
+import math
 import multiprocessing
 import pathlib
 import tempfile
 from collections.abc import Callable, Sequence
 
+from benchmarks.stability import pictures, words
 from magneto_jax import config, reporting, training
 
 RECIPES = ("magneto", "deepnet", "deepscalelm", "pre_ln", "post_ln")
@@ -90,3 +92,117 @@ def measure(
       results["runs"].append(done.result())
       keep(results)
   return results
+
+
+# ---------------------------------------------------------------------------------------------
+# The picture and the page
+# ---------------------------------------------------------------------------------------------
+
+
+# Bits a byte below the frequencies' that count as trained; a model that is stuck there has learned
+# no more than they.
+TRAINED = 0.15
+PAPER = (
+  "The papers' own: DeepNet translates with 100 + 100 layers (table 1) and 500 + 500, where Post-LN"
+  " diverges from 18 + 18 on and Pre-LN trains but scores lower; DeepScaleLM's abstract has 192 and"
+  " 1,000 layers; Magneto's deepest language model has 72."
+)
+
+
+def by_rate(results: dict) -> dict[float, dict[str, dict]]:
+  """{rate: {recipe: run}}, in the order of RECIPES."""
+  runs = {(run["rate"], run["recipe"]): run for run in results["runs"]}
+  return {
+    rate: {recipe: runs[rate, recipe] for recipe in RECIPES if (rate, recipe) in runs}
+    for rate in sorted({rate for rate, _ in runs})
+  }
+
+
+def draw(results: dict, path: pathlib.Path) -> None:
+  """The loss curves, a panel for each rate."""
+  styles, grouped = reporting.line_styles(RECIPES), by_rate(results)
+  setup = results["setup"]
+  title = f"A decoder of {setup['layers']} layers of width {setup['width']}: training loss"
+  figure, grid = pictures.panels(1, len(grouped), title=title, width=6.0, height=4.2)
+  baselines = next((r["baselines"] for r in results["runs"] if r["baselines"]), {})
+  for axes, (rate, runs) in zip(grid[0], grouped.items(), strict=True):
+    for name, run in runs.items():
+      every = max(len(run["steps"]) // 12, 1)
+      losses = [math.nan if loss is None else loss for loss in run["loss"]]
+      axes.plot(run["steps"], losses, lw=1.3, ms=5, markevery=every, **styles[name])
+    for name, bits in baselines.items():
+      if name != "xz":
+        axes.axhline(bits * math.log(2), color="#666666", lw=1, linestyle=":")
+        axes.annotate(f" {name}", (0, bits * math.log(2)), color="#444444", fontsize=8, va="bottom")
+    axes.set_ylim(2.2, 5.8)
+    pictures.tidy(
+      axes, title=f"peak rate {rate:g}", xlabel="optimizer step", ylabel="loss, nats a byte"
+    )
+  pictures.save(figure, path, pictures.handles({n: styles[n] for n in RECIPES}))
+
+
+def judged(results: dict) -> list[words.Claim]:
+  """What the papers say of such depths: trained is below the frequencies' bits a byte."""
+  baselines = next((r["baselines"] for r in results["runs"] if r["baselines"]), {})
+  unigram, layers = baselines.get("unigram", math.nan), results["setup"]["layers"]
+  entries = []
+  for rate, runs in by_rate(results).items():
+    bits = {n: r["bits_per_byte"] for n, r in runs.items()}
+    trains = {n: b is not None and b < unigram - TRAINED for n, b in bits.items()}
+    for name, claim in (
+      ("magneto", "Magneto trains"),
+      ("deepnet", "DeepNet trains (figure 6: to 1,000 layers)"),
+      ("deepscalelm", "DeepScaleLM trains (to 1,000 layers)"),
+    ):
+      holds = trains.get(name)
+      here = f"{words.number(bits.get(name))} bits a byte"
+      entries.append(words.Claim(f"{claim}, {layers} layers, rate {rate:g}", here, holds))
+    entries.append(
+      words.Claim(
+        f"Post-LN does not train (DeepNet, table 1), {layers} layers, rate {rate:g}",
+        f"{words.number(bits.get('post_ln'))} bits a byte",
+        None if "post_ln" not in trains else not trains["post_ln"],
+      )
+    )
+    pair = bits.get("magneto"), bits.get("pre_ln")
+    entries.append(
+      words.Claim(
+        f"Magneto ends below Pre-LN, rate {rate:g}",
+        f"{words.number(pair[0])} against {words.number(pair[1])}",
+        None if None in pair else pair[0] < pair[1],
+      )
+    )
+  return entries
+
+
+def section(results: dict) -> list[str]:
+  """The page's text and tables."""
+  setup = results["setup"]
+  baselines = next((r["baselines"] for r in results["runs"] if r["baselines"]), {})
+  rows = []
+  for rate, runs in by_rate(results).items():
+    for name, run in runs.items():
+      finite = [loss for loss in run["loss"] if loss is not None]
+      seconds = run["training_seconds"]
+      end = run["not_finite"] or "finite"
+      cells = [f"{rate:g}", words.number(run["bits_per_byte"]), f"{max(finite):.2f}"]
+      cells += [f"{finite[-1]:.2f}", "-" if seconds is None else f"{seconds / 60:.1f}", end]
+      rows.append([name, *cells])
+  columns = ["", "peak rate", "validation, bits a byte", "highest loss", "last loss", "minutes"]
+  listed = ", ".join(f"{name} {words.number(bits)}" for name, bits in baselines.items())
+  return [
+    f"A decoder of {setup['layers']} layers, width {setup['width']}, FFN {setup['ffn_width']} with"
+    f" ReLU, {setup['heads']} heads, rotary positions, on the bytes of the embedded text:"
+    f" {setup['steps']} steps of {setup['batch']} samples of {setup['length']} through the"
+    f" library's own `training.train`, AdamW at its defaults, {setup['warmup']} steps of warm-up,"
+    " then a cosine to 0, one seed, remat `full`. The same for all recipes;"
+    f" {results['processes']} runs at a time on a machine that did other work, so the minutes only"
+    f" show what it took. Trained means at least {TRAINED} bits a byte below the frequencies of"
+    f" bytes. Baselines, bits a byte: {listed}.",
+    "",
+    PAPER,
+    "",
+    *words.claims(judged(results)),
+    "",
+    *words.table([*columns, "losses"], rows),
+  ]

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import pathlib
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
@@ -12,7 +13,8 @@ import numpy as np
 import optax
 from flax import linen as nn
 
-from magneto_jax import diagnostics
+from benchmarks.stability import pictures, words
+from magneto_jax import diagnostics, reporting
 from magneto_jax.layers.positions import sinusoidal
 from magneto_jax.models.language import CausalLM
 from magneto_jax.theory import propagation, recipes, records
@@ -243,3 +245,192 @@ def measure(
 def geometric_mean(values: Sequence[float]) -> float:
   """exp(mean log); 0 if any is 0."""
   return math.exp(statistics.fmean(map(math.log, values))) if all(values) else 0.0
+
+
+# ---------------------------------------------------------------------------------------------
+# The picture and the page
+# ---------------------------------------------------------------------------------------------
+
+
+PAPER = (
+  "DeepNet's own figure 5 has encoder-decoders of the same sizes on IWSLT-14, 6 + 6 to 100 + 100"
+  " layers, and finite steps early in training: Post-LN's update rises from 0.02 at 6 layers to 0.1"
+  " and more from 50 on, DeepNet's stays below 0.01 and nearly flat. Magneto has a bound only."
+)
+
+
+def scaled(values: Sequence[float | None], measured: Sequence[float | None]) -> list[float]:
+  """A prediction times what makes its first figure the measured one; NaN where there is none."""
+  wide = [math.nan if value is None else value for value in values]
+  first = math.nan if measured[0] is None else measured[0]
+  return [value * first / wide[0] if wide[0] else math.nan for value in wide]
+
+
+def draw(results: dict, path: pathlib.Path) -> None:
+  """Two rows, what moves; three columns of recipes."""
+  names, depths = list(results["lines"]), results["depths"]
+  claimed = [name for name in names if name in (*CLAIMED, "deepscalelm, post")]
+  others = [name for name in names if name not in claimed]
+  half = -(-len(others) // 2)
+  groups = [group for group in (claimed, others[:half], others[half:]) if group]
+  title = "First update of the output against depth: one step of SGD, rms(dF) / learning rate"
+  figure, grid = pictures.panels(2, len(groups), title=title, width=5.4, height=4.1)
+  moving = {"matrices": "only the layers' matrices move", "everything": "all of the layers move"}
+  for column, group in enumerate(groups):
+    styles = reporting.line_styles(group)
+    for axes, row in zip(grid[:, column], ROWS, strict=True):
+      for name, style in styles.items():
+        entry, colour = results["lines"][name], style["color"]
+        figures = [math.nan if not v else v for v in entry["measured"][row]]
+        axes.plot(depths, figures, lw=0, ms=5, color=colour, marker=style["marker"])
+        theory = scaled(entry["predicted"][row], entry["measured"][row])
+        axes.plot(depths, theory, lw=1.4, color=colour, linestyle=style["linestyle"])
+        if row == "matrices":
+          bound = scaled(entry["bound"], entry["measured"][row])
+          axes.plot(depths, bound, lw=2.2, color=colour, linestyle=(0, (1, 1.5)), alpha=0.6)
+      pictures.depth_axis(axes, depths)
+      axes.set_yscale("log")
+      pictures.tidy(axes, title=moving[row], xlabel="layers", ylabel="rms(dF) / learning rate")
+    axes.legend(
+      handles=pictures.handles(styles),
+      loc="upper center",
+      bbox_to_anchor=(0.5, -0.16),
+      ncols=3,
+      frameon=False,
+    )
+  kinds = {
+    "marks: measured": {"marker": "o", "lw": 0, "ms": 5},
+    "line: the theory's prediction, set to the measured figure at the first depth": {"lw": 1.4},
+    "dots: the papers' bound, likewise": {"lw": 2.2, "linestyle": (0, (1, 1.5))},
+  }
+  pictures.save(figure, path, pictures.handles({}, **kinds), columns=3)
+
+
+def growth(values: Sequence[float | None]) -> float | None:
+  """The last figure over the first."""
+  return values[-1] / values[0] if values[0] and values[-1] else None
+
+
+def spread(values: Sequence[float | None]) -> float:
+  """The largest figure over the smallest; infinite if any is missing or 0."""
+  return max(values) / min(values) if all(values) else math.inf
+
+
+def judged(results: dict) -> list[words.Claim]:
+  """DeepNet's and Magneto's claims."""
+  lines, depths = results["lines"], results["depths"]
+  matrices = {name: entry["measured"]["matrices"] for name, entry in lines.items()}
+  everything = {name: entry["measured"]["everything"] for name, entry in lines.items()}
+  says = lambda name, row: f"{name}: {words.number(growth(row[name]))} times"
+  ends = f"from {depths[0]} to {depths[-1]} layers"
+  deepnet, sub, pre = matrices["deepnet"], matrices["magneto"], matrices["pre_ln"]
+  shallower = [n for n, a, b in zip(depths, sub, pre, strict=True) if a is None or not a < b]
+  return [
+    words.Claim(
+      f"Post-LN's update explodes with depth (DeepNet, figure 5; at least 10 times {ends})",
+      says("post_ln", matrices),
+      (growth(matrices["post_ln"]) or math.inf) >= 10,
+    ),
+    words.Claim(
+      "DeepNet's does not depend on depth (section 4.3; largest over smallest at most 2)",
+      f"{words.number(spread(deepnet))} with the matrices of the theorem moving",
+      spread(deepnet) <= 2,
+    ),
+    words.Claim(
+      "the same if norms and biases move too, as they do in training",
+      f"{words.number(spread(everything['deepnet']))}",
+      spread(everything["deepnet"]) <= 2,
+    ),
+    words.Claim(
+      "Magneto's does not depend on depth (theorem of section 2.4; at most 2)",
+      f"{words.number(spread(sub))}",
+      spread(sub) <= 2,
+    ),
+    words.Claim(
+      f"Magneto's grows less than Pre-LN's, whose bound is log L ({ends})",
+      f"{says('magneto', matrices)}, {says('pre_ln', matrices)}",
+      (growth(sub) or math.inf) < (growth(pre) or math.inf),
+    ),
+    words.Claim(
+      "Magneto's is smaller than Pre-LN's (at every depth)",
+      f"not at {', '.join(map(str, shallower))} layers" if shallower else "at every depth",
+      not shallower,
+    ),
+  ]
+
+
+def section(results: dict) -> list[str]:
+  """The page's text and tables."""
+  depths, setup, lines = results["depths"], results["setup"], results["lines"]
+  seeds = ", ".join(f"{s} at {n}" for s, n in zip(results["seeds"], depths, strict=True))
+  text = [
+    f"A decoder of width {setup['width']} with an FFN of {setup['ffn_width']} and"
+    f" {setup['heads']} heads (DeepNet's tiny Transformers), ReLU,"
+    f" sinusoidal positions, {setup['batch']} samples of {setup['length']} random tokens out of"
+    f" {setup['vocab_size']}. One step of SGD on one batch; F is what the output projection reads,"
+    " on another batch. The figure is rms(dF) over the learning rate as that goes to 0, so nothing"
+    " saturates. Draws:"
+    f" {seeds} layers; their geometric mean, as deep Post-LN's are heavy-tailed.",
+    "",
+    PAPER,
+    "",
+    *words.claims(judged(results)),
+  ]
+  for row, title in (
+    ("matrices", "Only the layers' matrices move"),
+    ("everything", "All of the layers' parameters move"),
+  ):
+    shown = [
+      [name, *map(words.number, e["measured"][row]), words.number(growth(e["measured"][row]))]
+      for name, e in lines.items()
+    ]
+    columns = ["layers", *map(str, depths), "last / first"]
+    text += ["", f"**{title}**, measured:", "", *words.table(columns, shown)]
+  shown = [
+    [
+      name,
+      words.number(growth(e["measured"]["matrices"])),
+      words.number(growth(e["predicted"]["matrices"])),
+      words.number(growth(e["bound"])),
+      words.number(growth(e["measured"]["everything"])),
+      words.number(growth(e["predicted"]["everything"])),
+    ]
+    for name, e in lines.items()
+  ]
+  columns = ["", "matrices: measured", "predicted", "bound", "all: measured", "predicted"]
+  text += [
+    "",
+    f"**Growth from {depths[0]} to {depths[-1]} layers**, beside the theory's"
+    " (`theory.propagation.first_update`: of a sample and itself) and the papers' bound:",
+    "",
+    *words.table(columns, shown),
+  ]
+  others = results["others"]
+  shared = [str(n) for n in others["layers"] if n in depths]
+  shown = []
+  for row in ROWS:
+    for name in others[row]:
+      ours = dict(zip(depths, lines[name]["measured"][row], strict=True)) if name in lines else {}
+      pairs = zip(others["layers"], others[row][name], strict=True)
+      cells = [f"{words.number(ours[n])} ({words.number(v)})" for n, v in pairs if n in ours]
+      shown.append([f"{name}, {row}", *cells])
+  text += [
+    "",
+    "**Beside the papers' own code** (in brackets: torchscale and fairseq, one real step in float64"
+    " on other tokens; their Pre-LN has fairseq's init, ours Xavier's):",
+    "",
+    *words.table(["layers", *shared], shown),
+  ]
+  shown = [
+    [f"{c['line']}, {c['layers']} layers"]
+    + [words.number(c[kind][row]) for row in ROWS for kind in ("finite_step", "derivative")]
+    for c in results["finite_steps"]
+  ]
+  columns = ["", "matrices: finite step", "derivative", "all: finite step", "derivative"]
+  text += [
+    "",
+    "**Cross-check**: a real step of 1e-4 in float64 beside the derivative in float32, one draw:",
+    "",
+    *words.table(columns, shown),
+  ]
+  return text
