@@ -1,4 +1,4 @@
-"""The parts of `benchmarks.stability` at toy sizes, and the page that is written from their files."""
+"""The parts of `benchmarks.stability` at toy sizes, and the page written from their files."""
 
 import json
 import math

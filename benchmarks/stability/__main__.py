@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Callable
 
-from benchmarks.stability import files, page, rate, text, training
+from benchmarks.stability import files, page, rate, text, training, update
 
 
 def measure(part: str, keep: Callable[[dict], object], args: argparse.Namespace) -> None:
@@ -12,7 +12,9 @@ def measure(part: str, keep: Callable[[dict], object], args: argparse.Namespace)
     rates = [float(rate) for rate in args.training_rates.split(",")]
     training.measure(training.Setup(), keep, rates=rates, processes=args.processes)
   elif part == "rate":
-    rate.measure(text.Setup(), keep)
+    rate.measure(text.Setup(), keep, processes=args.processes)
+  elif part == "update":
+    update.measure(update.Setup(), keep, processes=args.processes)
   else:
     module, _ = page.PARTS[part]
     module.measure(module.Setup(), keep)
@@ -23,7 +25,7 @@ def main() -> None:
   parser.add_argument(
     "--parts", default=",".join(page.PARTS), help="separated by commas; may be empty"
   )
-  parser.add_argument("--processes", type=int, default=1, help="trainings at a time")
+  parser.add_argument("--processes", type=int, default=1, help="measurements at a time")
   parser.add_argument("--training_rates", default="1e-3,4e-3", help="separated by commas")
   args = parser.parse_args()
   for part in filter(None, args.parts.split(",")):

@@ -9,18 +9,20 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from benchmarks.stability import pictures, text, words
+from benchmarks.stability import pictures, pool, text, words
 from magneto_jax import reporting
 
 RECIPES = ("pre_ln", "post_ln", "magneto", "deepnet", "normformer", "deepscalelm", "peri_ln")
-DEPTHS = (6, 24, 48)
+DEPTHS = (6, 24)
 # A model that is stuck at the frequencies of bytes is as good as one that exploded, and batches are
 # noisy: to count as trained, it must end this far (nats a token) below them.
-MARGIN = 0.1
+MARGIN = 0.05
+# Below it no recipe has the time to learn more than the frequencies.
+LOWEST = 5e-4
 
 
 def largest_rate(
-  trains: Callable[[float], bool], *, start: float, lowest: float = 1e-5, highest: float = 10.0
+  trains: Callable[[float], bool], *, start: float, lowest: float = LOWEST, highest: float = 10.0
 ) -> float | None:
   """The largest rate that trains, to a factor of sqrt 2, if larger rates never train again.
 
@@ -41,7 +43,7 @@ def largest_rate(
   return between if between <= highest and trains(between) else rate
 
 
-def search(setup: text.Setup, recipe: str, layers: int, *, seeds: int, start: float) -> dict:
+def search(setup: text.Setup, recipe: str, layers: int, seeds: int, start: float) -> dict:
   """The largest rate at which every seed trains, and all runs that were made to find it."""
   drawn = [text.batches(setup, seed) for seed in range(seeds)]
   threshold = text.unigram(np.stack([targets for _, targets in drawn])) - MARGIN
@@ -77,8 +79,9 @@ def measure(
   *,
   recipes: Sequence[str] = RECIPES,
   depths: Sequence[int] = DEPTHS,
-  seeds: int = 2,
-  start: float = 8e-3,
+  seeds: int = 1,
+  start: float = 1.6e-2,
+  processes: int = 1,
 ) -> dict:
   """Every recipe at every depth; `keep` is given what there is after each search."""
   results = {
@@ -86,13 +89,13 @@ def measure(
     "depths": list(depths),
     "seeds": seeds,
     "margin": MARGIN,
+    "lowest": LOWEST,
     "recipes": {recipe: {} for recipe in recipes},
   }
-  for layers in depths:
-    for recipe in recipes:
-      found = search(setup, recipe, layers, seeds=seeds, start=start)
-      results["recipes"][recipe][str(layers)] = found
-      keep(results)
+  tasks = [(setup, recipe, layers, seeds, start) for layers in depths for recipe in recipes]
+  for (_, recipe, layers, *_), found in pool.completed(search, tasks, processes):
+    results["recipes"][recipe][str(layers)] = found
+    keep(results)
   return results
 
 

@@ -24,7 +24,7 @@ class Setup:
   heads: int = 2
   length: int = 32
   batch: int = 8
-  steps: int = 100
+  steps: int = 200
 
 
 def batches(setup: Setup, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,14 +1,12 @@
 """Part `training`: a very deep decoder, trained with each recipe at the same budget."""
 
-import concurrent.futures
 import dataclasses
 import math
-import multiprocessing
 import pathlib
 import tempfile
 from collections.abc import Callable, Sequence
 
-from benchmarks.stability import pictures, words
+from benchmarks.stability import pictures, pool, words
 from magneto_jax import config, reporting, training
 
 RECIPES = ("magneto", "deepnet", "deepscalelm", "pre_ln", "post_ln")
@@ -84,13 +82,10 @@ def measure(
 ) -> dict:
   """Every recipe at every rate; `keep` is given what there is after each run."""
   results = {"setup": dataclasses.asdict(setup), "processes": processes, "runs": []}
-  spawn = multiprocessing.get_context("spawn")
-  pool = concurrent.futures.ProcessPoolExecutor(processes, spawn, max_tasks_per_child=1)
-  with pool:
-    wanted = [pool.submit(run, setup, recipe, rate) for rate in rates for recipe in recipes]
-    for done in concurrent.futures.as_completed(wanted):
-      results["runs"].append(done.result())
-      keep(results)
+  tasks = [(setup, recipe, rate) for rate in rates for recipe in recipes]
+  for _, found in pool.completed(run, tasks, processes):
+    results["runs"].append(found)
+    keep(results)
   return results
 
 

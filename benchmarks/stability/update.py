@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from flax import linen as nn
 
-from benchmarks.stability import pictures, words
+from benchmarks.stability import pictures, pool, words
 from magneto_jax import diagnostics, reporting
 from magneto_jax.layers.positions import sinusoidal
 from magneto_jax.models.language import CausalLM
@@ -22,6 +22,8 @@ from magneto_jax.theory import propagation, recipes, records
 # DeepNet's tiny Transformers (64-128-2), as decoders.
 SIZES = {"width": 64, "ffn_width": 128, "heads": 2}
 DEPTHS = (6, 12, 24, 48, 96, 200, 400, 1000)
+# Draws at each depth: deep stacks take longest.
+SEEDS = (3, 3, 3, 3, 3, 2, 1, 1)
 # What moves: the layers' matrices, as in the theorems, or all of the layers' parameters.
 ROWS = ("matrices", "everything")
 # rms(dF) / eta of such a decoder in torchscale and fairseq, in float64 with eta = 1e-4, at 6, 24
@@ -194,9 +196,22 @@ def finite_step(setup: Setup, line: str, layers: int, *, seed: int, rate: float)
   }
 
 
-def seeds_of(layers: int) -> int:
-  """How many draws: deep stacks take longest."""
-  return 3 if layers <= 96 else 2 if layers <= 200 else 1
+def line_of(setup: Setup, line: str, depths: Sequence[int], seeds: Sequence[int]) -> dict:
+  """A line of the figure: at each depth the draws, their mean, the prediction and the bound."""
+  entry = {kind: {row: [] for row in ROWS} for kind in ("measured", "draws", "predicted")}
+  entry["bound"] = []
+  for layers, count in zip(depths, seeds, strict=True):
+    draws = measured(setup, line, layers, range(count))
+    theory = predicted(setup, line, layers)
+    for i, row in enumerate(ROWS):
+      values = [draw[i] for draw in draws]
+      entry["draws"][row].append(values)
+      # Draws are heavy-tailed: the geometric mean is what a single one is like.
+      entry["measured"][row].append(geometric_mean(values))
+      entry["predicted"][row].append(theory[row])
+    entry["bound"].append(theory["bound"])
+    entry["no_bound"] = theory["no_bound"]
+  return entry
 
 
 def measure(
@@ -205,39 +220,27 @@ def measure(
   *,
   lines: Sequence[str] = tuple(LINES),
   depths: Sequence[int] = DEPTHS,
-  seeds: Callable[[int], int] = seeds_of,
+  seeds: Sequence[int] = SEEDS,
+  processes: int = 1,
 ) -> dict:
   """Every line at every depth; `keep` is given what there is after each line."""
   results = {
     "setup": dataclasses.asdict(setup) | SIZES,
     "depths": list(depths),
-    "seeds": [seeds(layers) for layers in depths],
+    "seeds": list(seeds),
     "finite_steps": [],
     "lines": {},
     "others": OTHERS,
   }
-  for line in lines:
-    entry = {"measured": {row: [] for row in ROWS}, "draws": {row: [] for row in ROWS}}
-    entry |= {"predicted": {row: [] for row in ROWS}, "bound": [], "no_bound": ""}
-    for layers in depths:
-      draws = measured(setup, line, layers, range(seeds(layers)))
-      theory = predicted(setup, line, layers)
-      for i, row in enumerate(ROWS):
-        values = [draw[i] for draw in draws]
-        entry["draws"][row].append(values)
-        # Draws are heavy-tailed: the geometric mean is what a single one is like.
-        entry["measured"][row].append(geometric_mean(values))
-        entry["predicted"][row].append(theory[row])
-      entry["bound"].append(theory["bound"])
-      entry["no_bound"] = theory["no_bound"]
-    results["lines"][line] = entry
+  done = {}
+  tasks = [(setup, line, depths, seeds) for line in lines]
+  for (_, line, *_), entry in pool.completed(line_of, tasks, processes):
+    done[line] = entry
+    results["lines"] = {line: done[line] for line in lines if line in done}
     keep(results)
-  checked = [line for line in ("post_ln", "deepnet", "pre_ln") if line in lines]
-  results["finite_steps"] = [
-    finite_step(setup, line, layers, seed=0, rate=1e-4)
-    for line in checked
-    for layers in depths[:3:2]
-  ]
+  for line in ("post_ln", "deepnet", "pre_ln"):
+    for layers in depths[:3:2]:
+      results["finite_steps"].append(finite_step(setup, line, layers, seed=0, rate=1e-4))
   keep(results)
   return results
 
