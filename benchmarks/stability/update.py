@@ -17,7 +17,7 @@ from benchmarks.stability import pictures, pool, words
 from magneto_jax import diagnostics, reporting
 from magneto_jax.layers.positions import sinusoidal
 from magneto_jax.models.language import CausalLM
-from magneto_jax.theory import propagation, recipes, records
+from magneto_jax.theory import moments, propagation, recipes, records
 
 # DeepNet's tiny Transformers (64-128-2), as decoders.
 SIZES = {"width": 64, "ffn_width": 128, "heads": 2}
@@ -164,7 +164,11 @@ def predicted(setup: Setup, line: str, layers: int) -> dict[str, float]:
   tokens = float((embedding.tokens.std(1, 1) * embedding.scale) ** 2)
   _, correlation = start_moments(setup, tokens)
   start = propagation.start_of(stack, setting, correlation, position_variance=0.5)
-  update = propagation.first_update(parts, {"decoder": start})
+  # The loss's gradient is of one size where the output projection reads; a final norm divides it
+  # by the stream's deviation on its way to the last layer.
+  last = propagation.propagate(stack, setting, start).variance[-1] if stack.final_norm else 1.0
+  top = moments.Gradient(1 / float(last), 0.0)
+  update = propagation.first_update(parts, {"decoder": start}, top)
   bound = propagation.update_bound(recipe, sizes)
   return {**update._asdict(), "bound": bound.value, "no_bound": bound.reason}
 
