@@ -146,10 +146,10 @@ def draw(results: dict, path: pathlib.Path) -> None:
       axes,
       title=f"{layers} layers",
       xlabel="learning rate",
-      ylabel="final loss, nats a byte (worst seed)",
+      ylabel="final loss, nats a byte",
     )
   kinds = {"dots: above it a run counts as diverged": {"lw": 1, "linestyle": ":"}}
-  pictures.save(figure, path, pictures.handles(styles, **kinds), columns=8)
+  pictures.save(figure, path, pictures.handles(styles, **kinds), columns=4)
 
 
 def by_rate(found: dict) -> dict[float, float]:
@@ -170,9 +170,9 @@ def judged(results: dict) -> list[words.Claim]:
   def compare(claim: str, a: str, b: str, holds: Callable[[float], bool], layers: int):
     first, second = rate(a, layers), rate(b, layers)
     ratio = first / second if first and second else None
-    here = f"{words.number(first)} against {words.number(second)}"
+    here = ""
     if ratio is not None:
-      here += f", {words.number(ratio)} times"
+      here = f"{words.number(first)} against {words.number(second)}, {words.number(ratio)} times"
     entries.append(
       words.Claim(f"{claim}, {layers} layers", here, None if ratio is None else holds(ratio))
     )
@@ -225,11 +225,12 @@ def section(results: dict) -> list[str]:
     best.append([recipe, *map(words.number, lowest)])
   columns = ["layers", *map(str, depths)]
   seeds = results["seeds"]
+  who = "one seed" if seeds == 1 else f"each of {seeds} seeds"
   return [
     f"Decoders of width {setup['width']} on the bytes of the embedded text, {setup['batch']}"
     f" samples of {setup['length']} a step, {setup['steps']} steps of the library's Adam at a"
     " constant rate: no warm-up, no clipping, no weight decay."
-    f" A rate counts if with each of {seeds} seeds (parameters and order"
+    f" A rate counts if with {who} (parameters and order"
     " of the data, the same for all recipes) the mean loss of the last tenth is finite and"
     f" {results['margin']} nats below what the frequencies of the bytes alone give: a model that"
     " is stuck there has learned no more than they. Rates are doubled or halved, and at the edge"
@@ -243,8 +244,8 @@ def section(results: dict) -> list[str]:
     "",
     *words.table(columns, rows),
     "",
-    "**The lowest final loss** of all rates tried (nats a byte, the worse seed): a large rate that"
-    " trains is not the best one.",
+    "**The lowest final loss** of all rates tried (nats a byte): the rates tried are"
+    " near the edge, and the edge is far above the best rate.",
     "",
     *words.table(columns, best),
   ]

@@ -150,20 +150,20 @@ def judged(results: dict) -> list[words.Claim]:
       ("deepscalelm", "DeepScaleLM trains (to 1,000 layers)"),
     ):
       holds = trains.get(name)
-      here = f"{words.number(bits.get(name))} bits a byte"
-      entries.append(words.Claim(f"{claim}, {layers} layers, rate {rate:g}", here, holds))
+      here = f"{words.number(bits[name])} bits a byte" if name in bits else ""
+      entries.append(words.Claim(f"{claim}, {layers} layers, peak rate {rate:g}", here, holds))
     entries.append(
       words.Claim(
-        f"Post-LN does not train (DeepNet, table 1), {layers} layers, rate {rate:g}",
-        f"{words.number(bits.get('post_ln'))} bits a byte",
+        f"Post-LN does not train (DeepNet, table 1), {layers} layers, peak rate {rate:g}",
+        f"{words.number(bits['post_ln'])} bits a byte" if "post_ln" in bits else "",
         None if "post_ln" not in trains else not trains["post_ln"],
       )
     )
     pair = bits.get("magneto"), bits.get("pre_ln")
     entries.append(
       words.Claim(
-        f"Magneto ends below Pre-LN, rate {rate:g}",
-        f"{words.number(pair[0])} against {words.number(pair[1])}",
+        f"Magneto ends below Pre-LN, peak rate {rate:g}",
+        "" if None in pair else f"{words.number(pair[0])} against {words.number(pair[1])}",
         None if None in pair else pair[0] < pair[1],
       )
     )

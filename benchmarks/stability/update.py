@@ -139,14 +139,21 @@ def keys(seed: int) -> tuple[jax.Array, jax.Array]:
   return tuple(jax.random.fold_in(jax.random.key(seed), i) for i in range(2))
 
 
+# Compiling takes most of the time here.
+fast_jit = functools.partial(
+  jax.jit,
+  compiler_options={
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+  },
+)
+
+
 def measured(setup: Setup, line: str, layers: int, seeds: Sequence[int]) -> list[list[float]]:
   """[matrices, everything] for each seed: rms(J g), as the learning rate goes to 0."""
   model = model_of(setup, line, layers)
 
-  # Compiling takes most of the time here.
-  fast = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
-  @functools.partial(jax.jit, compiler_options=fast)
+  @fast_jit
   def update(seed):
     init_key, batch_key = keys(seed)
     step, read = calls(setup, model, batch_key)
@@ -177,9 +184,10 @@ def predicted(setup: Setup, line: str, layers: int) -> dict[str, float]:
 def finite_step(setup: Setup, line: str, layers: int, *, seed: int, rate: float) -> dict:
   """A real step in float64, rms(F(after) - F(before)) / rate, beside the derivative in float32."""
   init_key, batch_key = keys(seed)
-  step, read = calls(setup, model_of(setup, line, layers), batch_key)
-  params = model_of(setup, line, layers).init(init_key, *step.args)["params"]
-  derivative = diagnostics.first_update(model_of(setup, line, layers), params, step, read)
+  narrow = model_of(setup, line, layers)
+  step, read = calls(setup, narrow, batch_key)
+  params = jax.jit(lambda: narrow.init(init_key, *step.args)["params"])()
+  derivative = fast_jit(lambda p: diagnostics.first_update(narrow, p, step, read))(params)
   # Drawn in 32 bits, as 64 would bring other tokens.
   model = model_of(setup, line, layers, jnp.float64)
   step, read = calls(setup, model, batch_key)
