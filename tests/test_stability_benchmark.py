@@ -21,7 +21,6 @@ from benchmarks.stability import (
 from magneto_jax import diagnostics
 from magneto_jax.theory import recipes
 
-
 TINY = update.Setup(vocab_size=8, length=4, batch=2)
 
 
