@@ -75,8 +75,8 @@ def measure(
 PAPER = (
   "The paper's own figure 3 has the layers 0, 1, 6, 10 and 11 of a model of 12 and width 768, early"
   " in training: Post-LN's norms grow with depth, Pre-LN's shrink, NormFormer's are closer to flat."
-  " Here the recipes differ in their init too (Xavier's, and NormFormer's own): in fairseq, with one"
-  " init for all, NormFormer's largest over smallest was 2.31 and Pre-LN's 1.95, against the claim."
+  " Here the recipes differ in their init too (Xavier's, and NormFormer's own): in fairseq, with"
+  " one init, NormFormer's largest over smallest was 2.31 and Pre-LN's 1.95, against the claim."
 )
 WHEN = {"step_0": "step 0", "mean": "mean over the first steps"}
 
