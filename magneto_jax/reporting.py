@@ -296,9 +296,11 @@ def draw_by_layer(
     Line2D([], [], color="#666666", lw=1.4, label="line: predicted"),
     Line2D([], [], color="#666666", lw=0, marker="o", ms=5, label="marks: measured"),
   ]
-  figure.legend(
-    handles=handles + kinds, loc="outside lower center", ncols=min(8, len(names) + 2), frameon=False
-  )
+  # Ten letters an inch, with the sample of the line.
+  longest = max(len(handle.get_label()) for handle in handles + kinds)
+  fit = int(10 * figure.get_figwidth() / (longest + 8))
+  columns = max(1, min(8, fit, len(names) + 2))
+  figure.legend(handles=handles + kinds, loc="outside lower center", ncols=columns, frameon=False)
   figure.suptitle(title)
   figure.savefig(path)
   return path

@@ -123,6 +123,12 @@ def draw(results: dict, path: pathlib.Path) -> None:
   styles = reporting.line_styles(list(results["recipes"]))
   title = "The largest learning rate of Adam, without warm-up, that does not diverge"
   figure, grid = pictures.panels(1, 1 + len(depths), title=title, width=4.6)
+  tried = [
+    run["rate"]
+    for recipe in results["recipes"]
+    for found in searched(results, recipe).values()
+    for run in found["runs"]
+  ]
   for name, style in styles.items():
     found = searched(results, name)
     rates = [found[n]["largest_rate"] or math.nan if n in found else math.nan for n in depths]
@@ -140,7 +146,7 @@ def draw(results: dict, path: pathlib.Path) -> None:
       if layers in searched(results, r)
     )
     axes.axhline(threshold, color="#666666", lw=1, linestyle=":")
-    axes.set_xscale("log")
+    axes.set(xscale="log", xlim=(min(tried) / 1.5, max(tried) * 1.5))
     axes.set_ylim(threshold - 1.0, threshold + 1.2)
     pictures.tidy(
       axes,
