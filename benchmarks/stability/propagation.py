@@ -134,7 +134,7 @@ def measure(
 PAPER = (
   "The authors' own figures have 192 layers of width 1024 and 256 tokens at dropout 0.1: with"
   " Xavier's init Pre-LN's variance grows linearly, and Post-LN's gradient norm by 1.024 a layer"
-  " (in g, which is its square, exp(0.047)); the axes of DeepScaleLM's end at twice the first value."
+  " (in g, its square, by exp(0.047)); the axes of DeepScaleLM's end at twice the first value."
 )
 
 
