@@ -183,6 +183,13 @@ def section(results: dict) -> list[str]:
       cells = [f"{rate:g}", words.number(run["bits_per_byte"]), f"{max(finite):.2f}"]
       cells += [f"{finite[-1]:.2f}", "-" if seconds is None else f"{seconds / 60:.1f}", end]
       rows.append([name, *cells])
+  missing = [
+    f"{name} at {rate:g}"
+    for rate, runs in by_rate(results).items()
+    for name in RECIPES
+    if name not in runs
+  ]
+  left_out = [f"Not run, for want of time: {', '.join(missing)}.", ""] if missing else []
   columns = ["", "peak rate", "validation, bits a byte", "highest loss", "last loss", "minutes"]
   listed = ", ".join(f"{name} {words.number(bits)}" for name, bits in baselines.items())
   return [
@@ -199,5 +206,6 @@ def section(results: dict) -> list[str]:
     "",
     *words.claims(judged(results)),
     "",
+    *left_out,
     *words.table([*columns, "losses"], rows),
   ]
