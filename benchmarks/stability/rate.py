@@ -169,19 +169,22 @@ def by_rate(found: dict) -> dict[float, float]:
 
 
 def judged(results: dict) -> list[words.Claim]:
-  """Magneto's and DeepNet's claims, at each depth."""
+  """Magneto's and DeepNet's claims, at each depth; a rate of 0 means that none trained."""
   entries = []
-  rate = lambda recipe, layers: searched(results, recipe).get(layers, {}).get("largest_rate")
+
+  def rate(recipe: str, layers: int) -> float | None:
+    found = searched(results, recipe).get(layers)
+    return None if found is None else found["largest_rate"] or 0.0
 
   def compare(claim: str, a: str, b: str, holds: Callable[[float], bool], layers: int):
     first, second = rate(a, layers), rate(b, layers)
-    ratio = first / second if first and second else None
-    here = ""
-    if ratio is not None:
-      here = f"{words.number(first)} against {words.number(second)}, {words.number(ratio)} times"
-    entries.append(
-      words.Claim(f"{claim}, {layers} layers", here, None if ratio is None else holds(ratio))
-    )
+    here, supported = "", None
+    if first is not None and second is not None and first + second > 0:
+      named = [words.number(value) if value else "none" for value in (first, second)]
+      ratio = first / second if second else math.inf
+      supported, here = holds(ratio), " against ".join(named)
+      here += f", {words.number(ratio)} times" if first and second else ""
+    entries.append(words.Claim(f"{claim}, {layers} layers", here, supported))
 
   for layers in results["depths"]:
     compare(
@@ -221,9 +224,12 @@ def section(results: dict) -> list[str]:
   """The page's text and tables."""
   setup, depths = results["setup"], results["depths"]
   rows, best = [], []
+  largest = lambda search: (
+    words.number(search["largest_rate"]) if search["largest_rate"] else "none"
+  )
   for recipe in results["recipes"]:
     found = searched(results, recipe)
-    rows.append([recipe, *(words.number(found.get(n, {}).get("largest_rate")) for n in depths)])
+    rows.append([recipe, *(largest(found[n]) if n in found else "-" for n in depths)])
     lowest = [
       min((v for v in by_rate(found[n]).values() if v == v), default=None) if n in found else None
       for n in depths
@@ -246,7 +252,9 @@ def section(results: dict) -> list[str]:
     "",
     *words.claims(judged(results)),
     "",
-    "**The largest rate** that trains (a dash: none was found, or not measured):",
+    "**The largest rate** that trains. The recipes with a norm before each sublayer worsen"
+    " gradually towards it, so that theirs hang on the criterion; Post-LN and DeepNet are stuck at"
+    f" the frequencies beyond it. None: at no rate from {results['lowest']:g} on.",
     "",
     *words.table(columns, rows),
     "",
