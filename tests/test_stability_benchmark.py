@@ -102,14 +102,16 @@ def test_a_search_keeps_its_runs():
   assert all(run["final_loss"] > found["threshold"] for run in found["runs"])
 
 
-def test_gradients_are_those_of_the_second_matrix():
-  setup = gradients.Setup(layers=2, width=8, ffn_width=16, heads=2, length=8, batch=2, steps=2)
-  run = gradients.run(setup, "normformer", 0)
-  for when in gradients.WHEN:
-    mean_abs, l2 = run[when]["mean_abs"], run[when]["l2"]
-    assert len(mean_abs) == len(l2) == 2
-    # |g|_2 is at least the mean times the root of the count.
-    assert all(b >= a * math.sqrt(8 * 16) for a, b in zip(mean_abs, l2, strict=True))
+def test_gradients_are_measured_layer_by_layer():
+  kernel_LFD = np.stack([np.full((4, 3), 2.0), np.full((4, 3), -0.5)])
+  tree = {"stack": {"segment_0": {"block_0": {"ffn": {"wo": {"kernel": kernel_LFD}}}}}}
+  expected = [[2.0, 0.5], [2 * math.sqrt(12), 0.5 * math.sqrt(12)]]
+  np.testing.assert_allclose(gradients.norms(tree), expected, rtol=1e-6)
+
+
+def test_the_mismatch_is_first_over_last_and_largest_over_smallest():
+  run = {"mean": {"mean_abs": [4.0, 1.0, 2.0]}}
+  assert gradients.mismatch({"recipes": {"pre_ln": [run, run]}}, "pre_ln", "mean") == (2.0, 4.0)
 
 
 def test_embeddings_have_the_correlation_they_are_drawn_with():
