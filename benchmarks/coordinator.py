@@ -153,8 +153,10 @@ def parser(doc: str, *, variants: Sequence[str], shape: str, rounds: int):
   return result
 
 
-def head(benchmark: str) -> dict:
-  """Where, when and how: what every results file begins with."""
+def provenance(benchmark: str, variables: Mapping[str, str] | None = None) -> dict:
+  """Where, when and how; `variables` are those added to the environment."""
+  inherited = ("XLA_FLAGS", "LD_PRELOAD", "JAX_", "OMP_", "KMP_", "MKL_", "MALLOC_", "GLIBC_")
+  inherited = {name: value for name, value in os.environ.items() if name.startswith(inherited)}
   return {
     "benchmark": benchmark,
     "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -163,16 +165,13 @@ def head(benchmark: str) -> dict:
     "git_clean": _git("status", "--porcelain", "--untracked-files=no") == "",
     "machine": _machine(),
     "load_average_at_start": os.getloadavg()[0],
+    "environment": inherited | dict(variables or {}),
   }
 
 
 def record(benchmark: str, args: argparse.Namespace, shape, variables) -> dict:
   """The head of a results file of variants that took turns."""
-  inherited = ("XLA_FLAGS", "LD_PRELOAD", "JAX_", "OMP_", "KMP_", "MKL_", "MALLOC_", "GLIBC_")
-  inherited = {name: value for name, value in os.environ.items() if name.startswith(inherited)}
-  return {
-    **head(benchmark),
-    "environment": inherited | dict(variables),
+  return provenance(benchmark, variables) | {
     "threads": args.threads,
     "shape": {"name": args.shape} | dataclasses.asdict(shape),
     "gflop_per_step": shape.step_flops / 1e9,

@@ -180,7 +180,7 @@ def main() -> None:
   parser.add_argument("--seeds", type=int, default=SEEDS)
   parser.add_argument("--output", type=pathlib.Path, help="a JSON file; default: in results/")
   arguments = parser.parse_args()
-  results = coordinator.head("prediction")
+  results = coordinator.provenance("prediction")
   results["versions"] = reporting.versions()
   results["setting"] = {
     "width": WIDTH,

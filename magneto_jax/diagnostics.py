@@ -226,25 +226,33 @@ def is_of_a_layer(path: tuple) -> bool:
   return any(key.key.startswith("segment_") for key in path)
 
 
-def first_update(model: nn.Module, params, call: Call) -> propagation.Update:
+def first_update(
+  model: nn.Module, params, call: Call, on: Call | None = None
+) -> propagation.Update:
   """How far a step of SGD moves the output, over the learning rate, as that goes to 0.
 
   The root mean square over outputs of J g, g the gradient of the loss with respect to the layers'
   matrices, or to all of the layers' parameters (others rest), and J the output's Jacobian. Pure,
   to be jitted.
+
+  Args:
+    model, params: as they start.
+    call: the batch of the step, and its loss.
+    on: where the output is read, if not on that batch: J is that of `on.loss(output)`, which may
+      be any tree of arrays.
   """
   run = lambda params: call.apply(model, {"params": params})
+  read = run if on is None else lambda params: on.loss(on.apply(model, {"params": params}))
   gradient = jax.grad(lambda params: call.loss(run(params)))(params)
 
-  def moved(moves: Callable[[tuple], bool]) -> jax.Array:
-    tangent = jax.tree_util.tree_map_with_path(
-      lambda path, leaf: leaf if moves(path) else jnp.zeros_like(leaf), gradient
-    )
-    _, change = jax.jvp(run, (params,), (tangent,))
-    leaves = [jnp.ravel(leaf).astype(jnp.float32) for leaf in jax.tree.leaves(change)]
-    return jnp.sqrt(jnp.mean(jnp.square(jnp.concatenate(leaves))))
-
-  return propagation.Update(moved(is_matrix), moved(is_of_a_layer))
+  # Both steps at once: the pass through the model is the same.
+  steps = jax.tree_util.tree_map_with_path(
+    lambda path, leaf: jnp.stack([leaf * is_matrix(path), leaf * is_of_a_layer(path)]), gradient
+  )
+  changes = jax.vmap(lambda step: jax.jvp(read, (params,), (step,))[1])(steps)
+  leaves = [leaf.reshape(2, -1).astype(jnp.float32) for leaf in jax.tree.leaves(changes)]
+  moved = jnp.sqrt(jnp.mean(jnp.square(jnp.concatenate(leaves, axis=1)), axis=1))
+  return propagation.Update(moved[0], moved[1])
 
 
 def input_correlation(model: nn.Module, *args, seed: int = 0, **kwargs) -> dict[str, float]:

@@ -251,6 +251,18 @@ MARKS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", ":")
 
 
+def line_styles(names: Sequence[str]) -> dict[str, dict[str, str]]:
+  """Colour, dashes and mark of each name: no two alike, for any colour vision."""
+  return {
+    name: {
+      "color": COLOURS[i % len(COLOURS)],
+      "linestyle": DASHES[i // len(COLOURS) % len(DASHES)],
+      "marker": MARKS[(i + i // len(COLOURS)) % len(MARKS)],
+    }
+    for i, name in enumerate(names)
+  }
+
+
 class Curve(NamedTuple):
   """One line of a panel, by layer: `predicted` is drawn as a line, `measured` as marks.
 
@@ -290,7 +302,7 @@ def draw_by_layer(
   from matplotlib.ticker import MaxNLocator
 
   names = list(dict.fromkeys(name for panel in panels for name in panel.curves))
-  styles = {name: _style(i) for i, name in enumerate(names)}
+  styles = line_styles(names)
   count = len(panels) + (bars is not None)
   columns = 2 if count == 4 else min(count, 3)
   rows = -(-count // columns)
@@ -319,22 +331,18 @@ def draw_by_layer(
     Line2D([], [], label="line: predicted (shade: its known error)", **grey),
     Line2D([], [], label="marks: measured", marker="o", ms=5, **{**grey, "lw": 0}),
   ]
+  # Ten letters an inch, with the sample of the line.
+  longest = max(len(handle.get_label()) for handle in handles)
+  fit = int(10 * figure.get_figwidth() / (longest + 8))
   figure.legend(
-    handles=handles, loc="outside lower center", ncols=min(2 * columns, len(handles)), frameon=False
+    handles=handles,
+    loc="outside lower center",
+    ncols=max(1, min(8, fit, len(handles))),
+    frameon=False,
   )
   figure.suptitle(title)
   figure.savefig(path)
   return path
-
-
-def _style(i: int) -> dict[str, str]:
-  """Colour, dash and mark of the i-th name."""
-  turn = i // len(COLOURS)
-  return {
-    "color": COLOURS[i % len(COLOURS)],
-    "linestyle": DASHES[turn % len(DASHES)],
-    "marker": MARKS[(i + turn) % len(MARKS)],
-  }
 
 
 def _draw_bars(axes, bars: Bars, styles: Mapping[str, Mapping[str, str]]) -> None:
