@@ -674,7 +674,7 @@ def update_bound(recipe: records.Recipe, architecture: records.Architecture) -> 
   """How |F(x, theta - eta grad) - F(x, theta)| / eta grows with depth under SGD, up to a constant.
 
   v_l and w_l are the scales of the second and the first matrix of sublayer l (out and value, wo
-  and wi) in units of Xavier's deviation, times the branch's scale; sums run over sublayers.
+  and wi) in units of Xavier's deviation; sums run over sublayers.
 
     | norms   | bound                                                   | with                    |
     |---------|---------------------------------------------------------|-------------------------|
@@ -708,6 +708,8 @@ def _stack_bound(stack: records.Stack, architecture: records.Architecture) -> tu
   placements = {sub.norms & {"in", "post", "out"} for _, sub in subs}
   if any(sub.skip.learned or sub.branch.learned or sub.in_scale.learned for _, sub in subs):
     return Bound(math.nan, "no paper bounds the update with learned scales"), math.nan
+  if any(np.any(np.asarray(s.value) != 1) for _, sub in subs for s in (sub.branch, sub.in_scale)):
+    return Bound(math.nan, "no paper bounds the update with scaled branches"), math.nan
   if placements not in ({frozenset({"in"})}, {frozenset({"post"})}):
     return Bound(math.nan, "no paper bounds the update with these norms"), math.nan
   is_post = placements == {frozenset({"post"})}
@@ -730,12 +732,11 @@ def _stack_bound(stack: records.Stack, architecture: records.Architecture) -> tu
 
 
 def _scales(sub: records.Sublayer, architecture: records.Architecture) -> tuple[float, float]:
-  """(v, w) of a sublayer in units of Xavier's deviation, with the residual rule's scales."""
+  """(v, w) of a sublayer in units of Xavier's deviation."""
   width, ffn_width = architecture.width, architecture.ffn_width
   if isinstance(sub, records.FeedForward):
     second, first, fans = sub.wo, sub.wi, (width, ffn_width)
   else:
     second, first, fans = sub.out, sub.v, (width, width)
   xavier = math.sqrt(2 / sum(fans))
-  v = float(second.std(*fans[::-1])) / xavier * float(sub.branch.value)
-  return v, float(first.std(*fans)) / xavier * float(sub.in_scale.value)
+  return float(second.std(*fans[::-1])) / xavier, float(first.std(*fans)) / xavier

@@ -148,10 +148,11 @@ def test_what_no_paper_bounds_has_a_reason(name):
     assert math.isnan(found.value) == bool(found.reason)
     if not found.reason:
       assert 0 < found.value < math.inf
-    bounded = {"pre_ln", "post_ln", "magneto", "deepnet", "layernorm_scaling", "depth_mup"}
-    unbounded = {"keel", "layer_scale", "rezero", "out_norm", "olmo2", "sandwich_ln", "peri_ln"}
-    assert name not in bounded or not found.reason
-    assert name not in unbounded | {"deepscalelm", "deepscalelm_simple"} or found.reason
+    # The theorems know norms before or behind the sublayer, inner ones, and DeepNet's skip.
+    bounded = {"pre_ln", "post_ln", "magneto", "deepnet", "pre_ln_scaled_init"}
+    assert bool(found.reason) == (
+      name not in {*bounded, "magneto_torchscale", "deepnet_torchscale"}
+    )
 
 
 # ---------------------------------------------------------------------------------------------
