@@ -194,8 +194,7 @@ def judged(results: dict) -> list[words.Claim]:
       lambda ratio: ratio >= 1.99,
       layers,
     )
-  deepest = results["depths"][1:]
-  for layers in deepest:
+  for layers in results["depths"]:
     compare(
       "Post-LN's is below Pre-LN's (Magneto, section 4.2)",
       "post_ln",

@@ -129,7 +129,7 @@ def draw(results: dict, path: pathlib.Path) -> None:
       if name != "xz":
         axes.axhline(bits * math.log(2), color="#666666", lw=1, linestyle=":")
         axes.annotate(f" {name}", (0, bits * math.log(2)), color="#444444", fontsize=8, va="bottom")
-    axes.set_ylim(2.2, 5.8)
+    axes.set_ylim(2.0, 5.8)
     pictures.tidy(
       axes, title=f"peak rate {rate:g}", xlabel="optimizer step", ylabel="loss, nats a byte"
     )

@@ -393,7 +393,8 @@ def section(results: dict) -> list[str]:
     " on another batch. The figure is rms(dF) over the learning rate as that goes to 0, so nothing"
     " saturates. Draws of the"
     f" recipes that the papers make claims about: {seeds['claimed']} layers; of the others:"
-    f" {seeds['others']}. Their geometric mean, as deep Post-LN's are heavy-tailed.",
+    f" {seeds['others']}. Their geometric mean, as deep Post-LN's are heavy-tailed; a"
+    " dash: not measured, or not finite in float32.",
     "",
     PAPER,
     "",
@@ -424,7 +425,8 @@ def section(results: dict) -> list[str]:
   text += [
     "",
     f"**Growth from {depths[0]} to {depths[-1]} layers**, beside the theory's"
-    " (`theory.propagation.first_update`: of a sample and itself) and the papers' bound:",
+    " (`theory.propagation.first_update`: of a sample and itself) and the papers' bound (a dash:"
+    " none is stated).",
     "",
     *words.table(columns, shown),
   ]
