@@ -327,8 +327,11 @@ def draw_by_layer(
     axes.set_visible(False)
   handles = [Line2D([], [], label=name, ms=5, lw=1.4, **styles[name]) for name in names]
   grey = {"color": "#666666", "lw": 1.4}
+  curves = [curve for panel in panels for curve in panel.curves.values()]
+  has_bands = any(np.any(np.asarray(curve.band) != 1.0) for curve in curves)
+  shade = " (shade: its known error)" if has_bands else ""
   handles += [
-    Line2D([], [], label="line: predicted (shade: its known error)", **grey),
+    Line2D([], [], label=f"line: predicted{shade}", **grey),
     Line2D([], [], label="marks: measured", marker="o", ms=5, **{**grey, "lw": 0}),
   ]
   # Ten letters an inch, with the sample of the line.

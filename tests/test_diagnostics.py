@@ -445,3 +445,13 @@ def test_a_model_that_overflows_float16_is_diagnosed(tmp_path):
   assert any("nothing is predicted" in note for note in found[1].notes)
   as_text(found[1])
   assert diagnostics.draw(found, tmp_path / "x.png").exists()
+
+
+def test_a_batch_is_some_thousand_tokens_and_no_more_rows_than_are_allowed():
+  dataset = [{"inputs": np.full(100, i)} for i in range(30)]
+  for rows, expected in ((4, 4), (50, 10)):
+    batch = diagnostics.first_samples(dataset, rows, 100)
+    np.testing.assert_array_equal(batch["inputs"][:, 0], np.arange(expected))
+  assert len(diagnostics.first_samples(dataset, 8, 5000)["inputs"]) == 1
+  with pytest.raises(ValueError, match="no sample of 100 tokens: give more text"):
+    diagnostics.first_samples([], 8, 100)

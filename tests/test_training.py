@@ -505,3 +505,17 @@ def test_a_resumed_run_goes_on_with_its_measurements(tmp_path):
   training.train(tiny(steps=4, diagnostics_every=1), tmp_path)
   assert [row["step"] for row in monitor.read(tmp_path)] == [0, 1, 2, 3, 4]
   assert monitor.read(tmp_path)[:3] == before
+
+
+@pytest.mark.slow
+def test_a_run_that_is_measured_late_is_not_compared_with_its_start(tmp_path):
+  """Nor is it an error to measure one that is at its end already."""
+  training.train(tiny(steps=2), tmp_path)
+  summary = training.train(tiny(steps=3, diagnostics_every=5), tmp_path)
+  assert [row["step"] for row in monitor.read(tmp_path)] == [2, 3]
+  assert summary["diagnostics"]["steps"] == [2, 3]
+  assert summary["diagnostics"]["decoder: stream variance"]["predicted"] is None
+  for path in ("summary.json", monitor.FILE):
+    (tmp_path / path).unlink()
+  training.train(tiny(steps=3, diagnostics_every=5), tmp_path)
+  assert [row["step"] for row in monitor.read(tmp_path)] == [3]

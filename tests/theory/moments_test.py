@@ -948,3 +948,21 @@ def test_bad_values_are_errors(name):
   call, message = ERRORS[name]
   with pytest.raises(ValueError, match=message):
     call()
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(3, 7), (7, 3), (5, 5)])
+@pytest.mark.parametrize("form", ["closed", "integral"])
+def test_a_memory_gets_the_gradient_of_all_its_queries(queries, keys, form):
+  """Equal weights: every value's gradient is the sum of the queries', over the keys."""
+  g = moments.Gradient(2.0, 0.6)
+  value = moments.attention_mixing_gradient(
+    g,
+    moments.Scores(0.0, 0.0, 0.0),
+    keys=keys,
+    queries=queries,
+    input_correlation=0.3,
+    form=form,
+  ).value
+  total = queries * (1 + (queries - 1) * 0.3) / keys**2
+  assert value.variance == pytest.approx(total)
+  assert value.covariance == pytest.approx(total)
