@@ -1,5 +1,6 @@
 """Predictions of a stack: the papers' closed forms, identities, and the package's real layers."""
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -461,7 +462,25 @@ def test_attention_is_predicted_as_the_layer_does(name):
   )[0]
   measured = real(module, run)
   rel = 0.25 if name in ("causal", "window") else 0.12
-  assert_near(branch("self_attention", record, **setting), measured, rel=rel)
+  # Scores so large that the gradient is predicted badly are said to be; see the test of notes.
+  is_large = name in ("soft_cap", "rotary")
+  expected = pytest.warns(moments.OutsideValidity) if is_large else contextlib.nullcontext()
+  with expected:
+    predicted = branch("self_attention", record, **setting)
+  assert_near(predicted, measured, rel=rel)
+
+
+def test_what_is_predicted_badly_is_noted():
+  def notes(name, kind, **options):
+    sizes = architecture(kind, 24)
+    recipe = RECIPES[name](sizes)
+    return " ".join(propagation.predict(recipe, sizes, length=64, **options)[kind].notes)
+
+  assert notes("pre_ln", "encoder") == notes("pre_ln", "decoder") == ""
+  assert "scores have a variance" in notes("out_norm", "encoder")
+  assert "causal window" in notes("pre_ln", "decoder", reach=4)
+  assert "gather on the first tokens" in notes("post_ln", "decoder")
+  assert notes("post_ln", "encoder") == notes("deepnet", "decoder") == ""
 
 
 @pytest.mark.parametrize(
