@@ -1,6 +1,6 @@
 """A model at its start, measured beside what the theory says of its recipe.
 
-`measure` takes the statistics of `layers.probes` from one forward and backward pass of the real
+`measurer` takes the statistics of `layers.probes` from a forward and a backward pass of the real
 model; `predict` gives the same numbers from `theory.propagation`.
 """
 

@@ -203,8 +203,8 @@ class _Norm(NamedTuple):
     energy = _energy(self.features, _norm(self.kind, self.x, self.setting), g, tokens)
     if self.kind == "layer_norm":
       energy += _energy(self.features, None, g, tokens)
-    size = self.x.variance if self.kind == "layer_norm" else self.x.second
-    return _times(1 / (size + self.setting.epsilon), g), energy
+    back = moments.norm_gradient(g, self.x, epsilon=self.setting.epsilon, norm=self.kind)
+    return back, energy
 
 
 def _weights(init: records.Init, fan_in: int, fan_out: int) -> float:
