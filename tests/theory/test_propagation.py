@@ -641,3 +641,15 @@ def test_forms_of_the_mixing_agree_where_scores_vary_little():
   np.testing.assert_allclose(closed.total, integral.total, rtol=1e-2)
   with pytest.raises(ValueError, match="form='none' must be one of closed, integral"):
     moments.attention_mixing(values, scores, keys=4, form="none")
+
+
+def test_an_inner_layer_norms_gradient_is_of_what_it_leaves():
+  """ReLU leaves a mean square of 1/2, of which LN takes the mean's part, 1 / (2 pi)."""
+  setting = propagation.Setting(64, 256, 2, 16, activation="relu", epsilon=0.0)
+  sub = FeedForward(frozenset({"in", "mid"}))
+  x, g = moments.Moments(0.0, 1.0, 0.3), moments.Gradient(1.0, 0.1)
+  layer, rms = (
+    propagation._feed_forward(sub, norm, x, setting).backward(g).g.variance
+    for norm in ("layer_norm", "rms_norm")
+  )
+  assert layer / rms == pytest.approx(0.5 / (0.5 - 1 / (2 * math.pi)))
