@@ -1,6 +1,22 @@
 """Attention kernels: one function, one reference, any number of implementations."""
 
-from magneto_jax.kernels.attention import dot_product_attention
-from magneto_jax.kernels.attention_xla import RelativeBias, relative_buckets
+from magneto_jax.kernels.attention import (
+  Choice,
+  choose,
+  dot_product_attention,
+  use_implementation,
+)
+from magneto_jax.kernels.attention_chunked import XlaChunked
+from magneto_jax.kernels.attention_tpu import PallasTpu
+from magneto_jax.kernels.bias import RelativeBias, relative_buckets
 
-__all__ = ["RelativeBias", "dot_product_attention", "relative_buckets"]
+__all__ = [
+  "Choice",
+  "PallasTpu",
+  "RelativeBias",
+  "XlaChunked",
+  "choose",
+  "dot_product_attention",
+  "relative_buckets",
+  "use_implementation",
+]

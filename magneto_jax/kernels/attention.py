@@ -3,18 +3,58 @@
 Letters: B batch, T query length, S key and value length, N heads, K key/value heads, H head dim.
 """
 
+import contextlib
+import dataclasses
+import functools
+import logging
+from collections.abc import Iterator
+from typing import Protocol
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from magneto_jax.kernels import attention_xla
-from magneto_jax.kernels.attention_xla import RelativeBias
+from magneto_jax.kernels import attention_xla, dropout
+from magneto_jax.kernels.attention_chunked import XlaChunked
+from magneto_jax.kernels.attention_tpu import PallasTpu
+from magneto_jax.kernels.attention_xla import Xla
+from magneto_jax.kernels.bias import RelativeBias
+from magneto_jax.kernels.call import Call
 
-# Tried in this order; the first that does not raise NotImplementedError serves the call. Each
-# takes checked arguments, causality folded into the window, and returns (out_BTNH, lse_BTN).
-IMPLEMENTATIONS = {
-  "xla": attention_xla.attention,
+_logger = logging.getLogger(__name__)
+
+
+class Implementation(Protocol):
+  """What the table holds: a frozen record of block sizes and the like.
+
+  `xla` alone has neither `forward` nor `backward`: JAX differentiates it.
+
+  Attributes:
+    name: in the table.
+    platforms: those it runs on, named as in `jax.lax.platform_dependent`; None for all.
+  """
+
+  name: str
+  platforms: tuple[str, ...] | None
+
+  def check(self, call: Call) -> None:
+    """Raises NotImplementedError, saying why, if it cannot serve the call."""
+
+  def forward(self, call: Call) -> tuple[jax.Array, jax.Array]:
+    """(out_BTNH, lse_BTN)."""
+
+  def backward(self, call: Call, out_BTNH, lse_BTN, dout_BTNH, dlse_BTN) -> tuple:
+    """(dq_BTNH, dk_BSKH, dv_BSKH, dbias), dbias of the bias's structure (or None)."""
+
+
+# Tried in this order, those of the platform that is compiled for: the first that does not raise
+# NotImplementedError serves the call. (`pallas_gpu` and `cudnn` belong before `xla_chunked`, which
+# serves everything; `xla` is there to be named.)
+IMPLEMENTATIONS: dict[str, Implementation] = {
+  "pallas_tpu": PallasTpu(),
+  "xla_chunked": XlaChunked(),
+  "xla": Xla(),
 }
-
 
 def dot_product_attention(
   q_BTNH: jax.Array,
@@ -34,7 +74,7 @@ def dot_product_attention(
   dropout_rate: float = 0.0,
   dropout_key: jax.Array | None = None,
   return_lse: bool = False,
-  implementation: str | None = None,
+  implementation: str | Implementation | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
   """Attends from T queries to S keys, with grouped heads, biases, masks and dropout.
 
@@ -68,10 +108,12 @@ def dot_product_attention(
     scale: of the logits; H^-1/2 by default.
     dropout_rate: in [0, 1), the fraction of P to drop; the rest is divided by 1 - rate.
     dropout_key: a typed key, needed when the rate is not 0. What is dropped is a function of
-      the key and the shapes alone.
+      the key and of the places b, n, t, s alone, the same for every implementation.
     return_lse: whether to return lse too. It is taken before dropout.
-    implementation: a name in the table of implementations, or None for the first that can
-      serve the call.
+    implementation: a name in the table of implementations, or a record with block sizes of one's
+      own, as `kernels.XlaChunked(256, 256)`. None takes what `use_implementation` says, or else the
+      first in the table that serves the call on the platform that is compiled for. All but `xla`
+      are differentiable once and in reverse mode only.
 
   Returns:
     out: [B, T, N, H] in the dtype of the queries; with `return_lse` the pair (out, lse), lse
@@ -92,40 +134,211 @@ def dot_product_attention(
   Differs from `jax.nn.dot_product_attention` in what a query without keys yields (there: the
   mean of all values), and in the segments, offset, relative bias, soft cap and dropout.
   """
-  if scale is None:
-    scale = q_BTNH.shape[-1] ** -0.5
+  call = _checked(
+    q_BTNH,
+    k_BSKH,
+    v_BSKH,
+    bias,
+    q_segment_ids=q_segment_ids,
+    kv_segment_ids=kv_segment_ids,
+    kv_lengths=kv_lengths,
+    is_causal=is_causal,
+    q_offset=q_offset,
+    window=window,
+    logits_soft_cap=logits_soft_cap,
+    scale=scale,
+    dropout_rate=dropout_rate,
+    dropout_key=dropout_key,
+  )
+  choice = _choose(call, implementation)
+  _log_once(str(choice))
+  if dropout_rate > 0:
+    call = dataclasses.replace(call, seed=dropout.seed_of(dropout_key))
+  if isinstance(choice.default, Xla):
+    out_BTNH, lse_BTN = attention_xla.attention(call)
+  else:
+    out_BTNH, lse_BTN = _attend(choice, call)
+  return (out_BTNH, lse_BTN) if return_lse else out_BTNH
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+  """What serves a call: on some platforms, and on all others.
+
+  Attributes:
+    default: the implementation.
+    by_platform: where another one is taken: (platform, implementation), as in
+      `jax.lax.platform_dependent`.
+    refusals: (name, reason) of those in the table that come first and cannot serve the call.
+  """
+
+  default: Implementation
+  by_platform: tuple[tuple[str, Implementation], ...] = ()
+  refusals: tuple[tuple[str, str], ...] = dataclasses.field(default=(), compare=False)
+
+  def on(self, platform: str) -> Implementation:
+    """The implementation on one platform: cpu, tpu, cuda or rocm."""
+    return dict(self.by_platform).get(platform, self.default)
+
+  def __str__(self):
+    others = "".join(f"{implementation} on {name}, " for name, implementation in self.by_platform)
+    reasons = "".join(f"; not {name}: {reason}" for name, reason in self.refusals)
+    return f"attention by {others}{self.default}{' elsewhere' if others else ''}{reasons}"
+
+
+def choose(
+  q_BTNH: jax.Array,
+  k_BSKH: jax.Array,
+  v_BSKH: jax.Array,
+  /,
+  bias: jax.Array | RelativeBias | None = None,
+  *,
+  implementation: str | Implementation | None = None,
+  **options,
+) -> Choice:
+  """What `dot_product_attention` would take for these arguments, without computing anything.
+
+  Arrays may be `jax.ShapeDtypeStruct`s.
+
+  Example:
+    >>> x = jax.ShapeDtypeStruct((2, 1024, 8, 64), jnp.bfloat16)
+    >>> choose(x, x, x, is_causal=True).on("cpu").name
+    'xla_chunked'
+  """
+  options.pop("return_lse", None)
+  return _choose(_checked(q_BTNH, k_BSKH, v_BSKH, bias, **options), implementation)
+
+
+# Part of the key of jit's caches, so that what was traced under another name is traced again.
+_implementation = jax.make_user_context(None)
+
+
+@contextlib.contextmanager
+def use_implementation(implementation: str | Implementation | None) -> Iterator[None]:
+  """What calls that name no implementation take, within the `with`.
+
+  Example:
+    >>> with use_implementation("xla"):  # Forward mode needs it.
+    ...   y, dy = jax.jvp(lambda x: dot_product_attention(x, x, x), (x,), (x,))
+  """
+  _named(implementation)
+  with _implementation(implementation):
+    yield
+
+
+def _choose(call: Call, implementation: str | Implementation | None) -> Choice:
+  """Raises ValueError for an unknown name, NotImplementedError where a named one cannot serve."""
+  named = _named(_implementation.value if implementation is None else implementation)
+  if named is not None:
+    try:
+      named.check(call)
+    except NotImplementedError as error:
+      raise NotImplementedError(f"{named.name} cannot serve this call: {error}") from error
+    return Choice(named)
+  by_platform, refusals = [], []
+  for name, candidate in IMPLEMENTATIONS.items():
+    try:
+      candidate.check(call)
+      if candidate.platforms is None:
+        return Choice(candidate, tuple(by_platform), tuple(refusals))
+      candidate = candidate.preferred(call)
+    except NotImplementedError as error:
+      refusals.append((name, str(error)))
+    else:
+      taken = {platform for platform, _ in by_platform}
+      by_platform += [(p, candidate) for p in candidate.platforms if p not in taken]
+  raise NotImplementedError(f"no implementation can serve this call: {dict(refusals)}")
+
+
+def _named(implementation: str | Implementation | None) -> Implementation | None:
+  if not isinstance(implementation, str):
+    return implementation
+  if implementation not in IMPLEMENTATIONS:
+    raise ValueError(f"{implementation=} is not one of {list(IMPLEMENTATIONS)}")
+  return IMPLEMENTATIONS[implementation]
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+  _logger.info(message)
+
+
+def _dispatch(choice: Choice, method: str, *arguments):
+  """The method of the implementation of the platform that is compiled for."""
+  default = getattr(choice.default, method)
+  others = {platform: getattr(other, method) for platform, other in choice.by_platform}
+  if not others:
+    return default(*arguments)
+  return jax.lax.platform_dependent(*arguments, default=default, **others)
+
+
+# Once for all implementations: what is kept for the backward pass (the arguments, the output and
+# lse) is the same, so that the platform need not be known before compilation.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(choice: Choice, call: Call) -> tuple[jax.Array, jax.Array]:
+  return _dispatch(choice, "forward", call)
+
+
+def _attend_forward(choice, call):
+  out_BTNH, lse_BTN = _dispatch(choice, "forward", call)
+  return (out_BTNH, lse_BTN), (call, out_BTNH, lse_BTN)
+
+
+def _attend_backward(choice, kept, cotangents):
+  call, out_BTNH, lse_BTN = kept
+  dq, dk, dv, dbias = _dispatch(choice, "backward", call, out_BTNH, lse_BTN, *cotangents)
+  nothing = dict.fromkeys(
+    ("q_segment_ids", "kv_segment_ids", "kv_lengths", "traced_offset", "seed")
+  )
+  gradient = dataclasses.replace(call, q_BTNH=dq, k_BSKH=dk, v_BSKH=dv, bias=dbias, **nothing)
+  return (gradient,)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _checked(
+  q_BTNH,
+  k_BSKH,
+  v_BSKH,
+  bias,
+  *,
+  q_segment_ids=None,
+  kv_segment_ids=None,
+  kv_lengths=None,
+  is_causal=False,
+  q_offset=0,
+  window=None,
+  logits_soft_cap=None,
+  scale=None,
+  dropout_rate=0.0,
+  dropout_key=None,
+) -> Call:
+  """The call that the arguments of `dot_product_attention` are, but for the seed of its dropout."""
   _check_arrays(q_BTNH, k_BSKH, v_BSKH, bias)
   _check_masks(q_BTNH, k_BSKH, q_segment_ids, kv_segment_ids, kv_lengths, q_offset, window)
   _check_dropout(dropout_rate, dropout_key)
   if logits_soft_cap is not None and not logits_soft_cap > 0:
     raise ValueError(f"{logits_soft_cap=} must be positive, or None")
-  if implementation is not None and implementation not in IMPLEMENTATIONS:
-    raise ValueError(f"{implementation=} is not one of {list(IMPLEMENTATIONS)}")
-
   left, right = (None, None) if window is None else window
-  reasons = {}
-  for name in IMPLEMENTATIONS if implementation is None else [implementation]:
-    try:
-      out_BTNH, lse_BTN = IMPLEMENTATIONS[name](
-        q_BTNH,
-        k_BSKH,
-        v_BSKH,
-        bias,
-        q_segment_ids=q_segment_ids,
-        kv_segment_ids=kv_segment_ids,
-        kv_lengths=kv_lengths,
-        window=(left, 0 if is_causal else right),
-        q_offset=q_offset,
-        logits_soft_cap=logits_soft_cap,
-        scale=scale,
-        dropout_rate=dropout_rate,
-        dropout_key=dropout_key,
-      )
-    except NotImplementedError as error:
-      reasons[name] = str(error)
-    else:
-      return (out_BTNH, lse_BTN) if return_lse else out_BTNH
-  raise NotImplementedError(f"no implementation of attention can serve this call: {reasons}")
+  if is_causal:
+    right = 0  # right >= 0: the causal bound is the closer one.
+  is_static = isinstance(q_offset, (int, np.integer))
+  return Call(
+    q_BTNH=q_BTNH,
+    k_BSKH=k_BSKH,
+    v_BSKH=v_BSKH,
+    bias=bias,
+    q_segment_ids=q_segment_ids,
+    kv_segment_ids=kv_segment_ids,
+    kv_lengths=kv_lengths,
+    static_offset=int(q_offset) if is_static else 0,
+    traced_offset=None if is_static else q_offset,
+    window=(left, right),
+    logits_soft_cap=logits_soft_cap,
+    scale=q_BTNH.shape[-1] ** -0.5 if scale is None else scale,
+    dropout_rate=dropout_rate,
+  )
 
 
 def _check_arrays(q_BTNH, k_BSKH, v_BSKH, bias):

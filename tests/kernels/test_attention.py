@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from magneto_jax.kernels import RelativeBias, attention, dot_product_attention, relative_buckets
+from magneto_jax.kernels import RelativeBias, XlaChunked, attention, dot_product_attention, relative_buckets
 
 INF = math.inf
-ALL = pytest.mark.parametrize("implementation", list(attention.IMPLEMENTATIONS))
+TINY = XlaChunked(block_q=2, block_kv=3)
+ALL = pytest.mark.parametrize("implementation", ["xla", "xla_chunked", TINY], ids=str)
 
 # name: (B, T, S, N, K, H) and the options; `bias` is a shape, or the arguments of a RelativeBias
 # with its number of buckets.
