@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from magneto_jax.kernels import attention_xla, dropout
+from magneto_jax.kernels import attention_xla, dropout, self_check
 from magneto_jax.kernels.attention_chunked import XlaChunked
 from magneto_jax.kernels.attention_tpu import PallasTpu
 from magneto_jax.kernels.attention_xla import Xla
@@ -235,18 +235,26 @@ def _choose(call: Call, implementation: str | Implementation | None) -> Choice:
     except NotImplementedError as error:
       raise NotImplementedError(f"{named.name} cannot serve this call: {error}") from error
     return Choice(named)
-  by_platform, refusals = [], []
+  by_platform, refusals, doubts = {}, [], []
   for name, candidate in IMPLEMENTATIONS.items():
     try:
       candidate.check(call)
-      if candidate.platforms is None:
-        return Choice(candidate, tuple(by_platform), tuple(refusals))
-      candidate = candidate.preferred(call)
+      if candidate.platforms is not None:
+        candidate = candidate.preferred(call)
     except NotImplementedError as error:
       refusals.append((name, str(error)))
-    else:
-      taken = {platform for platform, _ in by_platform}
-      by_platform += [(p, candidate) for p in candidate.platforms if p not in taken]
+      continue
+    if candidate.platforms is None:
+      for platform, doubt in doubts:
+        _warn_once(doubt, by_platform.get(platform, candidate).name)
+      return Choice(candidate, tuple(by_platform.items()), tuple(refusals))
+    for platform in (p for p in candidate.platforms if p not in by_platform):
+      doubt = self_check.doubt(candidate, platform)
+      if doubt is None:
+        by_platform[platform] = candidate
+      else:
+        doubts.append((platform, doubt))
+        refusals.append((name, doubt))
   raise NotImplementedError(f"no implementation can serve this call: {dict(refusals)}")
 
 
@@ -261,6 +269,11 @@ def _named(implementation: str | Implementation | None) -> Implementation | None
 @functools.cache
 def _log_once(message: str) -> None:
   _logger.info(message)
+
+
+@functools.cache
+def _warn_once(doubt: str, instead: str) -> None:
+  _logger.warning("%s; %s is used instead. Please run %s", doubt, instead, self_check.COMMAND)
 
 
 def _dispatch(choice: Choice, method: str, *arguments):

@@ -169,9 +169,9 @@ def compute_dtype(dtype) -> jnp.dtype:
 class Result:
   """What is to come out in float64, and how large the terms are of which it is the sum.
 
-  A sum is computed as well as it can be if its error is a few roundings of its terms, not of itself:
-  the terms may cancel. `size` is the same sum over absolute values, and where it is 0 there are no
-  terms and the value must be 0 exactly.
+  A sum is computed as well as it can be if its error is a few roundings of its terms, not of
+  itself: the terms may cancel. `size` is the same sum over absolute values; where it is 0 there are
+  no terms, and the value must be 0 exactly.
   """
 
   value: np.ndarray
@@ -191,6 +191,17 @@ def tolerance(dtype, logit_size: float) -> tuple[float, float]:
   """
   fine = 4 * (1 + logit_size) * float(jnp.finfo(compute_dtype(dtype)).eps)
   return 2 * float(jnp.finfo(dtype).eps) + fine, fine
+
+
+def least_size(dtype) -> float:
+  """Of what is rounded to a dtype, be it a factor or a result: `tolerance` takes eps of it.
+
+  Below the least normal number a rounding is one of it; or all of the number, where it is flushed
+  to zero, as XLA:CPU does with all but float16.
+  """
+  flushed = float(jnp.finfo(compute_dtype(dtype)).tiny)
+  subnormal = float(jnp.finfo(dtype).smallest_subnormal)
+  return max(flushed, subnormal) / float(jnp.finfo(dtype).eps)
 
 
 def buckets(relative_position: np.ndarray, n: int, bidirectional: bool, D: int) -> np.ndarray:
@@ -248,19 +259,16 @@ def reference(
   (dout, dlse):
 
     dA = P (D (dout v) - sum_s P D (dout v) + dlse),   dX = dA (1 - tanh(X / c)^2) scale
-    dq = sum_s dX k,   dk = sum_t dX q,   dv = sum_t P D dout,   dbias = sum over what it broadcasts dA
+    dq = sum_s dX k,   dk = sum_t dX q,   dv = sum_t P D dout,   dbias = dA,
 
-  lse of a query that sees no key is -inf. Gradients are there if cotangents are, and dbias if a bias
-  is.
+  summed over what the bias is broadcast over, or over the pairs of a bucket. lse of a query that
+  sees no key is -inf. There are gradients if there are cotangents, and dbias if there is a bias.
   """
   (B, T, N, H), (_, S, K, _), dtype = q_BTNH.shape, k_BSKH.shape, q_BTNH.dtype
   q, k, v = (np.asarray(x, np.float64) for x in (q_BTNH, k_BSKH, v_BSKH))
   q = q.reshape(B, T, K, N // K, H)
   scale = H**-0.5 if scale is None else scale
-  # Below the least normal number a rounding is one of it, or flushes to zero, as XLA:CPU does with
-  # all but float16: the least size of a factor, of which `tolerance` takes eps.
-  flushed = float(jnp.finfo(compute_dtype(dtype)).tiny)
-  tiny = max(float(jnp.finfo(dtype).smallest_subnormal), flushed) / float(jnp.finfo(dtype).eps)
+  tiny = least_size(dtype)
 
   def both(equation, *pairs):
     """An einsum of the values, and of the sizes."""
@@ -328,7 +336,7 @@ def reference(
   )
   delta, delta_size = ((P * x).sum(-1, keepdims=True) for x in (dP, dP_size))
   dA, dA_size = P * (dP - delta + dlse), P * (dP_size + delta_size + abs(dlse)) + tiny * visible
-  dX = grouped(dA * slope * scale), grouped(dA_size * slope_size * abs(scale))
+  dX = grouped(dA * slope * scale), grouped(dA_size * slope_size * abs(scale) + tiny * visible)
   dq, dq_size = both("bkgts,bskh->btkgh", dX, sized(k))
   results |= {
     "dq": Result(dq.reshape(q_BTNH.shape), dq_size.reshape(q_BTNH.shape)),
@@ -419,10 +427,9 @@ def _errors(case, arrays, found, expected, logit_size) -> dict[str, float]:
     if x.shape != value.shape or x.dtype != dtypes[name]:
       errors[name] = math.inf
       continue
-    error, allowed = (
-      abs(np.asarray(x, np.float64) - value),
-      size * (fine if name == "lse" else coarse),
-    )
+    error = abs(np.asarray(x, np.float64) - value)
+    unit = fine if name == "lse" else coarse
+    allowed = np.where(size > 0, unit * (size + least_size(case.dtype)), 0)
     exact = np.where(error == 0, 0.0, np.inf)
     ratio = np.divide(error, allowed, out=exact, where=allowed > 0)
     errors[name] = float(np.max(np.where(np.isnan(ratio), np.inf, ratio), initial=0.0))
