@@ -362,11 +362,13 @@ class Outcome:
     errors: by name in `RESULTS`, the largest error in units of the tolerance; infinite where a
       number is none or not the 0 it must be, or where shape or dtype is wrong.
     refused: why it does not serve the case; empty if it does.
+    raised: what else it raised instead of serving it; empty if nothing.
   """
 
   name: str
   errors: Mapping[str, float] = dataclasses.field(default_factory=dict)
   refused: str = ""
+  raised: str = ""
 
   @property
   def passed(self) -> bool:
@@ -375,6 +377,8 @@ class Outcome:
   def __str__(self):
     if self.refused:
       return f"refused: {self.refused}"
+    if self.raised:
+      return f"FAILED: {self.raised}"
     errors = " ".join(f"{name} {error:.2g}" for name, error in self.errors.items())
     return f"{'passed' if self.passed else 'FAILED'}: {errors}"
 

@@ -40,6 +40,12 @@ class Recorded:
 RECORDED = (Recorded("xla_chunked", "cpu", "0.10.2", "2026-11-27"),)
 
 
+def is_here(platform: str) -> bool:
+  """Whether this process's default backend is a platform, named as in `platform_dependent`."""
+  backend = jax.default_backend()
+  return platform in (("cuda", "rocm") if backend == "gpu" else (backend,))
+
+
 def doubt(implementation, platform: str) -> str | None:
   """Why an implementation should not be taken by default for a platform, or None.
 
@@ -47,8 +53,7 @@ def doubt(implementation, platform: str) -> str | None:
   `self_check` finds no difference. On a platform that this process does not have nothing can be
   checked.
   """
-  backend = jax.default_backend()  # It calls both cuda and rocm gpu.
-  if platform != backend and not (backend == "gpu" and platform in ("cuda", "rocm")):
+  if not is_here(platform):
     return None
   (device, *_) = jax.local_devices()
   recorded = {(entry.implementation, entry.device_kind) for entry in RECORDED}
