@@ -37,8 +37,11 @@ class Implementation(Protocol):
   name: str
   platforms: tuple[str, ...] | None
 
-  def check(self, call: Call) -> None:
-    """Raises NotImplementedError, saying why, if it cannot serve the call."""
+  def fitted(self, call: Call) -> "Implementation":
+    """Itself with all that depends on the call filled in; NotImplementedError, saying why not."""
+
+  def is_worthwhile(self, call: Call) -> bool:
+    """Whether it should serve a call that names no implementation."""
 
   def forward(self, call: Call) -> tuple[jax.Array, jax.Array]:
     """(out_BTNH, lse_BTN)."""
@@ -231,31 +234,30 @@ def _choose(call: Call, implementation: str | Implementation | None) -> Choice:
   named = _named(_implementation.value if implementation is None else implementation)
   if named is not None:
     try:
-      named.check(call)
+      return Choice(named.fitted(call))
     except NotImplementedError as error:
       raise NotImplementedError(f"{named.name} cannot serve this call: {error}") from error
-    return Choice(named)
-  by_platform, refusals, doubts = {}, [], []
+  by_platform, refusals, doubts = {}, {}, {}
   for name, candidate in IMPLEMENTATIONS.items():
     try:
-      candidate.check(call)
-      if candidate.platforms is not None:
-        candidate = candidate.preferred(call)
+      fitted = candidate.fitted(call)
     except NotImplementedError as error:
-      refusals.append((name, str(error)))
+      refusals[name] = str(error)
       continue
-    if candidate.platforms is None:
-      for platform, doubt in doubts:
-        _warn_once(doubt, by_platform.get(platform, candidate).name)
-      return Choice(candidate, tuple(by_platform.items()), tuple(refusals))
-    for platform in (p for p in candidate.platforms if p not in by_platform):
-      doubt = self_check.doubt(candidate, platform)
-      if doubt is None:
-        by_platform[platform] = candidate
-      else:
-        doubts.append((platform, doubt))
-        refusals.append((name, doubt))
-  raise NotImplementedError(f"no implementation can serve this call: {dict(refusals)}")
+    if not candidate.is_worthwhile(call):
+      refusals[name] = "not worth it for so small a call"
+    elif candidate.platforms is None:
+      for platform, doubt in doubts.items():
+        _warn_once(doubt, by_platform.get(platform, fitted).name)
+      return Choice(fitted, tuple(by_platform.items()), tuple(refusals.items()))
+    else:
+      for platform in (p for p in candidate.platforms if p not in by_platform):
+        doubt = self_check.doubt(candidate, platform)
+        if doubt is None:
+          by_platform[platform] = fitted
+        else:
+          doubts[platform] = refusals[name] = doubt
+  raise NotImplementedError(f"no implementation can serve this call: {refusals}")
 
 
 def _named(implementation: str | Implementation | None) -> Implementation | None:
