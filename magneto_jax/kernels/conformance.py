@@ -36,7 +36,7 @@ DENSE_BIASES = {
   # A third of the pairs is forbidden, and all pairs of one row.
   "forbidding": (True, False, True, True),
 }
-# name: bidirectional, of T5's bias with 32 buckets.
+# name: bidirectional, of T5's bias.
 RELATIVE_BIASES = {"relative": True, "relative causal": False}
 
 
@@ -50,7 +50,7 @@ class Case:
     dtype: of queries, keys and values. A dense bias has it too; the table of a relative one, a
       parameter, has promote_types(dtype, float32).
     bias: "" or a name of `DENSE_BIASES` or `RELATIVE_BIASES`.
-    max_distance: of a relative bias.
+    num_buckets, max_distance: of a relative bias.
     is_causal, window, q_offset, logits_soft_cap, scale, dropout_rate: as in
       `dot_product_attention`.
     traced_offset: whether the offset is an argument of the jitted function.
@@ -69,6 +69,7 @@ class Case:
   H: int = 64
   dtype: str = "float32"
   bias: str = ""
+  num_buckets: int = 32
   max_distance: int = 100
   is_causal: bool = False
   window: tuple[int | None, int | None] | None = None
@@ -132,7 +133,7 @@ class Case:
     if not self.bias:
       return None
     if self.bias in RELATIVE_BIASES:
-      table = rng.normal(size=(32, self.N)).astype(compute_dtype(self.dtype))
+      table = rng.normal(size=(self.num_buckets, self.N)).astype(compute_dtype(self.dtype))
       return RelativeBias(table, RELATIVE_BIASES[self.bias], self.max_distance)
     full = (self.B, self.N, self.T, self.S)
     shape = [size if has else 1 for has, size in zip(DENSE_BIASES[self.bias], full, strict=True)]
@@ -149,6 +150,7 @@ class Case:
     if self.segments == "hidden":
       q_ids[(q_ids == 2) | (q_ids == 0)] = -1
       q_ids[0, -1] = -1
+      q_ids[1:, -1] = kv_ids[1:, 0]  # Not all of them, even if there is one query.
     return q_ids, kv_ids
 
 

@@ -9,7 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from magneto_jax.kernels import RelativeBias, XlaChunked, attention, dot_product_attention, relative_buckets
+from magneto_jax.kernels import (
+  RelativeBias,
+  XlaChunked,
+  attention,
+  dot_product_attention,
+  relative_buckets,
+)
 
 INF = math.inf
 TINY = XlaChunked(block_q=2, block_kv=3)
