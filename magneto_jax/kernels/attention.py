@@ -160,7 +160,7 @@ def dot_product_attention(
   if isinstance(choice.default, Xla):
     out_BTNH, lse_BTN = attention_xla.attention(call)
   else:
-    out_BTNH, lse_BTN = _attend(choice, call)
+    out_BTNH, lse_BTN = _attend(choice, call.varying_alike())
   return (out_BTNH, lse_BTN) if return_lse else out_BTNH
 
 

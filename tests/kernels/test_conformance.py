@@ -228,7 +228,7 @@ def test_names_are_unique():
 
 
 def test_cases_hold_what_they_are_for():
-  """Rows that see nothing, hidden keys, several blocks of 128: drawn at random, but surely there."""
+  """Rows that see nothing and several blocks of 128: drawn at random, but surely there."""
   for case in conformance.PAIRWISE:
     static, traced = case.options()
     with jax.enable_x64(False):
