@@ -59,6 +59,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
   "xla": Xla(),
 }
 
+
 def dot_product_attention(
   q_BTNH: jax.Array,
   k_BSKH: jax.Array,
@@ -114,9 +115,9 @@ def dot_product_attention(
       the key and of the places b, n, t, s alone, the same for every implementation.
     return_lse: whether to return lse too. It is taken before dropout.
     implementation: a name in the table of implementations, or a record with block sizes of one's
-      own, as `kernels.XlaChunked(256, 256)`. None takes what `use_implementation` says, or else the
-      first in the table that serves the call on the platform that is compiled for. All but `xla`
-      are differentiable once and in reverse mode only.
+      own, as `kernels.XlaChunked(256, 256)`. None takes the first in the table that serves the call
+      on the platform that is compiled for; `choose` tells which. `use_implementation` overrides it.
+      All but `xla` are differentiable once, and in reverse mode only.
 
   Returns:
     out: [B, T, N, H] in the dtype of the queries; with `return_lse` the pair (out, lse), lse
@@ -156,7 +157,8 @@ def dot_product_attention(
   choice = _choose(call, implementation)
   _log_once(str(choice))
   if dropout_rate > 0:
-    call = dataclasses.replace(call, seed=dropout.seed_of(dropout_key))
+    B, _, _, N, _, _ = call.sizes
+    call = dataclasses.replace(call, head_keys=dropout.head_keys(dropout_key, B, N))
   if isinstance(choice.default, Xla):
     out_BTNH, lse_BTN = attention_xla.attention(call)
   else:
@@ -218,7 +220,7 @@ _implementation = jax.make_user_context(None)
 
 @contextlib.contextmanager
 def use_implementation(implementation: str | Implementation | None) -> Iterator[None]:
-  """What calls that name no implementation take, within the `with`.
+  """All calls traced within the `with` take this implementation, whichever they name; None: theirs.
 
   Example:
     >>> with use_implementation("xla"):  # Forward mode needs it.
@@ -231,7 +233,7 @@ def use_implementation(implementation: str | Implementation | None) -> Iterator[
 
 def _choose(call: Call, implementation: str | Implementation | None) -> Choice:
   """Raises ValueError for an unknown name, NotImplementedError where a named one cannot serve."""
-  named = _named(_implementation.value if implementation is None else implementation)
+  named = _named(implementation if _implementation.value is None else _implementation.value)
   if named is not None:
     try:
       return Choice(named.fitted(call))
@@ -303,7 +305,7 @@ def _attend_backward(choice, kept, cotangents):
   call, out_BTNH, lse_BTN = kept
   dq, dk, dv, dbias = _dispatch(choice, "backward", call, out_BTNH, lse_BTN, *cotangents)
   nothing = dict.fromkeys(
-    ("q_segment_ids", "kv_segment_ids", "kv_lengths", "traced_offset", "seed")
+    ("q_segment_ids", "kv_segment_ids", "kv_lengths", "traced_offset", "head_keys")
   )
   gradient = dataclasses.replace(call, q_BTNH=dq, k_BSKH=dk, v_BSKH=dv, bias=dbias, **nothing)
   return (gradient,)
@@ -329,7 +331,7 @@ def _checked(
   dropout_rate=0.0,
   dropout_key=None,
 ) -> Call:
-  """The call that the arguments of `dot_product_attention` are, but for the seed of its dropout."""
+  """The call that the arguments of `dot_product_attention` are, but for the keys of its dropout."""
   _check_arrays(q_BTNH, k_BSKH, v_BSKH, bias)
   _check_masks(q_BTNH, k_BSKH, q_segment_ids, kv_segment_ids, kv_lengths, q_offset, window)
   _check_dropout(dropout_rate, dropout_key)

@@ -91,8 +91,6 @@ class _Blocks:
       hidden["q_segment_ids"] = _pad(call.q_segment_ids, 1, block_q)
       hidden["kv_segment_ids"] = _pad(call.kv_segment_ids, 1, block_kv)
     self._masked = dataclasses.replace(call, **hidden)
-    if call.dropout_rate > 0:
-      self._head_keys = dropout.head_keys(call.seed, self._B, self._N)[:, :, None, None]
 
   def _cut_bias(self, bias) -> jax.Array | None:
     """A dense bias as it is, padded; a relative one as the strip [N, T + S] of its distances."""
@@ -107,7 +105,7 @@ class _Blocks:
     return bias
 
   def map_queries(self, attend):
-    """`attend(i, first, end)` of every block of queries i, which sees the blocks first .. end - 1."""
+    """`attend(i, first, end)` of all blocks of queries i, which see the blocks first .. end - 1."""
     return _scan(lambda _, x: (None, attend(*x)), None, self._rows, self._seen_from(axis=2))[1]
 
   def join(self, blocks: jax.Array) -> jax.Array:
@@ -183,7 +181,9 @@ class _Blocks:
         dlogits = dlogits * call.scale if slope is None else dlogits * call.scale * slope
         dk += self._product("BKRS,BKRH->BKSH", dlogits, q)
         dq_block = self._product("BKRS,BKSH->BKRH", dlogits, k)
-        dq = _add_at(dq, dq_block.reshape(self._B, self._N, -1, self._H), (0, 0, i * self._block_q, 0))
+        dq = _add_at(
+          dq, dq_block.reshape(self._B, self._N, -1, self._H), (0, 0, i * self._block_q, 0)
+        )
         return dq, dbias, dk, dv
 
       keys = (self._B, self._K, self._block_kv, self._H)
@@ -241,7 +241,12 @@ class _Blocks:
     if rate == 0:
       return weights
     query, key = self._indices(i, j)
-    kept = dropout.keep(self._head_keys, query[None, None, :, None], key[None, None, None, :], rate)
+    kept = dropout.keep(
+      self._call.head_keys[:, :, None, None],
+      query[None, None, :, None],
+      key[None, None, None, :],
+      rate,
+    )
     return jnp.where(kept, weights / (1 - rate), 0)
 
   def _strip_start(self, i, j):
@@ -277,7 +282,7 @@ class _Blocks:
     return _add_at(dbias, dlogits.sum(axes, keepdims=True), start)
 
   def _like_inputs(self, tree):
-    """Marked as varying over the mesh axes that the inputs vary over, as loops under shard_map ask."""
+    """Marked as varying over the mesh axes that the inputs vary over: loops in shard_map ask it."""
     axes = frozenset().union(*map(varying, jax.tree.leaves(self._call)))
 
     def vary(x):

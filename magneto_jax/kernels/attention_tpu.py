@@ -286,8 +286,8 @@ class _Kernel(_Layout):
       number = (call.q_offset + self._phase()) // self._tile_step() + self._first_tile()
       scalars["first_tile"] = jnp.asarray(number, jnp.int32).reshape(1)
     if call.dropout_rate > 0:
-      keys = dropout.head_keys(call.seed, self._B, self._N).reshape(-1)
-      scalars["head_keys"] = jax.lax.bitcast_convert_type(keys, jnp.int32)
+      keys = jax.lax.bitcast_convert_type(call.head_keys, jnp.int32)
+      scalars["head_keys"] = keys.reshape(-1)
     return scalars
 
   # What both passes read, as (array, block, index map of (j, b, i, kv)).
@@ -399,6 +399,7 @@ class _Kernel(_Layout):
     query, key = self._indices(at.i, at.kv)
     if self._random == "hash":
       return dropout.keep(head_key.astype(jnp.uint32), query, key, self._call.dropout_rate)
+
     # Seeded by squares of fixed size, so that blocks of all sizes draw the same.
     def square(row, column):
       number = ((at.kv * self._block_kv // _LANES + row) << 16) | (
