@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from magneto_jax.kernels import attention_xla, dropout
+from magneto_jax.kernels import attention_xla, dropout, platforms, self_check
 from magneto_jax.kernels.attention_chunked import XlaChunked
 from magneto_jax.kernels.attention_tpu import PallasTpu
 from magneto_jax.kernels.attention_xla import Xla
@@ -162,7 +162,7 @@ def dot_product_attention(
   if isinstance(choice.default, Xla):
     out_BTNH, lse_BTN = attention_xla.attention(call)
   else:
-    out_BTNH, lse_BTN = _attend(choice, call)
+    out_BTNH, lse_BTN = _attend(choice, call.varying_alike())
   return (out_BTNH, lse_BTN) if return_lse else out_BTNH
 
 
@@ -239,7 +239,7 @@ def _choose(call: Call, implementation: str | Implementation | None) -> Choice:
       return Choice(named.fitted(call))
     except NotImplementedError as error:
       raise NotImplementedError(f"{named.name} cannot serve this call: {error}") from error
-  by_platform, refusals = {}, {}
+  by_platform, refusals, doubts = {}, {}, {}
   for name, candidate in IMPLEMENTATIONS.items():
     try:
       fitted = candidate.fitted(call)
@@ -249,9 +249,16 @@ def _choose(call: Call, implementation: str | Implementation | None) -> Choice:
     if not candidate.is_worthwhile(call):
       refusals[name] = "not worth it for so small a call"
     elif candidate.platforms is None:
+      for platform, doubt in doubts.items():
+        _warn_once(doubt, by_platform.get(platform, fitted).name)
       return Choice(fitted, tuple(by_platform.items()), tuple(refusals.items()))
     else:
-      by_platform = dict.fromkeys(candidate.platforms, fitted) | by_platform
+      for platform in (p for p in candidate.platforms if p not in by_platform):
+        doubt = self_check.doubt(candidate, platform)
+        if doubt is None:
+          by_platform[platform] = fitted
+        else:
+          doubts[platform] = refusals[name] = doubt
   raise NotImplementedError(f"no implementation can serve this call: {refusals}")
 
 
@@ -268,13 +275,21 @@ def _log_once(message: str) -> None:
   _logger.info(message)
 
 
-def _dispatch(choice: Choice, method: str, *arguments):
+@functools.cache
+def _warn_once(doubt: str, instead: str) -> None:
+  _logger.warning("%s; %s is used instead. Please run %s", doubt, instead, self_check.COMMAND)
+
+
+def _dispatch(choice: Choice, method: str, call: Call, *arguments):
   """The method of the implementation of the platform that is compiled for."""
   default = getattr(choice.default, method)
   others = {platform: getattr(other, method) for platform, other in choice.by_platform}
-  if not others:
-    return default(*arguments)
-  return jax.lax.platform_dependent(*arguments, default=default, **others)
+  if others:
+    return jax.lax.platform_dependent(call, *arguments, default=default, **others)
+  if choice.default.platforms is not None:
+    named = {"name": choice.default.name, "platforms": choice.default.platforms}
+    call = dataclasses.replace(call, q_BTNH=platforms.only_on(call.q_BTNH, **named))
+  return default(call, *arguments)
 
 
 # Once for all implementations: what is kept for the backward pass (the arguments, the output and

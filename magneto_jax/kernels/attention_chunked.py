@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from magneto_jax.kernels import dropout
 from magneto_jax.kernels.bias import RelativeBias, toeplitz
-from magneto_jax.kernels.call import Call
+from magneto_jax.kernels.call import Call, varying
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,7 +274,7 @@ class _Blocks:
       return None
     if isinstance(self._call.bias, RelativeBias):
       length = self._block_q + self._block_kv - 1
-      tile = jnp.zeros((self._N, length), dlogits.dtype)
+      tile = self._like_inputs(jnp.zeros((self._N, length), dlogits.dtype))
       along = jax.linear_transpose(lambda s: toeplitz(s, self._block_q, self._block_kv), tile)
       return _add_at(dbias, along(dlogits.sum(0))[0], (0, self._strip_start(i, j)))
     start, sizes = self._bias_slices(i, j)
@@ -283,10 +283,10 @@ class _Blocks:
 
   def _like_inputs(self, tree):
     """Marked as varying over the mesh axes that the inputs vary over: loops in shard_map ask it."""
-    axes = frozenset().union(*map(_varying, jax.tree.leaves(self._call)))
+    axes = frozenset().union(*map(varying, jax.tree.leaves(self._call)))
 
     def vary(x):
-      missing = tuple(axes - _varying(x))
+      missing = tuple(axes - varying(x))
       return jax.lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.tree.map(vary, tree)
@@ -310,11 +310,6 @@ def _pad(x, axis, block):
   if missing == 0:
     return x
   return jnp.pad(x, [(0, missing if a == axis else 0) for a in range(x.ndim)])
-
-
-def _varying(x) -> frozenset[str]:
-  """The mesh axes of an enclosing shard_map over which an array differs."""
-  return jax.typeof(x).manual_axis_type.varying
 
 
 def _add_at(total, update, start):

@@ -75,6 +75,20 @@ class Call:
     """Whether every query sees every key, but for a bias of -inf."""
     return self.window == (None, None) and self.q_segment_ids is None and self.kv_lengths is None
 
+  def varying_alike(self) -> "Call":
+    """With all arrays marked as varying over the mesh axes over which one varies, in a shard_map.
+
+    A gradient then varies as its array does; where the array did not vary before, what the devices
+    send back is summed by JAX.
+    """
+    axes = frozenset().union(*map(varying, jax.tree.leaves(self)))
+
+    def vary(x):
+      missing = tuple(axes - varying(x))
+      return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(vary, self)
+
   def visible(self, query: jax.Array, key: jax.Array) -> jax.Array:
     """Which keys a query sees, broadcastable to [B, N, query, key], where any may be hidden.
 
@@ -128,6 +142,11 @@ class Call:
       seen = seen & (q_low <= k_high) & (k_low <= q_high)
       whole = whole & (q_low == k_high) & (q_high == k_low)
     return seen.astype(np.int32) * (1 + whole.astype(np.int32))
+
+
+def varying(x: jax.Array) -> frozenset[str]:
+  """The mesh axes of an enclosing shard_map over which an array differs."""
+  return jax.typeof(x).manual_axis_type.varying
 
 
 def _ranges(ids: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
