@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from magneto_jax.kernels import dropout
 from magneto_jax.kernels.attention import Implementation, choose, dot_product_attention
 from magneto_jax.kernels.bias import RelativeBias
 
@@ -232,7 +231,7 @@ def dropout_mask(key: jax.Array, B: int, N: int, T: int, S: int, rate: float) ->
     return x ^ (x >> np.uint32(16))
 
   b, n, t, s = (i.astype(np.uint32) * np.uint32(0x9E3779B9) for i in np.ogrid[0:B, 0:N, 0:T, 0:S])
-  first, second = np.asarray(dropout.seed_of(key))
+  first, second = np.asarray(jax.random.bits(key, (2,), jnp.uint32))
   head = mix(mix(first ^ b) ^ (second + n))
   return mix(mix(head + t) ^ s) >= round(rate * 2**32)
 

@@ -137,7 +137,7 @@ def _example(implementation) -> tuple[Call, np.ndarray, np.ndarray]:
       kv_segment_ids=ids[:, :S],
       window=(None, 0),
       scale=H**-0.5,
-      head_keys=np.array([[1, 2]], np.uint32),
+      head_keys=rng.integers(0, 2**32, (B, N), dtype=np.uint32),
       dropout_rate=0.1,
     )
     try:

@@ -19,7 +19,7 @@ RATE = 0.3
 def drawn(seed: int, sizes=SIZES) -> np.ndarray:
   """uint32 [B, N, T, S]."""
   B, N, T, S = sizes
-  keys = dropout.head_keys(dropout.seed_of(jax.random.key(seed)), B, N)[:, :, None, None]
+  keys = dropout.head_keys(jax.random.key(seed), B, N)[:, :, None, None]
   query, key = jnp.arange(T)[None, None, :, None], jnp.arange(S)[None, None, None, :]
   return np.asarray(jax.jit(dropout.bits)(keys, query, key))
 
@@ -32,7 +32,7 @@ def mix(x: int) -> int:
 
 def test_bits_are_those_of_the_formula():
   """In Python's integers, at some places; they never change, so that a run can be repeated."""
-  first, second = (int(x) for x in dropout.seed_of(jax.random.key(5)))
+  first, second = (int(x) for x in jax.random.bits(jax.random.key(5), (2,), jnp.uint32))
   c = 0x9E3779B9
   for b, n, t, s in [(0, 0, 0, 0), (1, 0, 0, 0), (0, 2, 0, 0), (0, 0, 255, 0), (1, 2, 77, 319)]:
     head = mix(mix(first ^ (b * c % 2**32)) ^ ((second + n * c) % 2**32))
@@ -43,7 +43,7 @@ def test_bits_are_those_of_the_formula():
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 1 - 1e-12])
 def test_a_place_is_kept_iff_its_bits_reach_the_rate(rate):
-  keys = dropout.head_keys(dropout.seed_of(jax.random.key(1)), B, N)[:, :, None, None]
+  keys = dropout.head_keys(jax.random.key(1), B, N)[:, :, None, None]
   query, key = jnp.arange(T)[None, None, :, None], jnp.arange(S)[None, None, None, :]
   kept = dropout.keep(keys, query, key, rate)
   np.testing.assert_array_equal(kept, drawn(1) / 2**32 >= min(rate, 1 - 2**-32))
@@ -159,14 +159,14 @@ def test_bytes_are_uniform(shift):
 
 
 def test_heads_and_batch_rows_have_keys_of_their_own():
-  keys = np.asarray(dropout.head_keys(dropout.seed_of(jax.random.key(0)), 64, 64))
+  keys = np.asarray(dropout.head_keys(jax.random.key(0), 64, 64))
   assert len(np.unique(keys)) == 64 * 64
 
 
-def test_seed_is_of_any_generator():
+def test_keys_are_of_any_generator():
   for name in ("threefry2x32", "rbg"):
-    seed = dropout.seed_of(jax.random.key(0, impl=name))
-    assert (seed.dtype, seed.shape) == (jnp.uint32, (2,))
+    keys = dropout.head_keys(jax.random.key(0, impl=name), 2, 3)
+    assert (keys.dtype, keys.shape) == (jnp.uint32, (2, 3))
 
 
 @ALL
