@@ -158,9 +158,7 @@ def dot_product_attention(
   _log_once(str(choice))
   if dropout_rate > 0:
     B, _, _, N, _, _ = call.sizes
-    call = dataclasses.replace(
-      call, head_keys=dropout.head_keys(dropout.seed_of(dropout_key), B, N)
-    )
+    call = dataclasses.replace(call, head_keys=dropout.head_keys(dropout_key, B, N))
   if isinstance(choice.default, Xla):
     out_BTNH, lse_BTN = attention_xla.attention(call)
   else:

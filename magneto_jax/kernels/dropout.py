@@ -11,13 +11,9 @@ import jax.numpy as jnp
 _SPREAD = 0x9E3779B9
 
 
-def seed_of(key: jax.Array) -> jax.Array:
-  """uint32[2] drawn from a typed key of any generator."""
-  return jax.random.bits(key, (2,), jnp.uint32)
-
-
-def head_keys(seed: jax.Array, B: int, N: int) -> jax.Array:
-  """uint32[B, N] of a seed: a key for every head of every row of the batch."""
+def head_keys(key: jax.Array, B: int, N: int) -> jax.Array:
+  """uint32[B, N] from a typed key of any generator: one a head and row of the batch."""
+  seed = jax.random.bits(key, (2,), jnp.uint32)
   batch = _mix(seed[0] ^ _spread(jax.lax.broadcasted_iota(jnp.uint32, (B, 1), 0)))
   head = seed[1] + _spread(jax.lax.broadcasted_iota(jnp.uint32, (1, N), 1))
   return _mix(batch ^ head)
