@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from magneto_jax.kernels import attention_xla, dropout, self_check
+from magneto_jax.kernels import attention_xla, dropout, platforms, self_check
 from magneto_jax.kernels.attention_chunked import XlaChunked
 from magneto_jax.kernels.attention_tpu import PallasTpu
 from magneto_jax.kernels.attention_xla import Xla
@@ -280,13 +280,16 @@ def _warn_once(doubt: str, instead: str) -> None:
   _logger.warning("%s; %s is used instead. Please run %s", doubt, instead, self_check.COMMAND)
 
 
-def _dispatch(choice: Choice, method: str, *arguments):
+def _dispatch(choice: Choice, method: str, call: Call, *arguments):
   """The method of the implementation of the platform that is compiled for."""
   default = getattr(choice.default, method)
   others = {platform: getattr(other, method) for platform, other in choice.by_platform}
-  if not others:
-    return default(*arguments)
-  return jax.lax.platform_dependent(*arguments, default=default, **others)
+  if others:
+    return jax.lax.platform_dependent(call, *arguments, default=default, **others)
+  if choice.default.platforms is not None:
+    named = {"name": choice.default.name, "platforms": choice.default.platforms}
+    call = dataclasses.replace(call, q_BTNH=platforms.only_on(call.q_BTNH, **named))
+  return default(call, *arguments)
 
 
 # Once for all implementations: what is kept for the backward pass (the arguments, the output and

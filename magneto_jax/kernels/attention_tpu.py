@@ -66,7 +66,6 @@ class PallasTpu:
   interpret: bool = False
 
   name = "pallas_tpu"
-  platforms = ("tpu",)
 
   def __post_init__(self):
     for name in _SIDES:
@@ -75,6 +74,11 @@ class PallasTpu:
         raise ValueError(f"{name}={value!r} must be a positive multiple of {_LANES}, or None")
     if self.random not in ("hash", "hardware"):
       raise ValueError(f"random={self.random!r} must be hash or hardware")
+
+  @property
+  def platforms(self) -> tuple[str, ...] | None:
+    """All (None) where it is interpreted."""
+    return None if self.interpret else ("tpu",)
 
   def fitted(self, call: Call) -> "PallasTpu":
     """With all block sizes filled in, if it can serve the call; else NotImplementedError."""

@@ -501,7 +501,7 @@ def test_decoding_past_the_position_table_raises():
 
 
 def test_relative_bias_trains_without_a_square_of_the_length():
-  """8,192 tokens: less temporary memory, all told, than one float32 a head, query and key."""
+  """8,192 tokens: all temporary memory is a quarter of one float32 a head, query and key."""
   model = language_model(**RELATIVE, remat="full")
   tokens = jax.ShapeDtypeStruct((1, 8192), jnp.int32)
   variables = jax.eval_shape(model.init, jax.random.key(0), tokens)
