@@ -161,7 +161,9 @@ class _Blocks:
     soft cap and the scale.
     """
     call, dtype = self._call, self._call.dtype
-    lse, delta, dout = (_pad(x, 2, self._block_q) for x in (lse, delta, dout))
+    # Padded queries have the weights exp(-inf) = 0: a relative bias reaches them, however large.
+    lse = _pad(lse, 2, self._block_q, jnp.inf)
+    delta, dout = (_pad(x, 2, self._block_q) for x in (delta, dout))
     dbias = None if self._bias is None else jnp.zeros(self._bias.shape, dtype)
     dq = jnp.zeros((self._B, self._N, self._rows * self._block_q, self._H), dtype)
 
@@ -304,12 +306,13 @@ def _scan(body, carry, count, bounds):
   return jax.lax.scan(body, carry, (jnp.arange(count, dtype=jnp.int32), *bounds))
 
 
-def _pad(x, axis, block):
-  """Zeros to the next multiple of the block."""
+def _pad(x, axis, block, value=0):
+  """One value to the next multiple of the block."""
   missing = -x.shape[axis] % block
   if missing == 0:
     return x
-  return jnp.pad(x, [(0, missing if a == axis else 0) for a in range(x.ndim)])
+  widths = [(0, missing if a == axis else 0) for a in range(x.ndim)]
+  return jnp.pad(x, widths, constant_values=value)
 
 
 def _add_at(total, update, start):
