@@ -37,8 +37,11 @@ class Implementation(Protocol):
   name: str
   platforms: tuple[str, ...] | None
 
-  def check(self, call: Call) -> None:
-    """Raises NotImplementedError, saying why, if it cannot serve the call."""
+  def fitted(self, call: Call) -> "Implementation":
+    """Itself with all that depends on the call filled in; NotImplementedError, saying why not."""
+
+  def is_worthwhile(self, call: Call) -> bool:
+    """Whether it should serve a call that names no implementation."""
 
   def forward(self, call: Call) -> tuple[jax.Array, jax.Array]:
     """(out_BTNH, lse_BTN)."""
@@ -231,23 +234,23 @@ def _choose(call: Call, implementation: str | Implementation | None) -> Choice:
   named = _named(_implementation.value if implementation is None else implementation)
   if named is not None:
     try:
-      named.check(call)
+      return Choice(named.fitted(call))
     except NotImplementedError as error:
       raise NotImplementedError(f"{named.name} cannot serve this call: {error}") from error
-    return Choice(named)
-  by_platform, refusals = [], []
+  by_platform, refusals = {}, {}
   for name, candidate in IMPLEMENTATIONS.items():
     try:
-      candidate.check(call)
-      if candidate.platforms is None:
-        return Choice(candidate, tuple(by_platform), tuple(refusals))
-      candidate = candidate.preferred(call)
+      fitted = candidate.fitted(call)
     except NotImplementedError as error:
-      refusals.append((name, str(error)))
+      refusals[name] = str(error)
+      continue
+    if not candidate.is_worthwhile(call):
+      refusals[name] = "not worth it for so small a call"
+    elif candidate.platforms is None:
+      return Choice(fitted, tuple(by_platform.items()), tuple(refusals.items()))
     else:
-      taken = {platform for platform, _ in by_platform}
-      by_platform += [(p, candidate) for p in candidate.platforms if p not in taken]
-  raise NotImplementedError(f"no implementation can serve this call: {dict(refusals)}")
+      by_platform = {platform: fitted for platform in candidate.platforms} | by_platform
+  raise NotImplementedError(f"no implementation can serve this call: {refusals}")
 
 
 def _named(implementation: str | Implementation | None) -> Implementation | None:

@@ -40,8 +40,13 @@ class XlaChunked:
       if not (isinstance(value, int) and value > 0):
         raise ValueError(f"{name}={value!r} must be a positive integer")
 
-  def check(self, call: Call) -> None:
-    """It refuses nothing."""
+  def fitted(self, call: Call) -> "XlaChunked":
+    """Itself: it refuses nothing."""
+    return self
+
+  def is_worthwhile(self, call: Call) -> bool:
+    """Always."""
+    return True
 
   def forward(self, call: Call) -> tuple[jax.Array, jax.Array]:
     """(out_BTNH, lse_BTN)."""

@@ -1,9 +1,809 @@
-"""TODO"""
+"""Attention for TPUs, in Pallas: a forward kernel, and one backward kernel for everything.
+
+Letters: B batch, T query length, S key and value length, N heads, K key/value heads, H head dim.
+A *lane block* is what one step of a kernel reads of a token: L lanes (a multiple of 128) that hold P
+heads, P = 2 at H = 64. J = N / P lane blocks of the queries.
+
+Layout. Queries, keys and values stay as the projections leave them, [B, T, N H]: a block of them is
+never padded in HBM, nor copied. A head's lanes are singled out by zeroing the others' in one factor
+of a product, which costs the matrix unit nothing: it is 128 lanes deep either way.
+
+Orientation. Scores are held transposed, keys by queries (s, q): the sums of the softmax then run
+over sublanes, which are plain additions of registers; the statistics of a query are one row, not a
+register of 128 equal lanes; and three of the backward pass's products need no transposition.
+
+What is hidden. For every block of queries there is a list of the blocks of keys it sees, made before
+the kernel runs and prefetched: hidden blocks are neither fetched nor computed, and only those that
+are seen in part are masked.
+
+Relative bias. A tile of it depends on its distance from the diagonal alone. Near the diagonal there
+are a few different ones, which stay in VMEM for all blocks of a head; farther than `max_distance`
+all pairs of a side share one number. The gradient is summed up the same way.
+
+Reference: Dao et al., 2022, arXiv 2205.14135; the block lists and the single backward kernel are
+also those of JAX's splash attention.
+"""
+
 import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from magneto_jax.kernels import dropout
+from magneto_jax.kernels.bias import RelativeBias, toeplitz
+from magneto_jax.kernels.call import FULL, PARTIAL, Call
+
+_LANES = 128
+# Of the smallest of the chips (v5p and tpu7x have 64 MiB).
+_VMEM_BYTES = 48 * 2**20
+# Scalar memory for the lists of blocks; a core has 1 MiB.
+_SMEM_BYTES = 512 * 2**10
+
+
 @dataclasses.dataclass(frozen=True)
 class PallasTpu:
+  """The implementation `pallas_tpu`: bfloat16 and float32, every feature.
+
+  Attributes:
+    block_q, block_kv: the sides of a block of the forward pass, multiples of 128; None for what
+      suits the call. A block covers at most the (padded) length.
+    block_q_backward, block_kv_backward: of the backward pass.
+    random: "hash", the same bits as everywhere, or "hardware": the chip's generator, which is
+      faster; its bits depend on the generation of the chip, and no other implementation has them.
+    interpret: runs the kernels on any platform, slowly, as JAX programs.
+  """
+
+  block_q: int | None = None
+  block_kv: int | None = None
+  block_q_backward: int | None = None
+  block_kv_backward: int | None = None
+  random: str = "hash"
   interpret: bool = False
+
   name = "pallas_tpu"
   platforms = ("tpu",)
-  def check(self, call):
-    raise NotImplementedError("not yet")
+
+  def __post_init__(self):
+    for name in _SIDES:
+      value = getattr(self, name)
+      if value is not None and not (isinstance(value, int) and value > 0 and value % _LANES == 0):
+        raise ValueError(f"{name}={value!r} must be a positive multiple of {_LANES}, or None")
+    if self.random not in ("hash", "hardware"):
+      raise ValueError(f"random={self.random!r} must be hash or hardware")
+
+  def fitted(self, call: Call) -> "PallasTpu":
+    """With all block sizes filled in, if it can serve the call; else NotImplementedError."""
+    if call.q_BTNH.dtype not in (jnp.bfloat16, jnp.float32):
+      raise NotImplementedError(f"{call.q_BTNH.dtype} is neither bfloat16 nor float32")
+    fitted = self
+    for names in (_SIDES[:2], _SIDES[2:]):
+      backward = names != _SIDES[:2]
+      # The largest blocks that leave room for the tiles of a relative bias.
+      for block in _BLOCKS:
+        sides = {name: getattr(self, name) or block for name in names}
+        needed = _Layout(call, *sides.values()).vmem_bytes(backward)
+        if needed <= _VMEM_BYTES:
+          break
+      else:
+        room = f"{needed >> 20} MiB of vector memory, {_VMEM_BYTES >> 20} are safe"
+        raise NotImplementedError(f"{'the backward pass' if backward else 'it'} needs {room}")
+      fitted = dataclasses.replace(fitted, **sides)
+    return fitted
+
+  def is_worthwhile(self, call: Call) -> bool:
+    """Whether a kernel has anything to gain: decoding and short rows are left to XLA."""
+    _, T, S, _, _, _ = call.sizes
+    return T * S >= _LANES * _LANES
+
+  def forward(self, call: Call) -> tuple[jax.Array, jax.Array]:
+    """(out_BTNH, lse_BTN)."""
+    fitted = self.fitted(call)
+    return _Kernel(call, fitted.block_q, fitted.block_kv, self.random, self.interpret).forward()
+
+  def backward(self, call: Call, out_BTNH, lse_BTN, dout_BTNH, dlse_BTN) -> tuple:
+    """(dq_BTNH, dk_BSKH, dv_BSKH, dbias)."""
+    fitted = self.fitted(call)
+    sides = fitted.block_q_backward, fitted.block_kv_backward
+    dot_BTN = jnp.einsum("BTNH,BTNH->BTN", out_BTNH, dout_BTNH, preferred_element_type=jnp.float32)
+    kernel = _Kernel(call, *sides, self.random, self.interpret)
+    return kernel.backward(lse_BTN, dot_BTN - dlse_BTN, dout_BTNH)
+
+
+_SIDES = ("block_q", "block_kv", "block_q_backward", "block_kv_backward")
+_BLOCKS = (512, 256, 128)
+
+
+class _Layout:
+  """How a call is cut into blocks, and what they need: known from shapes alone."""
+
+  def __init__(self, call: Call, block_q: int, block_kv: int):
+    self._call = call
+    self._B, self._T, self._S, self._N, self._K, self._H = call.sizes
+    self._block_q, self._rows = _split(self._T, block_q)
+    self._block_kv, self._columns = _split(self._S, block_kv)
+    self._padded_T, self._padded_S = self._block_q * self._rows, self._block_kv * self._columns
+
+    # Heads of 64 lie two in a lane block. Each other head dim is padded, as are 64 lanes left over.
+    self._width = max(32, 1 << (self._H - 1).bit_length())
+    if self._H > _LANES or self._N % max(1, _LANES // self._width):
+      self._width = -(-self._H // _LANES) * _LANES
+    self._P = max(1, _LANES // self._width)
+    self._L = self._P * self._width
+    self._J = self._N // self._P
+    # Lane blocks of queries that read the same lane block of keys. Two heads of a lane block read
+    # the same one if it holds a key/value head twice; else the heads are repeated.
+    group = self._N // self._K
+    self._shared = group // self._P if group % self._P == 0 else 1
+    self._relative = isinstance(call.bias, RelativeBias)
+    self._dense = call.bias is not None and not self._relative
+
+  def vmem_bytes(self, backward: bool) -> int:
+    """What the blocks of a step need, twice where they are fetched ahead, with its temporaries."""
+    itemsize = self._call.q_BTNH.dtype.itemsize
+    rows, columns = self._block_q * self._L, self._block_kv * self._L
+    square = 4 * self._block_q * self._block_kv
+    bias = 0
+    if self._relative:
+      bias = (4 if backward else 2) * self._P * self._tile_count() * square
+    elif self._dense:
+      bias = 2 * self._P * square
+    if backward:
+      dq = self._padded_T * self._L * (4 + 2 * itemsize)
+      blocks = 2 * itemsize * (2 * rows + 4 * columns) + 2 * 4 * columns
+      return dq + blocks + bias + 6 * square
+    return 2 * itemsize * (2 * rows + 2 * columns) + 4 * rows + bias + 4 * square
+
+  def _tile_step(self) -> int:
+    return math.gcd(self._block_q, self._block_kv)
+
+  def _phase(self):
+    """The distance key - query at the corner of a tile, modulo the step from tile to tile."""
+    return -self._call.q_offset % self._tile_step()
+
+  def _first_tile(self) -> int:
+    """The number of the first tile that is not all behind: its corner is phase + number step."""
+    step, static = self._tile_step(), self._call.traced_offset is None
+    reach = self._call.bias.max_distance + self._block_kv - 1
+    first = (-reach - (self._phase() if static else step - 1)) // step + 1
+    if static:  # None is farther behind than the first key is from the last block of queries.
+      first = max(first, (-(self._rows - 1) * self._block_q - self._call.q_offset) // step)
+    return first
+
+  def _tile_count(self) -> int:
+    step, static = self._tile_step(), self._call.traced_offset is None
+    reach = self._call.bias.max_distance + self._block_q - 1
+    last = -((self._phase() if static else 0) - reach) // step
+    last -= (reach - (self._phase() if static else 0)) % step == 0
+    if static:
+      last = min(last, ((self._columns - 1) * self._block_kv - self._call.q_offset) // step)
+    return max(1, last - self._first_tile() + 1)
+
+
+class _Kernel(_Layout):
+  """The two passes of a call at one size of blocks."""
+
+  def __init__(self, call: Call, block_q: int, block_kv: int, random: str, interpret: bool):
+    super().__init__(call, block_q, block_kv)
+    self._random, self._interpret = random, interpret
+    if self._padded_S > self._S:
+      # Padded keys are hidden as keys past the length are; padded queries are cut off in the end.
+      lengths = self._S if call.kv_lengths is None else jnp.minimum(call.kv_lengths, self._S)
+      lengths = jnp.broadcast_to(jnp.asarray(lengths, jnp.int32), (self._B,))
+      self._call = dataclasses.replace(call, kv_lengths=lengths)
+
+  # The layout: linear maps of the arguments, so that gradients come back through their transposes.
+
+  def _queries(self, x_BTNH):
+    """[B, T, N, H] as [B, padded T, J L]."""
+    x = _pad(_pad(x_BTNH, 3, self._width), 1, self._block_q)
+    return x.reshape(self._B, -1, self._J * self._L)
+
+  def _keys(self, x_BSKH):
+    """[B, S, K, H] as [B, padded S, J / shared L]."""
+    x = _pad(_pad(x_BSKH, 3, self._width), 1, self._block_kv)
+    group = self._N // self._K
+    copies = self._P if group % self._P == 0 and group > 1 else group
+    if copies > 1:
+      x = jnp.broadcast_to(x[:, :, :, None], (*x.shape[:3], copies, x.shape[3]))
+    return x.reshape(self._B, x.shape[1], -1)
+
+  def _statistics(self, x_BTN, fill=0.0):
+    """[B, T, N] as [B, J, P, padded T]."""
+    missing = self._padded_T - self._T
+    x = jnp.pad(x_BTN, ((0, 0), (0, missing), (0, 0)), constant_values=fill)
+    return x.swapaxes(1, 2).reshape(self._B, self._J, self._P, -1)
+
+  def _ids(self, ids, block):
+    """[B, length] as [B, 1, padded length]."""
+    return _pad(ids.astype(jnp.int32), 1, block)[:, None]
+
+  # The bias.
+
+  def _tiles(self, bias: RelativeBias):
+    """The tiles near the diagonal [J, P, tiles, s, q], and the numbers far behind and ahead [N 2]."""
+    bias = jax.tree.map(lambda table: table.astype(jnp.float32), bias)
+    step, count, width = self._tile_step(), self._tile_count(), self._block_q + self._block_kv - 1
+    start = self._phase() + self._first_tile() * step - self._block_q + 1
+    strip = bias.strip(start, (count - 1) * step + width)[:, ::-1]
+    tiles = [
+      toeplitz(strip[:, i * step : i * step + width], self._block_kv, self._block_q)
+      for i in reversed(range(count))
+    ]
+    far = [bias.strip(side * bias.max_distance, 1) for side in (-1, 1)]
+    shape = (self._J, self._P, count, self._block_kv, self._block_q)
+    return jnp.stack(tiles, axis=1).reshape(shape), jnp.concatenate(far, axis=1).reshape(-1)
+
+  def _dense_bias(self, bias):
+    """[B', N', T', S'] padded; a bias of one number a query lies along its last axis."""
+    if bias.shape[3] == 1:
+      bias = jnp.broadcast_to(bias, (*bias.shape[:2], self._T, 1)).swapaxes(2, 3)
+      return _pad(bias, 3, self._block_q)
+    bias = _pad(bias, 2, self._block_q) if bias.shape[2] > 1 else bias
+    return _pad(bias, 3, self._block_kv)
+
+  # The lists of blocks.
+
+  def _visits(self, of_keys: bool):
+    """For each block of queries the blocks of keys that it sees; `of_keys` the other way round.
+
+    Returns:
+      int32 [B or 1, blocks, steps], flat: 4 (index of the block) + its state, first those that are
+      seen, in order; then the last one again with state SKIP, which fetches nothing. And the strides.
+    """
+    states = self._call.block_states(self._block_q, self._block_kv)
+    if states.shape[0] * states.shape[1] * states.shape[2] * 4 > _SMEM_BYTES:
+      # One list for the whole batch: what one row sees, all compute.
+      whole = jnp.where((states == FULL).all(0), FULL, PARTIAL)
+      states = jnp.where((states > 0).any(0), whole, 0)[None]
+    if of_keys:
+      states = states.swapaxes(1, 2)
+    xp = np if isinstance(states, np.ndarray) else jnp
+    seen = states > 0
+    count = seen.sum(-1, keepdims=True)
+    # Where hidden blocks are known while tracing, there are no steps for them.
+    steps = max(1, int(count.max())) if xp is np else states.shape[2]
+    order = xp.argsort(~seen, axis=-1, stable=True)
+    at = xp.minimum(xp.arange(steps)[None, None], xp.maximum(count - 1, 0))
+    index = xp.take_along_axis(order, at, axis=-1)
+    state = xp.where(xp.arange(steps)[None, None] < count, xp.take_along_axis(states, index, -1), 0)
+    visits = (4 * index + state).astype(np.int32)
+    batch_stride = visits.shape[1] * steps if visits.shape[0] > 1 else 0
+    return jnp.asarray(visits.reshape(-1)), steps, batch_stride
+
+  def _scalars(self, visits) -> dict[str, jax.Array]:
+    """What is prefetched into scalar memory, by name."""
+    call = self._call
+    scalars = {"visits": visits, "offset": jnp.asarray(call.q_offset, jnp.int32).reshape(1)}
+    if call.kv_lengths is not None:
+      scalars["lengths"] = call.kv_lengths.astype(jnp.int32)
+    if self._relative:
+      # Tiles are numbered from here: corner / step is a whole number once the phase is taken off.
+      number = (call.q_offset + self._phase()) // self._tile_step() + self._first_tile()
+      scalars["first_tile"] = jnp.asarray(number, jnp.int32).reshape(1)
+    if call.dropout_rate > 0:
+      keys = dropout.head_keys(call.seed, self._B, self._N).reshape(-1)
+      scalars["head_keys"] = jax.lax.bitcast_convert_type(keys, jnp.int32)
+    return scalars
+
+  # What both passes read, as (array, block, index map of (j, b, i, kv)).
+
+  def _inputs(self) -> dict:
+    call, L, bq, bk = self._call, self._L, self._block_q, self._block_kv
+    shared = self._shared
+    lane_block = (lambda j: j) if shared == 1 else (lambda j: jax.lax.div(j, jnp.int32(shared)))
+    inputs = {
+      "q": (self._queries(call.q_BTNH), (None, bq, L), lambda j, b, i, kv: (b, i, j)),
+      "k": (self._keys(call.k_BSKH), (None, bk, L), lambda j, b, i, kv: (b, kv, lane_block(j))),
+      "v": (self._keys(call.v_BSKH), (None, bk, L), lambda j, b, i, kv: (b, kv, lane_block(j))),
+    }
+    if call.q_segment_ids is not None:
+      q_ids, kv_ids = self._ids(call.q_segment_ids, bq), self._ids(call.kv_segment_ids, bk)
+      inputs["q_ids"] = (q_ids, (None, 1, bq), lambda j, b, i, kv: (b, 0, i))
+      inputs["kv_ids"] = (kv_ids, (None, 1, bk), lambda j, b, i, kv: (b, 0, kv))
+    if self._relative:
+      tiles, far = self._tiles(call.bias)
+      # The last block index is constant: fetched once for all blocks of all rows of the batch.
+      inputs["tiles"] = (tiles, (None, *tiles.shape[1:]), lambda j, b, i, kv: (j, 0, 0, 0, 0))
+      inputs["far"] = far
+    elif self._dense:
+      inputs["bias"] = (self._dense_bias(call.bias), *self._dense_spec())
+    return inputs
+
+  def _dense_spec(self):
+    """Block and index map of the dense bias, by what it broadcasts over."""
+    batch, heads, rows, columns = (size > 1 for size in self._call.bias.shape)
+    P = self._P if heads else 1
+    if not columns:
+      block = (None, P, 1, self._block_q)
+      last = lambda i, kv: (0, i)
+    elif not rows:
+      block = (None, P, 1, self._block_kv)
+      last = lambda i, kv: (0, kv)
+    else:
+      block = (None, P, self._block_q, self._block_kv)
+      last = lambda i, kv: (i, kv)
+    return block, lambda j, b, i, kv: (b if batch else 0, j if heads else 0, *last(i, kv))
+
+  # One block of scores, keys by queries.
+
+  def _heads(self, x):
+    """The P copies of a lane block in each of which one head's lanes are left, the others zero."""
+    if self._P == 1:
+      return [x]
+    lane = jax.lax.broadcasted_iota(jnp.int32, (1, self._L), 1)
+    kept = [(lane >= h * self._width) & (lane < (h + 1) * self._width) for h in range(self._P)]
+    return [jnp.where(keep, x, jnp.zeros_like(x)) for keep in kept]
+
+  def _dot(self, left, right, dims):
+    """A product with float32 sums; float32 factors are not rounded to bfloat16."""
+    exact = jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    return jax.lax.dot_general(
+      left,
+      right,
+      (dims, ((), ())),
+      precision=exact,
+      preferred_element_type=jnp.float32,
+    )
+
+  def _indices(self, i, kv):
+    """The query of each column [1, q] and the key of each row [s, 1]."""
+    query = jax.lax.broadcasted_iota(jnp.int32, (1, self._block_q), 1) + i * self._block_q
+    return query, jax.lax.broadcasted_iota(jnp.int32, (self._block_kv, 1), 0) + kv * self._block_kv
+
+  def _visible(self, refs, b, i, kv):
+    query, key = self._indices(i, kv)
+    left, right = self._call.window
+    terms = []
+    if (left, right) != (None, None):
+      distance = key - (query + refs.offset[0])
+      terms += [distance >= -left] if left is not None else []
+      terms += [distance <= right] if right is not None else []
+    if self._call.kv_lengths is not None:
+      terms.append(key < refs.lengths[b])
+    if self._call.q_segment_ids is not None:
+      terms.append(refs.kv_ids[...].T == refs.q_ids[...])
+    mask = functools.reduce(jnp.logical_and, terms)
+    return jnp.broadcast_to(mask, (self._block_kv, self._block_q))
+
+  def _scores(self, refs, at, h, q, k, visible, near):
+    """(logits, slope) of one head: [s, q], and of the soft cap (None without one)."""
+    call = self._call
+    logits = self._dot(k, q, ((1,), (1,))) * call.scale
+    slope = None
+    if call.logits_soft_cap is not None:
+      capped = jnp.tanh(logits * (1 / call.logits_soft_cap))
+      logits, slope = call.logits_soft_cap * capped, 1 - capped * capped
+    if self._relative:
+      logits += refs.tiles[h, at.tile] if near else refs.far[self._far_at(at, h)]
+    elif self._dense:
+      logits += self._dense_block(refs, h)
+    if visible is not None:
+      logits = jnp.where(visible, logits, -jnp.inf)
+    return logits, slope
+
+  def _far_at(self, at, h):
+    return 2 * (at.j * self._P + h) + at.is_ahead
+
+  def _dense_block(self, refs, h):
+    bias = refs.bias[h if self._call.bias.shape[1] > 1 else 0].astype(jnp.float32)
+    return bias if self._call.bias.shape[3] == 1 else bias.T
+
+  def _kept(self, refs, at, h):
+    """Whether the probabilities [s, q] of a head stay."""
+    head_key = refs.head_keys[at.b * self._N + at.j * self._P + h]
+    query, key = self._indices(at.i, at.kv)
+    if self._random == "hash":
+      return dropout.keep(head_key.astype(jnp.uint32), query, key, self._call.dropout_rate)
+    # Seeded by squares of fixed size, so that blocks of all sizes draw the same.
+    def square(row, column):
+      number = ((at.kv * self._block_kv // _LANES + row) << 16) | (
+        at.i * self._block_q // _LANES + column
+      )
+      pltpu.prng_seed(head_key, number)
+      return pltpu.bitcast(pltpu.prng_random_bits((_LANES, _LANES)), jnp.uint32)
+
+    rows, columns = self._block_kv // _LANES, self._block_q // _LANES
+    bits = [
+      jnp.concatenate([square(row, column) for column in range(columns)], axis=1)
+      for row in range(rows)
+    ]
+    return jnp.concatenate(bits, axis=0) >= jnp.uint32(round(self._call.dropout_rate * 2**32))
+
+  def _drop(self, kept, weights):
+    if kept is None:
+      return weights
+    return jnp.where(kept, weights * (1 / (1 - self._call.dropout_rate)), 0.0)
+
+  def _at_block(self, refs, j, b, i, kv, state):
+    """Where a step is, and its relation to the tiles of a relative bias."""
+    at = _At(j=j, b=b, i=i, kv=kv, state=state)
+    if not self._relative:
+      return at
+    step = self._tile_step()
+    tile = kv * (self._block_kv // step) - i * (self._block_q // step) - refs.first_tile[0]
+    is_ahead, count = (tile >= self._tile_count()).astype(jnp.int32), self._tile_count()
+    near = (tile >= 0) & (tile < count)
+    return dataclasses.replace(at, tile=jnp.clip(tile, 0, count - 1), near=near, is_ahead=is_ahead)
+
+  def _each_kind(self, refs, at, step) -> None:
+    """Runs `step(visible, near)` as the block's state and distance ask, compiled for each kind."""
+    hides = not self._call.hides_nothing
+    for partial in (False, True) if hides else (False,):
+      for near in (True, False) if self._relative else (False,):
+        is_kind = (at.state == (PARTIAL if partial else FULL)) if hides else at.state > 0
+        if self._relative:
+          is_kind &= at.near if near else jnp.logical_not(at.near)
+
+        @pl.when(is_kind)
+        def _(partial=partial, near=near):
+          step(self._visible(refs, at.b, at.i, at.kv) if partial else None, near)
+
+  # The forward pass.
+
+  def forward(self):
+    visits, steps, batch_stride = self._visits(of_keys=False)
+    P, L, bq = self._P, self._L, self._block_q
+    lowest = float(jnp.finfo(jnp.float32).min)
+
+    def visit(refs, b, i, step):
+      return refs.visits[b * batch_stride + i * steps + step]
+
+    def body(refs):
+      j, b, i, step = (pl.program_id(axis) for axis in range(4))
+      entry = visit(refs, b, i, step)
+      at = self._at_block(refs, j, b, i, entry >> 2, entry & 3)
+
+      @pl.when(step == 0)
+      def _():
+        refs.top[...] = jnp.full(refs.top.shape, lowest, jnp.float32)
+        refs.total[...] = jnp.zeros(refs.total.shape, jnp.float32)
+        refs.acc[...] = jnp.zeros(refs.acc.shape, jnp.float32)
+
+      def attend(visible, near):
+        k, v_t = refs.k[...], refs.v[...].T
+        for h, q in enumerate(self._heads(refs.q[...])):
+          logits, _ = self._scores(refs, at, h, q, k, visible, near)
+          top = refs.top[h : h + 1]
+          # Bounded from below, so that a row without keys has weights exp(-inf) = 0, not NaN.
+          new_top = jnp.maximum(top, logits.max(axis=0, keepdims=True))
+          weights, shrink = jnp.exp(logits - new_top), jnp.exp(top - new_top)
+          refs.top[h : h + 1] = new_top
+          total = refs.total[h : h + 1]
+          refs.total[h : h + 1] = total * shrink + weights.sum(axis=0, keepdims=True)
+          kept = self._kept(refs, at, h) if self._call.dropout_rate > 0 else None
+          weights = self._drop(kept, weights).astype(v_t.dtype)
+          own = slice(h * self._width, (h + 1) * self._width)
+          product = self._dot(v_t[own], weights, ((1,), (0,)))
+          refs.acc[own] = refs.acc[own] * shrink + product
+
+      self._each_kind(refs, at, attend)
+
+      @pl.when(step == steps - 1)
+      def _():
+        total = refs.total[...]
+        empty = total == 0
+        total = jnp.where(empty, 1.0, total)
+        refs.lse[...] = jnp.where(empty, lowest, refs.top[...] + jnp.log(total))
+        for h in range(P):
+          own = slice(h * self._width, (h + 1) * self._width)
+          refs.acc[own] = refs.acc[own] * (1 / total[h : h + 1])
+        refs.out[...] = refs.acc[...].T.astype(refs.out.dtype)
+
+    dtype = self._call.q_BTNH.dtype
+    out, lse = self._pallas(
+      body,
+      "attention_forward",
+      grid=(self._J, self._B, self._rows, steps),
+      to_block=lambda refs, j, b, i, step: (j, b, i, visit(refs, b, i, step) >> 2),
+      scalars=self._scalars(visits),
+      inputs=self._inputs(),
+      outputs={
+        "out": (
+          (self._B, self._padded_T, self._J * L),
+          dtype,
+          (None, bq, L),
+          lambda j, b, i, kv: (b, i, j),
+        ),
+        "lse": (
+          (self._B, self._J, P, self._padded_T),
+          jnp.float32,
+          (None, None, P, bq),
+          lambda j, b, i, kv: (b, j, 0, i),
+        ),
+      },
+      scratch={"top": (P, bq), "total": (P, bq), "acc": (L, bq)},
+      parallel=3,
+    )
+    out_BTNH = out.reshape(self._B, self._padded_T, self._N, self._width)
+    lse_BNT = lse.reshape(self._B, self._N, self._padded_T)
+    return out_BTNH[:, : self._T, :, : self._H], lse_BNT[:, :, : self._T].swapaxes(1, 2)
+
+  # The backward pass.
+
+  def backward(self, lse_BTN, delta_BTN, dout_BTNH):
+    """(dq, dk, dv, dbias), given lse and delta = sum_h out dout - dlse.
+
+    The gradient at the logits is P (dropout'(v dout) - delta). Blocks of keys are the outer loop:
+    their gradients are summed in place, and those of all queries of a lane block in vector memory.
+    """
+    visits, steps, batch_stride = self._visits(of_keys=True)
+    L, bq, bk, P = self._L, self._block_q, self._block_kv, self._P
+    # exp(logits - fill) is 0 for the queries of the padding.
+    fill = float(jnp.finfo(jnp.float32).max)
+    statistic = (None, None, P, bq), lambda j, b, i, kv: (b, j, 0, i)
+    inputs = self._inputs() | {
+      "dout": (self._queries(dout_BTNH), (None, bq, L), lambda j, b, i, kv: (b, i, j)),
+      "lse": (self._statistics(lse_BTN, fill), *statistic),
+      "delta": (self._statistics(delta_BTN), *statistic),
+    }
+
+    def visit(refs, b, kv, step):
+      return refs.visits[b * batch_stride + kv * steps + step]
+
+    def body(refs):
+      j, b, kv, step = (pl.program_id(axis) for axis in range(4))
+      entry = visit(refs, b, kv, step)
+      at = self._at_block(refs, j, b, entry >> 2, kv, entry & 3)
+      is_first, is_last = (kv == 0) & (step == 0), (kv == self._columns - 1) & (step == steps - 1)
+
+      @pl.when(is_first)
+      def _():
+        refs.dq_t[...] = jnp.zeros(refs.dq_t.shape, jnp.float32)
+
+      @pl.when(step == 0)
+      def _():
+        refs.dk_sum[...] = jnp.zeros(refs.dk_sum.shape, jnp.float32)
+        refs.dv_sum[...] = jnp.zeros(refs.dv_sum.shape, jnp.float32)
+
+      if self._relative:
+
+        @pl.when(is_first & (b == 0))
+        def _():
+          refs.dtiles[...] = jnp.zeros(refs.dtiles.shape, jnp.float32)
+          refs.dfar[...] = jnp.zeros(refs.dfar.shape, jnp.float32)
+
+      def gather(visible, near):
+        k, v = refs.k[...], refs.v[...]
+        heads = (self._heads(x) for x in (refs.q[...], k, refs.dout[...]))
+        for h, (q, own_k, dout) in enumerate(zip(*heads, strict=True)):
+          weights, dlogits, slope = self._gradient(refs, at, h, q, k, v, dout, visible, near)
+          refs.dv_sum[...] += self._dot(weights, dout, ((1,), (0,)))
+          if self._relative and near:
+            refs.dtiles[h, at.tile] += dlogits
+          elif self._relative:
+            row = pl.ds(2 * h + at.is_ahead, 1)
+            refs.dfar[row] += dlogits.sum(axis=0, keepdims=True)
+          dlogits = dlogits * self._call.scale
+          dlogits = (dlogits if slope is None else dlogits * slope).astype(k.dtype)
+          refs.dk_sum[...] += self._dot(dlogits, q, ((1,), (0,)))
+          refs.dq_t[at.i] += self._dot(own_k.T, dlogits, ((1,), (0,)))
+
+      self._each_kind(refs, at, gather)
+
+      @pl.when(step == steps - 1)
+      def _():
+        refs.dk[...] = refs.dk_sum[...].astype(refs.dk.dtype)
+        refs.dv[...] = refs.dv_sum[...].astype(refs.dv.dtype)
+
+      @pl.when(is_last)
+      def _():
+        @pl.loop(0, self._rows)
+        def _(i):
+          rows = pl.ds(pl.multiple_of(i * bq, _LANES), bq)
+          refs.dq[rows] = refs.dq_t[i].T.astype(refs.dq.dtype)
+
+    dtype = self._call.q_BTNH.dtype
+    # Lane blocks that share keys leave a gradient each, added up in float32.
+    dkv = (
+      (self._B, self._padded_S, self._J * L),
+      dtype if self._shared == 1 else jnp.float32,
+      (None, bk, L),
+      lambda j, b, i, kv: (b, kv, j),
+    )
+    outputs = {
+      "dq": (
+        (self._B, self._padded_T, self._J * L),
+        dtype,
+        (None, self._padded_T, L),
+        lambda j, b, i, kv: (b, 0, j),
+      ),
+      "dk": dkv,
+      "dv": dkv,
+    }
+    scratch = {"dq_t": (self._rows, L, bq), "dk_sum": (bk, L), "dv_sum": (bk, L)}
+    if self._relative:
+      count = self._tile_count()
+      outputs |= {
+        "dtiles": (
+          (self._J, P, count, bk, bq),
+          jnp.float32,
+          (None, P, count, bk, bq),
+          lambda j, b, i, kv: (j, 0, 0, 0, 0),
+        ),
+        "dfar": (
+          (self._J, 2 * P, bq),
+          jnp.float32,
+          (None, 2 * P, bq),
+          lambda j, b, i, kv: (j, 0, 0),
+        ),
+      }
+    dq, dk, dv, *dbias = self._pallas(
+      body,
+      "attention_backward",
+      grid=(self._J, self._B, self._columns, steps),
+      to_block=lambda refs, j, b, kv, step: (j, b, visit(refs, b, kv, step) >> 2, kv),
+      scalars=self._scalars(visits),
+      inputs=inputs,
+      outputs=outputs,
+      scratch=scratch,
+      # The gradient of a bias is summed over the batch.
+      parallel=1 if self._relative else 2,
+    )
+    call = self._call
+    (dq,) = jax.linear_transpose(self._queries, call.q_BTNH)(dq)
+    if self._shared > 1:
+      shape = (self._B, self._padded_S, self._J // self._shared, self._shared, L)
+      dk, dv = (x.reshape(shape).sum(3).reshape(*shape[:2], -1).astype(dtype) for x in (dk, dv))
+    (dk,), (dv,) = (jax.linear_transpose(self._keys, call.k_BSKH)(x) for x in (dk, dv))
+    if self._relative:
+      dtiles, dfar = dbias
+      dfar = dfar.sum(-1).reshape(-1)
+      return dq, dk, dv, jax.vjp(self._tiles, call.bias)[1]((dtiles, dfar))[0]
+    return dq, dk, dv, self._dense_gradient(inputs) if self._dense else None
+
+  def _gradient(self, refs, at, h, q, k, v, dout, visible, near):
+    """(dropped probabilities, gradient at the logits, slope of the soft cap) of a block [s, q]."""
+    logits, slope = self._scores(refs, at, h, q, k, visible, near)
+    weights = jnp.exp(logits - refs.lse[h : h + 1])
+    dweights = self._dot(v, dout, ((1,), (1,)))
+    kept = self._kept(refs, at, h) if self._call.dropout_rate > 0 else None
+    dlogits = weights * (self._drop(kept, dweights) - refs.delta[h : h + 1])
+    return self._drop(kept, weights).astype(v.dtype), dlogits, slope
+
+  def _dense_gradient(self, inputs):
+    """Of a dense bias, by a kernel of its own: what is not asked for is not computed.
+
+    Its blocks are the outer loop, and what it broadcasts over the inner one, so that no array is
+    larger than the bias.
+    """
+    call, bq, bk = self._call, self._block_q, self._block_kv
+    states = jnp.asarray(call.block_states(bq, bk)).astype(jnp.int32)
+    batch_stride = self._rows * self._columns if states.shape[0] > 1 else 0
+    sizes = {"b": self._B, "j": self._J, "i": self._rows, "kv": self._columns}
+    broadcast = dict(zip(sizes, (size == 1 for size in call.bias.shape), strict=True))
+    broadcast["i"] &= not broadcast["kv"]  # A bias without keys is laid out by queries.
+    order = sorted(sizes, key=broadcast.get)
+    summed = [axis for axis in order if broadcast[axis]]
+    block, index = self._dense_spec()
+
+    def body(refs):
+      place = {axis: pl.program_id(n) for n, axis in enumerate(order)}
+      j, b, i, kv = (place[axis] for axis in "j b i kv".split())
+      state = refs.visits[b * batch_stride + i * self._columns + kv]
+      at = self._at_block(refs, j, b, i, kv, state)
+
+      if summed:
+        first = functools.reduce(jnp.logical_and, [place[axis] == 0 for axis in summed])
+
+        @pl.when(first)
+        def _():
+          refs.dbias[...] = jnp.zeros(refs.dbias.shape, jnp.float32)
+      else:
+        refs.dbias[...] = jnp.zeros(refs.dbias.shape, jnp.float32)
+
+      def gather(visible, near):
+        k, v = refs.k[...], refs.v[...]
+        heads = (self._heads(x) for x in (refs.q[...], refs.dout[...]))
+        for h, (q, dout) in enumerate(zip(*heads, strict=True)):
+          _, dlogits, _ = self._gradient(refs, at, h, q, k, v, dout, visible, near)
+          if broadcast["kv"]:
+            tile = dlogits.sum(axis=0, keepdims=True)
+          elif broadcast["i"]:
+            tile = dlogits.T.sum(axis=0, keepdims=True)
+          else:
+            tile = dlogits.T
+          refs.dbias[0 if broadcast["j"] else h] += tile
+
+      self._each_kind(refs, at, gather)
+
+    (dbias,) = self._pallas(
+      body,
+      "attention_backward_bias",
+      grid=tuple(sizes[axis] for axis in order),
+      to_block=lambda refs, *ids: tuple(ids[order.index(axis)] for axis in ("j", "b", "i", "kv")),
+      scalars=self._scalars(states.reshape(-1)),
+      inputs=inputs,
+      outputs={"dbias": (inputs["bias"][0].shape, jnp.float32, block, index)},
+      scratch={},
+      parallel=len(order) - len(summed),
+    )
+    return jax.linear_transpose(self._dense_bias, call.bias)(dbias.astype(call.bias.dtype))[0]
+
+  def _pallas(self, body, name, *, grid, to_block, scalars, inputs, outputs, scratch, parallel):
+    """One kernel: `body(refs)` sees all its references by name.
+
+    Args:
+      to_block: `(refs, *grid indices)` to the (j, b, i, kv) that index maps are functions of.
+      scalars: name to array, prefetched. A bare array among the inputs becomes one of them.
+      inputs: name to (array, block, index map); outputs: name to (shape, dtype, block, index map).
+      scratch: name to shape, float32.
+      parallel: how many of the grid's first dimensions may run in any order.
+    """
+    scalars = scalars | {k: v for k, v in inputs.items() if not isinstance(v, tuple)}
+    inputs = {k: v for k, v in inputs.items() if isinstance(v, tuple)}
+
+    def spec(block, index):
+      def index_map(*ids_and_scalars):
+        ids, refs = ids_and_scalars[: len(grid)], ids_and_scalars[len(grid) :]
+        return index(*to_block(_Refs(zip(scalars, refs, strict=True)), *ids))
+
+      return pl.BlockSpec(block, index_map)
+
+    arrays = [*scalars.values(), *(array for array, _, _ in inputs.values())]
+    varying = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in arrays))
+    names = [*scalars, *inputs, *outputs, *scratch]
+    kernel = pl.pallas_call(
+      lambda *refs: body(_Refs(zip(names, refs, strict=True))),
+      grid_spec=pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=len(scalars),
+        grid=grid,
+        in_specs=[spec(block, index) for _, block, index in inputs.values()],
+        out_specs=[spec(block, index) for _, _, block, index in outputs.values()],
+        scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch.values()],
+      ),
+      out_shape=[_shape(shape, dtype, varying) for shape, dtype, _, _ in outputs.values()],
+      compiler_params=pltpu.CompilerParams(
+        dimension_semantics=("parallel",) * parallel + ("arbitrary",) * (len(grid) - parallel),
+        vmem_limit_bytes=_VMEM_BYTES,
+      ),
+      interpret=self._interpret,
+      name=name,
+    )
+    return kernel(*arrays)
+
+
+@dataclasses.dataclass(frozen=True)
+class _At:
+  """Where a step of a kernel is: lane block, row of the batch, block of queries, block of keys."""
+
+  j: jax.Array
+  b: jax.Array
+  i: jax.Array
+  kv: jax.Array
+  state: jax.Array
+  tile: jax.Array | None = None
+  near: jax.Array | None = None
+  is_ahead: jax.Array | None = None
+
+
+class _Refs:
+  """References by name."""
+
+  def __init__(self, items):
+    self.__dict__.update(items)
+
+
+def _split(length: int, block: int) -> tuple[int, int]:
+  """The side of a block, a multiple of 128 of at most `block`, and how many: as even as may be."""
+  count = -(-length // block)
+  side = -(-length // (count * _LANES)) * _LANES
+  return side, -(-length // side)
+
+
+def _pad(x, axis, multiple):
+  """Zeros to the next multiple."""
+  missing = -x.shape[axis] % multiple
+  if missing == 0:
+    return x
+  return jnp.pad(x, [(0, missing if a == axis else 0) for a in range(x.ndim)])
+
+
+def _shape(shape, dtype, varying):
+  """Of an output that differs over the mesh axes of an enclosing shard_map that the inputs do."""
+  axes = jax.sharding.ManualAxisType(varying=varying)
+  return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=axes)

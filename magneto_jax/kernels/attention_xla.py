@@ -24,8 +24,13 @@ class Xla:
   name = "xla"
   platforms = None
 
-  def check(self, call: Call) -> None:
-    """It refuses nothing."""
+  def fitted(self, call: Call) -> "Xla":
+    """Itself: it refuses nothing."""
+    return self
+
+  def is_worthwhile(self, call: Call) -> bool:
+    """Always."""
+    return True
 
 
 def attention(call: Call) -> tuple[jax.Array, jax.Array]:

@@ -120,7 +120,7 @@ class Call:
       seen, whole = seen & (nearest <= right), whole & (farthest <= right)
     if self.kv_lengths is not None:
       lengths = self.kv_lengths[:, None, None]
-      seen, whole = seen & (first_k < lengths), whole & (last_k < lengths)
+      seen, whole = seen & (first_k < lengths), whole & (first_k + block_kv <= lengths)
     if self.q_segment_ids is not None:
       q_low, q_high = _ranges(self.q_segment_ids, block_q)
       k_low, k_high = _ranges(self.kv_segment_ids, block_kv)
