@@ -166,6 +166,7 @@ class _Blocks:
     lse, delta, dout = (_pad(x, 2, self._block_q) for x in (lse, delta, dout))
     dbias = None if self._bias is None else jnp.zeros(self._bias.shape, dtype)
     dq = jnp.zeros((self._B, self._N, self._rows * self._block_q, self._H), dtype)
+    q_HR, dout_HR = self._transposed(self._q), self._transposed(dout)
 
     def column(carry, x):
       j, first, end = x
@@ -176,20 +177,20 @@ class _Blocks:
         q, do = self._queries(self._q, i), self._queries(dout, i)
         logits, slope = self._logits(q, i, j)
         weights = jnp.exp(logits - self._queries(lse, i)[..., None])
-        dv += self._product("BKRS,BKRH->BKSH", self._drop(weights, i, j), do)
+        dv += self._product("BKHR,BKRS->BKHS", dout_HR[i], self._drop(weights, i, j))
         dweights = self._product("BKRH,BKSH->BKRS", do, v).reshape(logits.shape)
         dlogits = weights * (self._drop(dweights, i, j) - self._queries(delta, i)[..., None])
         dbias = self._add_to_bias(dbias, dlogits, i, j)
         dlogits = dlogits * call.scale if slope is None else dlogits * call.scale * slope
-        dk += self._product("BKRS,BKRH->BKSH", dlogits, q)
+        dk += self._product("BKHR,BKRS->BKHS", q_HR[i], dlogits)
         dq_block = self._product("BKRS,BKSH->BKRH", dlogits, k)
         dq = _add_at(dq, dq_block.reshape(self._B, self._N, -1, self._H), (0, 0, i * self._block_q, 0))
         return dq, dbias, dk, dv
 
-      keys = (self._B, self._K, self._block_kv, self._H)
+      keys = (self._B, self._K, self._H, self._block_kv)
       start = self._like_inputs((jnp.zeros(keys, dtype), jnp.zeros(keys, dtype)))
       dq, dbias, dk, dv = self._loop(first, end, self._rows, step, (*carry, *start))
-      return (dq, dbias), (dk.astype(k.dtype), dv.astype(v.dtype))
+      return (dq, dbias), tuple(x.astype(k.dtype).swapaxes(2, 3) for x in (dk, dv))
 
     carry = self._like_inputs((dq, dbias))
     (dq, dbias), dkv = _scan(column, carry, self._columns, self._seen_from(axis=1))
@@ -203,17 +204,23 @@ class _Blocks:
     """A block of [B, N, T, ...]."""
     return jax.lax.dynamic_slice_in_dim(x, i * self._block_q, self._block_q, 2)
 
+  def _transposed(self, x):
+    """The blocks of [B, N, T, H], each as [B, K, H, R]."""
+    x = x.reshape(self._B, self._K, -1, self._rows, self._block_q, self._H)
+    x = x.transpose(3, 0, 1, 5, 2, 4).reshape(self._rows, self._B, self._K, self._H, -1)
+    return jax.lax.optimization_barrier(x)
+
   def _keys(self, x, j):
     """A block of [B, K, S, H]."""
     return jax.lax.dynamic_slice_in_dim(x, j * self._block_kv, self._block_kv, 2)
 
   def _product(self, equation, left, right):
     """One product a key/value head: R = G q rows, whichever of the two are the queries'."""
+    dtype = self._call.q_BTNH.dtype
     grouped = [
-      x.reshape(self._B, self._K, -1, x.shape[-1]) if x.shape[1] == self._N else x
+      x.astype(dtype).reshape(self._B, self._K, -1, x.shape[-1]) if x.shape[1] == self._N else x
       for x in (left, right)
     ]
-    grouped[0] = grouped[0].astype(right.dtype)
     return jnp.einsum(equation, *grouped, preferred_element_type=self._call.dtype)
 
   def _logits(self, q, i, j):
