@@ -38,6 +38,7 @@ PICTURE = coordinator.ROOT / "docs" / "attention.png"
 
 def cases(args) -> list[Attention]:
   """Every length without and with bias and dropout."""
+  extras = [(False, 0.0)] if args.plain else itertools.product((False, True), (0.0, DROPOUT))
   return [
     Attention(
       batch=args.batch,
@@ -49,7 +50,7 @@ def cases(args) -> list[Attention]:
       bias=bias,
       dropout=rate,
     )
-    for bias, rate in itertools.product((False, True), (0.0, DROPOUT))
+    for bias, rate in extras
     for length in map(int, args.lengths.split(","))
   ]
 
@@ -243,6 +244,7 @@ def main() -> None:
   parser.add_argument("--head-dim", type=int)
   parser.add_argument("--dtype")
   parser.add_argument("--bidirectional", action="store_true")
+  parser.add_argument("--plain", action="store_true", help="neither bias nor dropout")
   parser.add_argument("--memory-gib", type=float, help="cases with larger temporaries are not run")
   args = parser.parse_args()
   sizes = SIZES.get(args.platform, ACCELERATOR_SIZES)
