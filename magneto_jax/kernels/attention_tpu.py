@@ -339,6 +339,24 @@ class _Kernel(_Layout):
     kept = [(lane >= h * self._width) & (lane < (h + 1) * self._width) for h in range(self._P)]
     return [jnp.where(keep, x, jnp.zeros_like(x)) for keep in kept]
 
+  def _own(self, h):
+    """The lanes of a head in its lane block."""
+    return slice(h * self._width, (h + 1) * self._width)
+
+  def _strips(self, refs, at, partial):
+    """Yields (h, q, columns, what is visible or None): a block's heads, a strip of queries at a time.
+
+    A strip depends on no other one, so that the compiler can have the matrix unit work on the next
+    one while the vector unit is busy with the exponentials of this one.
+    """
+    heads = self._heads(refs.q[...])
+    width = _strip(self._block_q)
+    for start in range(0, self._block_q, width):
+      cols = slice(start, start + width)
+      visible = self._visible(refs, at, cols) if partial else None
+      for h, q in enumerate(heads):
+        yield h, q[cols], cols, visible
+
   def _dot(self, left, right, dims):
     """A product with float32 sums; float32 factors are not rounded to bfloat16."""
     exact = jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
@@ -350,13 +368,14 @@ class _Kernel(_Layout):
       preferred_element_type=jnp.float32,
     )
 
-  def _indices(self, i, kv):
-    """The query of each column [1, q] and the key of each row [s, 1]."""
-    query = jax.lax.broadcasted_iota(jnp.int32, (1, self._block_q), 1) + i * self._block_q
-    return query, jax.lax.broadcasted_iota(jnp.int32, (self._block_kv, 1), 0) + kv * self._block_kv
+  def _indices(self, at, cols):
+    """The query of each column [1, q] of a strip and the key of each row [s, 1]."""
+    query = jax.lax.broadcasted_iota(jnp.int32, (1, cols.stop - cols.start), 1)
+    key = jax.lax.broadcasted_iota(jnp.int32, (self._block_kv, 1), 0)
+    return query + (at.i * self._block_q + cols.start), key + at.kv * self._block_kv
 
-  def _visible(self, refs, b, i, kv):
-    query, key = self._indices(i, kv)
+  def _visible(self, refs, at, cols):
+    query, key = self._indices(at, cols)
     left, right = self._call.window
     terms = []
     if (left, right) != (None, None):
@@ -364,24 +383,24 @@ class _Kernel(_Layout):
       terms += [distance >= -left] if left is not None else []
       terms += [distance <= right] if right is not None else []
     if self._call.kv_lengths is not None:
-      terms.append(key < refs.lengths[b])
+      terms.append(key < refs.lengths[at.b])
     if self._call.q_segment_ids is not None:
-      terms.append(refs.kv_ids[...].T == refs.q_ids[...])
+      terms.append(refs.kv_ids[...].T == refs.q_ids[:, cols])
     mask = functools.reduce(jnp.logical_and, terms)
-    return jnp.broadcast_to(mask, (self._block_kv, self._block_q))
+    return jnp.broadcast_to(mask, (self._block_kv, cols.stop - cols.start))
 
-  def _scores(self, refs, at, h, q, k, visible, near):
-    """(logits, slope) of one head: [s, q], and of the soft cap (None without one)."""
+  def _scores(self, refs, at, h, dot, cols, visible, near):
+    """(logits, slope) of a strip of a head: [s, q], and of the soft cap (None without one)."""
     call = self._call
-    logits = self._dot(k, q, ((1,), (1,))) * call.scale
+    logits = dot * call.scale
     slope = None
     if call.logits_soft_cap is not None:
       capped = jnp.tanh(logits * (1 / call.logits_soft_cap))
       logits, slope = call.logits_soft_cap * capped, 1 - capped * capped
     if self._relative:
-      logits += refs.tiles[h, at.tile] if near else refs.far[self._far_at(at, h)]
+      logits += refs.tiles[h, at.tile, :, cols] if near else refs.far[self._far_at(at, h)]
     elif self._dense:
-      logits += self._dense_block(refs, h)
+      logits += self._dense_strip(refs, h, cols)
     if visible is not None:
       logits = jnp.where(visible, logits, -jnp.inf)
     return logits, slope
@@ -389,25 +408,28 @@ class _Kernel(_Layout):
   def _far_at(self, at, h):
     return 2 * (at.j * self._P + h) + at.is_ahead
 
-  def _dense_block(self, refs, h):
-    bias = refs.bias[h if self._call.bias.shape[1] > 1 else 0].astype(jnp.float32)
-    return bias if self._call.bias.shape[3] == 1 else bias.T
+  def _dense_strip(self, refs, h, cols):
+    _, heads, rows, columns = self._call.bias.shape
+    h = h if heads > 1 else 0
+    if columns == 1:
+      return refs.bias[h, :, cols].astype(jnp.float32)
+    return refs.bias[h, cols if rows > 1 else slice(None)].astype(jnp.float32).T
 
-  def _kept(self, refs, at, h):
-    """Whether the probabilities [s, q] of a head stay."""
+  def _kept(self, refs, at, h, cols):
+    """Whether the probabilities [s, q] of a strip of a head stay."""
     head_key = refs.head_keys[at.b * self._N + at.j * self._P + h]
-    query, key = self._indices(at.i, at.kv)
+    query, key = self._indices(at, cols)
     if self._random == "hash":
       return dropout.keep(head_key.astype(jnp.uint32), query, key, self._call.dropout_rate)
     # Seeded by squares of fixed size, so that blocks of all sizes draw the same.
     def square(row, column):
-      number = ((at.kv * self._block_kv // _LANES + row) << 16) | (
-        at.i * self._block_q // _LANES + column
-      )
+      row += at.kv * (self._block_kv // _LANES)
+      column += at.i * (self._block_q // _LANES) + cols.start // _LANES
+      number = (row << 16) | column
       pltpu.prng_seed(head_key, number)
       return pltpu.bitcast(pltpu.prng_random_bits((_LANES, _LANES)), jnp.uint32)
 
-    rows, columns = self._block_kv // _LANES, self._block_q // _LANES
+    rows, columns = self._block_kv // _LANES, (cols.stop - cols.start) // _LANES
     bits = [
       jnp.concatenate([square(row, column) for column in range(columns)], axis=1)
       for row in range(rows)
@@ -431,7 +453,7 @@ class _Kernel(_Layout):
     return dataclasses.replace(at, tile=jnp.clip(tile, 0, count - 1), near=near, is_ahead=is_ahead)
 
   def _each_kind(self, refs, at, step) -> None:
-    """Runs `step(visible, near)` as the block's state and distance ask, compiled for each kind."""
+    """Runs `step(partial, near)` as the block's state and distance ask, compiled for each kind."""
     hides = not self._call.hides_nothing
     for partial in (False, True) if hides else (False,):
       for near in (True, False) if self._relative else (False,):
@@ -441,7 +463,7 @@ class _Kernel(_Layout):
 
         @pl.when(is_kind)
         def _(partial=partial, near=near):
-          step(self._visible(refs, at.b, at.i, at.kv) if partial else None, near)
+          step(partial, near)
 
   # The forward pass.
 
@@ -464,22 +486,30 @@ class _Kernel(_Layout):
         refs.total[...] = jnp.zeros(refs.total.shape, jnp.float32)
         refs.acc[...] = jnp.zeros(refs.acc.shape, jnp.float32)
 
-      def attend(visible, near):
+      def attend(partial, near):
         k, v_t = refs.k[...], refs.v[...].T
-        for h, q in enumerate(self._heads(refs.q[...])):
-          logits, _ = self._scores(refs, at, h, q, k, visible, near)
-          top = refs.top[h : h + 1]
+        strips = list(self._strips(refs, at, partial))
+        dots = [None] * len(strips)
+        ahead = int(os.environ.get("AHEAD", 1))
+        for n in range(len(strips) + ahead):
+          if n < len(strips):
+            h, q, cols, visible = strips[n]
+            dots[n] = self._dot(k, q, ((1,), (1,)))
+          if n < ahead: continue
+          h, q, cols, visible = strips[n-ahead]
+          logits, _ = self._scores(refs, at, h, dots[n-ahead], cols, visible, near)
+          top = refs.top[h : h + 1, cols]
           # Bounded from below, so that a row without keys has weights exp(-inf) = 0, not NaN.
           new_top = jnp.maximum(top, logits.max(axis=0, keepdims=True))
           weights, shrink = jnp.exp(logits - new_top), jnp.exp(top - new_top)
-          refs.top[h : h + 1] = new_top
-          total = refs.total[h : h + 1]
-          refs.total[h : h + 1] = total * shrink + weights.sum(axis=0, keepdims=True)
-          kept = self._kept(refs, at, h) if self._call.dropout_rate > 0 else None
+          refs.top[h : h + 1, cols] = new_top
+          total = refs.total[h : h + 1, cols]
+          refs.total[h : h + 1, cols] = total * shrink + weights.sum(axis=0, keepdims=True)
+          kept = self._kept(refs, at, h, cols) if self._call.dropout_rate > 0 else None
           weights = self._drop(kept, weights).astype(v_t.dtype)
-          own = slice(h * self._width, (h + 1) * self._width)
+          own = self._own(h)
           product = self._dot(v_t[own], weights, ((1,), (0,)))
-          refs.acc[own] = refs.acc[own] * shrink + product
+          refs.acc[own, cols] = refs.acc[own, cols] * shrink + product
 
       self._each_kind(refs, at, attend)
 
@@ -490,7 +520,7 @@ class _Kernel(_Layout):
         total = jnp.where(empty, 1.0, total)
         refs.lse[...] = jnp.where(empty, lowest, refs.top[...] + jnp.log(total))
         for h in range(P):
-          own = slice(h * self._width, (h + 1) * self._width)
+          own = self._own(h)
           refs.acc[own] = refs.acc[own] * (1 / total[h : h + 1])
         refs.out[...] = refs.acc[...].T.astype(refs.out.dtype)
 
@@ -557,8 +587,8 @@ class _Kernel(_Layout):
 
       @pl.when(step == 0)
       def _():
-        refs.dk_sum[...] = jnp.zeros(refs.dk_sum.shape, jnp.float32)
-        refs.dv_sum[...] = jnp.zeros(refs.dv_sum.shape, jnp.float32)
+        refs.dk_t[...] = jnp.zeros(refs.dk_t.shape, jnp.float32)
+        refs.dv_t[...] = jnp.zeros(refs.dv_t.shape, jnp.float32)
 
       if self._relative:
 
@@ -567,28 +597,38 @@ class _Kernel(_Layout):
           refs.dtiles[...] = jnp.zeros(refs.dtiles.shape, jnp.float32)
           refs.dfar[...] = jnp.zeros(refs.dfar.shape, jnp.float32)
 
-      def gather(visible, near):
+      def gather(partial, near):
         k, v = refs.k[...], refs.v[...]
-        heads = (self._heads(x) for x in (refs.q[...], k, refs.dout[...]))
-        for h, (q, own_k, dout) in enumerate(zip(*heads, strict=True)):
-          weights, dlogits, slope = self._gradient(refs, at, h, q, k, v, dout, visible, near)
-          refs.dv_sum[...] += self._dot(weights, dout, ((1,), (0,)))
+        k_t, q_t, dout_t = k.T, refs.q[...].T, refs.dout[...].T
+        douts = self._heads(refs.dout[...])
+        strips = list(self._strips(refs, at, partial))
+        dots = [None] * len(strips)
+        ahead = int(os.environ.get("AHEAD", 1))
+        for n in range(len(strips) + ahead):
+          if n < len(strips):
+            h, q, cols, visible = strips[n]
+            dots[n] = self._dot(k, q, ((1,), (1,))), self._dot(v, douts[h][cols], ((1,), (1,)))
+          if n < ahead: continue
+          h, q, cols, visible = strips[n-ahead]
+          own = self._own(h)
+          weights, dlogits, slope = self._gradient(refs, at, h, *dots[n-ahead], cols, visible, near)
+          refs.dv_t[own] += self._dot(dout_t[own, cols], weights.astype(v.dtype), ((1,), (1,)))
           if self._relative and near:
-            refs.dtiles[h, at.tile] += dlogits
+            refs.dtiles[h, at.tile, :, cols] += dlogits
           elif self._relative:
             row = pl.ds(2 * h + at.is_ahead, 1)
-            refs.dfar[row] += dlogits.sum(axis=0, keepdims=True)
+            refs.dfar[row, cols] += dlogits.sum(axis=0, keepdims=True)
           dlogits = dlogits * self._call.scale
           dlogits = (dlogits if slope is None else dlogits * slope).astype(k.dtype)
-          refs.dk_sum[...] += self._dot(dlogits, q, ((1,), (0,)))
-          refs.dq_t[at.i] += self._dot(own_k.T, dlogits, ((1,), (0,)))
+          refs.dk_t[own] += self._dot(q_t[own, cols], dlogits, ((1,), (1,)))
+          refs.dq_t[at.i, own, cols] += self._dot(k_t[own], dlogits, ((1,), (0,)))
 
       self._each_kind(refs, at, gather)
 
       @pl.when(step == steps - 1)
       def _():
-        refs.dk[...] = refs.dk_sum[...].astype(refs.dk.dtype)
-        refs.dv[...] = refs.dv_sum[...].astype(refs.dv.dtype)
+        refs.dk[...] = refs.dk_t[...].T.astype(refs.dk.dtype)
+        refs.dv[...] = refs.dv_t[...].T.astype(refs.dv.dtype)
 
       @pl.when(is_last)
       def _():
@@ -615,7 +655,7 @@ class _Kernel(_Layout):
       "dk": dkv,
       "dv": dkv,
     }
-    scratch = {"dq_t": (self._rows, L, bq), "dk_sum": (bk, L), "dv_sum": (bk, L)}
+    scratch = {"dq_t": (self._rows, L, bq), "dk_t": (L, bk), "dv_t": (L, bk)}
     if self._relative:
       count = self._tile_count()
       outputs |= {
@@ -656,14 +696,13 @@ class _Kernel(_Layout):
       return dq, dk, dv, jax.vjp(self._tiles, call.bias)[1]((dtiles, dfar))[0]
     return dq, dk, dv, self._dense_gradient(inputs) if self._dense else None
 
-  def _gradient(self, refs, at, h, q, k, v, dout, visible, near):
-    """(dropped probabilities, gradient at the logits, slope of the soft cap) of a block [s, q]."""
-    logits, slope = self._scores(refs, at, h, q, k, visible, near)
-    weights = jnp.exp(logits - refs.lse[h : h + 1])
-    dweights = self._dot(v, dout, ((1,), (1,)))
-    kept = self._kept(refs, at, h) if self._call.dropout_rate > 0 else None
-    dlogits = weights * (self._drop(kept, dweights) - refs.delta[h : h + 1])
-    return self._drop(kept, weights).astype(v.dtype), dlogits, slope
+  def _gradient(self, refs, at, h, dot, dweights, cols, visible, near):
+    """(dropped probabilities, gradient at the logits, slope of the soft cap) of a strip [s, q]."""
+    logits, slope = self._scores(refs, at, h, dot, cols, visible, near)
+    weights = jnp.exp(logits - refs.lse[h : h + 1, cols])
+    kept = self._kept(refs, at, h, cols) if self._call.dropout_rate > 0 else None
+    dlogits = weights * (self._drop(kept, dweights) - refs.delta[h : h + 1, cols])
+    return self._drop(kept, weights), dlogits, slope
 
   def _dense_gradient(self, inputs):
     """Of a dense bias, by a kernel of its own: what is not asked for is not computed.
@@ -696,18 +735,20 @@ class _Kernel(_Layout):
       else:
         refs.dbias[...] = jnp.zeros(refs.dbias.shape, jnp.float32)
 
-      def gather(visible, near):
+      def gather(partial, near):
         k, v = refs.k[...], refs.v[...]
-        heads = (self._heads(x) for x in (refs.q[...], refs.dout[...]))
-        for h, (q, dout) in enumerate(zip(*heads, strict=True)):
-          _, dlogits, _ = self._gradient(refs, at, h, q, k, v, dout, visible, near)
+        douts = self._heads(refs.dout[...])
+        for h, q, cols, visible in self._strips(refs, at, partial):
+          dout = douts[h][cols]
+          dots = self._dot(k, q, ((1,), (1,))), self._dot(v, dout, ((1,), (1,)))
+          _, dlogits, _ = self._gradient(refs, at, h, *dots, cols, visible, near)
+          head = 0 if broadcast["j"] else h
           if broadcast["kv"]:
-            tile = dlogits.sum(axis=0, keepdims=True)
+            refs.dbias[head, :, cols] += dlogits.sum(axis=0, keepdims=True)
           elif broadcast["i"]:
-            tile = dlogits.T.sum(axis=0, keepdims=True)
+            refs.dbias[head] += dlogits.T.sum(axis=0, keepdims=True)
           else:
-            tile = dlogits.T
-          refs.dbias[0 if broadcast["j"] else h] += tile
+            refs.dbias[head, cols] += dlogits.T
 
       self._each_kind(refs, at, gather)
 
@@ -786,6 +827,13 @@ class _Refs:
 
   def __init__(self, items):
     self.__dict__.update(items)
+
+
+import os
+def _strip(block):
+  """The width of a strip of queries."""
+  w = int(os.environ.get("STRIP", 128))
+  return w if block % w == 0 else 128
 
 
 def _split(length: int, block: int) -> tuple[int, int]:
