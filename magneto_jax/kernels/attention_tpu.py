@@ -141,6 +141,10 @@ class _Layout:
     self._shared = group // self._P if group % self._P == 0 else 1
     self._relative = isinstance(call.bias, RelativeBias)
     self._dense = call.bias is not None and not self._relative
+    # Logits are held divided by this, which saves their multiplication by the scale: that of the
+    # exponential's argument is needed anyway. (A dense bias may be too large to be divided.)
+    unit = call.scale if call.logits_soft_cap is None else call.logits_soft_cap
+    self._unit = 1.0 if self._dense or unit <= 0 else unit
 
   def vmem_bytes(self, backward: bool) -> int:
     """What the blocks of a step need, twice where they are fetched ahead, with its temporaries."""
@@ -226,7 +230,7 @@ class _Kernel(_Layout):
 
   def _tiles(self, bias: RelativeBias):
     """The tiles near the diagonal [J, P, tiles, s, q], and the numbers far behind and ahead [N 2]."""
-    bias = jax.tree.map(lambda table: table.astype(jnp.float32), bias)
+    bias = jax.tree.map(lambda table: table.astype(jnp.float32) / self._unit, bias)
     step, count, width = self._tile_step(), self._tile_count(), self._block_q + self._block_kv - 1
     start = self._phase() + self._first_tile() * step - self._block_q + 1
     strip = bias.strip(start, (count - 1) * step + width)[:, ::-1]
@@ -357,6 +361,17 @@ class _Kernel(_Layout):
       for h, q in enumerate(heads):
         yield h, q[cols], cols, visible
 
+  def _add(self, total, h, x_sq, y_qL, y_Lq):
+    """Adds x y, keys by lanes, to a sum that lies as it is the cheapest.
+
+    With several heads in a lane block, as the transpose: its rows are then those of the head alone,
+    while the product with all lanes would compute zeros for the other heads.
+    """
+    if self._P == 1:
+      total[...] += self._dot(x_sq, y_qL, ((1,), (0,)))
+    else:
+      total[self._own(h)] += self._dot(y_Lq, x_sq, ((1,), (1,)))
+
   def _dot(self, left, right, dims):
     """A product with float32 sums; float32 factors are not rounded to bfloat16."""
     exact = jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
@@ -390,13 +405,15 @@ class _Kernel(_Layout):
     return jnp.broadcast_to(mask, (self._block_kv, cols.stop - cols.start))
 
   def _scores(self, refs, at, h, dot, cols, visible, near):
-    """(logits, slope) of a strip of a head: [s, q], and of the soft cap (None without one)."""
+    """(logits / unit, slope) of a strip of a head: [s, q], and of the soft cap (None without one)."""
     call = self._call
-    logits = dot * call.scale
     slope = None
+    logits = dot if self._unit == call.scale else dot * (call.scale / self._unit)
     if call.logits_soft_cap is not None:
-      capped = jnp.tanh(logits * (1 / call.logits_soft_cap))
-      logits, slope = call.logits_soft_cap * capped, 1 - capped * capped
+      logits = jnp.tanh(logits * (self._unit / call.logits_soft_cap))
+      slope = 1 - logits * logits
+      if self._unit != call.logits_soft_cap:
+        logits *= call.logits_soft_cap / self._unit
     if self._relative:
       logits += refs.tiles[h, at.tile, :, cols] if near else refs.far[self._far_at(at, h)]
     elif self._dense:
@@ -436,10 +453,9 @@ class _Kernel(_Layout):
     ]
     return jnp.concatenate(bits, axis=0) >= jnp.uint32(round(self._call.dropout_rate * 2**32))
 
-  def _drop(self, kept, weights):
-    if kept is None:
-      return weights
-    return jnp.where(kept, weights * (1 / (1 - self._call.dropout_rate)), 0.0)
+  def _exp(self, x):
+    """exp(unit x)."""
+    return jnp.exp2(x * (self._unit * math.log2(math.e)))
 
   def _at_block(self, refs, j, b, i, kv, state):
     """Where a step is, and its relation to the tiles of a relative bias."""
@@ -489,27 +505,33 @@ class _Kernel(_Layout):
       def attend(partial, near):
         k, v_t = refs.k[...], refs.v[...].T
         strips = list(self._strips(refs, at, partial))
-        dots = [None] * len(strips)
+        dots, soft = {}, {}
         ahead = int(os.environ.get("AHEAD", 1))
-        for n in range(len(strips) + ahead):
+        lag = int(os.environ.get("LAG", 0))
+        for n in range(len(strips) + ahead + lag):
           if n < len(strips):
             h, q, cols, visible = strips[n]
             dots[n] = self._dot(k, q, ((1,), (1,)))
-          if n < ahead: continue
-          h, q, cols, visible = strips[n-ahead]
-          logits, _ = self._scores(refs, at, h, dots[n-ahead], cols, visible, near)
-          top = refs.top[h : h + 1, cols]
-          # Bounded from below, so that a row without keys has weights exp(-inf) = 0, not NaN.
-          new_top = jnp.maximum(top, logits.max(axis=0, keepdims=True))
-          weights, shrink = jnp.exp(logits - new_top), jnp.exp(top - new_top)
-          refs.top[h : h + 1, cols] = new_top
-          total = refs.total[h : h + 1, cols]
-          refs.total[h : h + 1, cols] = total * shrink + weights.sum(axis=0, keepdims=True)
-          kept = self._kept(refs, at, h, cols) if self._call.dropout_rate > 0 else None
-          weights = self._drop(kept, weights).astype(v_t.dtype)
-          own = self._own(h)
-          product = self._dot(v_t[own], weights, ((1,), (0,)))
-          refs.acc[own, cols] = refs.acc[own, cols] * shrink + product
+          m = n - ahead
+          if 0 <= m < len(strips):
+            h, q, cols, visible = strips[m]
+            logits, _ = self._scores(refs, at, h, dots.pop(m), cols, visible, near)
+            top = refs.top[h : h + 1, cols]
+            # Bounded from below, so that a row without keys has weights exp(-inf) = 0, not NaN.
+            new_top = jnp.maximum(top, logits.max(axis=0, keepdims=True))
+            weights, shrink = self._exp(logits - new_top), self._exp(top - new_top)
+            refs.top[h : h + 1, cols] = new_top
+            total = refs.total[h : h + 1, cols]
+            refs.total[h : h + 1, cols] = total * shrink + weights.sum(axis=0, keepdims=True)
+            kept = self._kept(refs, at, h, cols) if self._call.dropout_rate > 0 else None
+            soft[m] = _drop(kept, weights).astype(v_t.dtype), shrink
+          m -= lag
+          if 0 <= m < len(strips):
+            h, q, cols, visible = strips[m]
+            weights, shrink = soft.pop(m)
+            own = self._own(h)
+            product = self._dot(v_t[own], weights, ((1,), (0,)))
+            refs.acc[own, cols] = refs.acc[own, cols] * shrink + product
 
       self._each_kind(refs, at, attend)
 
@@ -518,7 +540,8 @@ class _Kernel(_Layout):
         total = refs.total[...]
         empty = total == 0
         total = jnp.where(empty, 1.0, total)
-        refs.lse[...] = jnp.where(empty, lowest, refs.top[...] + jnp.log(total))
+        refs.lse[...] = jnp.where(empty, lowest, refs.top[...] * self._unit + jnp.log(total))
+        total *= 1 - self._call.dropout_rate
         for h in range(P):
           own = self._own(h)
           refs.acc[own] = refs.acc[own] * (1 / total[h : h + 1])
@@ -565,11 +588,14 @@ class _Kernel(_Layout):
     L, bq, bk, P = self._L, self._block_q, self._block_kv, self._P
     # exp(logits - fill) is 0 for the queries of the padding.
     fill = float(jnp.finfo(jnp.float32).max)
+    # What is the same for all pairs is left out of them: gradients are multiplied in the end.
+    kept = 1 - self._call.dropout_rate
+    rest, scale = 1 / kept, self._call.scale / kept
     statistic = (None, None, P, bq), lambda j, b, i, kv: (b, j, 0, i)
     inputs = self._inputs() | {
       "dout": (self._queries(dout_BTNH), (None, bq, L), lambda j, b, i, kv: (b, i, j)),
-      "lse": (self._statistics(lse_BTN, fill), *statistic),
-      "delta": (self._statistics(delta_BTN), *statistic),
+      "lse": (self._statistics(jnp.maximum(lse_BTN / self._unit, -fill), fill), *statistic),
+      "delta": (self._statistics(delta_BTN * kept), *statistic),
     }
 
     def visit(refs, b, kv, step):
@@ -587,8 +613,8 @@ class _Kernel(_Layout):
 
       @pl.when(step == 0)
       def _():
-        refs.dk_t[...] = jnp.zeros(refs.dk_t.shape, jnp.float32)
-        refs.dv_t[...] = jnp.zeros(refs.dv_t.shape, jnp.float32)
+        refs.dk_sum[...] = jnp.zeros(refs.dk_sum.shape, jnp.float32)
+        refs.dv_sum[...] = jnp.zeros(refs.dv_sum.shape, jnp.float32)
 
       if self._relative:
 
@@ -612,30 +638,30 @@ class _Kernel(_Layout):
           h, q, cols, visible = strips[n-ahead]
           own = self._own(h)
           weights, dlogits, slope = self._gradient(refs, at, h, *dots[n-ahead], cols, visible, near)
-          refs.dv_t[own] += self._dot(dout_t[own, cols], weights.astype(v.dtype), ((1,), (1,)))
+          self._add(refs.dv_sum, h, weights.astype(v.dtype), douts[h][cols], dout_t[own, cols])
           if self._relative and near:
             refs.dtiles[h, at.tile, :, cols] += dlogits
           elif self._relative:
             row = pl.ds(2 * h + at.is_ahead, 1)
             refs.dfar[row, cols] += dlogits.sum(axis=0, keepdims=True)
-          dlogits = dlogits * self._call.scale
           dlogits = (dlogits if slope is None else dlogits * slope).astype(k.dtype)
-          refs.dk_t[own] += self._dot(q_t[own, cols], dlogits, ((1,), (1,)))
+          self._add(refs.dk_sum, h, dlogits, q, q_t[own, cols])
           refs.dq_t[at.i, own, cols] += self._dot(k_t[own], dlogits, ((1,), (0,)))
 
       self._each_kind(refs, at, gather)
 
       @pl.when(step == steps - 1)
       def _():
-        refs.dk[...] = refs.dk_t[...].T.astype(refs.dk.dtype)
-        refs.dv[...] = refs.dv_t[...].T.astype(refs.dv.dtype)
+        upright = (lambda x: x) if self._P == 1 else (lambda x: x.T)
+        refs.dk[...] = (upright(refs.dk_sum[...]) * scale).astype(refs.dk.dtype)
+        refs.dv[...] = (upright(refs.dv_sum[...]) * rest).astype(refs.dv.dtype)
 
       @pl.when(is_last)
       def _():
         @pl.loop(0, self._rows)
         def _(i):
           rows = pl.ds(pl.multiple_of(i * bq, _LANES), bq)
-          refs.dq[rows] = refs.dq_t[i].T.astype(refs.dq.dtype)
+          refs.dq[rows] = (refs.dq_t[i].T * scale).astype(refs.dq.dtype)
 
     dtype = self._call.q_BTNH.dtype
     # Lane blocks that share keys leave a gradient each, added up in float32.
@@ -655,7 +681,8 @@ class _Kernel(_Layout):
       "dk": dkv,
       "dv": dkv,
     }
-    scratch = {"dq_t": (self._rows, L, bq), "dk_t": (L, bk), "dv_t": (L, bk)}
+    keys = (bk, L) if P == 1 else (L, bk)
+    scratch = {"dq_t": (self._rows, L, bq), "dk_sum": keys, "dv_sum": keys}
     if self._relative:
       count = self._tile_count()
       outputs |= {
@@ -692,19 +719,19 @@ class _Kernel(_Layout):
     (dk,), (dv,) = (jax.linear_transpose(self._keys, call.k_BSKH)(x) for x in (dk, dv))
     if self._relative:
       dtiles, dfar = dbias
-      dfar = dfar.sum(-1).reshape(-1)
+      dtiles, dfar = dtiles * (rest * self._unit), dfar.sum(-1).reshape(-1) * (rest * self._unit)
       return dq, dk, dv, jax.vjp(self._tiles, call.bias)[1]((dtiles, dfar))[0]
-    return dq, dk, dv, self._dense_gradient(inputs) if self._dense else None
+    return dq, dk, dv, self._dense_gradient(inputs, rest) if self._dense else None
 
   def _gradient(self, refs, at, h, dot, dweights, cols, visible, near):
     """(dropped probabilities, gradient at the logits, slope of the soft cap) of a strip [s, q]."""
     logits, slope = self._scores(refs, at, h, dot, cols, visible, near)
-    weights = jnp.exp(logits - refs.lse[h : h + 1, cols])
+    weights = self._exp(logits - refs.lse[h : h + 1, cols])
     kept = self._kept(refs, at, h, cols) if self._call.dropout_rate > 0 else None
-    dlogits = weights * (self._drop(kept, dweights) - refs.delta[h : h + 1, cols])
-    return self._drop(kept, weights), dlogits, slope
+    dlogits = weights * (_drop(kept, dweights) - refs.delta[h : h + 1, cols])
+    return _drop(kept, weights), dlogits, slope
 
-  def _dense_gradient(self, inputs):
+  def _dense_gradient(self, inputs, rest):
     """Of a dense bias, by a kernel of its own: what is not asked for is not computed.
 
     Its blocks are the outer loop, and what it broadcasts over the inner one, so that no array is
@@ -763,7 +790,7 @@ class _Kernel(_Layout):
       scratch={},
       parallel=len(order) - len(summed),
     )
-    return jax.linear_transpose(self._dense_bias, call.bias)(dbias.astype(call.bias.dtype))[0]
+    return jax.linear_transpose(self._dense_bias, call.bias)((dbias * rest).astype(call.bias.dtype))[0]
 
   def _pallas(self, body, name, *, grid, to_block, scalars, inputs, outputs, scratch, parallel):
     """One kernel: `body(refs)` sees all its references by name.
@@ -834,6 +861,10 @@ def _strip(block):
   """The width of a strip of queries."""
   w = int(os.environ.get("STRIP", 128))
   return w if block % w == 0 else 128
+
+
+def _drop(kept, weights):
+  return weights if kept is None else jnp.where(kept, weights, 0.0)
 
 
 def _split(length: int, block: int) -> tuple[int, int]:
