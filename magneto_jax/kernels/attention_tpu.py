@@ -39,6 +39,9 @@ from magneto_jax.kernels.bias import RelativeBias, toeplitz
 from magneto_jax.kernels.call import FULL, PARTIAL, Call
 
 _LANES = 128
+# Queries that go through the softmax together: a matrix unit each for 128 of them, and scores that
+# do not crowd out everything else. A larger block is cut into strips.
+_STRIP = 512
 # Of the smallest of the chips (v5p and tpu7x have 64 MiB).
 _VMEM_BYTES = 48 * 2**20
 # Scalar memory for the lists of blocks; a core has 1 MiB.
@@ -348,18 +351,13 @@ class _Kernel(_Layout):
     return slice(h * self._width, (h + 1) * self._width)
 
   def _strips(self, refs, at, partial):
-    """Yields (h, q, columns, what is visible or None): a block's heads, a strip of queries at a time.
-
-    A strip depends on no other one, so that the compiler can have the matrix unit work on the next
-    one while the vector unit is busy with the exponentials of this one.
-    """
+    """Yields the strips of a block: of every head, some of its queries."""
     heads = self._heads(refs.q[...])
-    width = _strip(self._block_q)
-    for start in range(0, self._block_q, width):
-      cols = slice(start, start + width)
+    for start in range(0, self._block_q, _STRIP):
+      cols = slice(start, min(start + _STRIP, self._block_q))
       visible = self._visible(refs, at, cols) if partial else None
       for h, q in enumerate(heads):
-        yield h, q[cols], cols, visible
+        yield _Strip(h, cols, q[cols], visible)
 
   def _add(self, total, h, x_sq, y_qL, y_Lq):
     """Adds x y, keys by lanes, to a sum that lies as it is the cheapest.
@@ -404,22 +402,21 @@ class _Kernel(_Layout):
     mask = functools.reduce(jnp.logical_and, terms)
     return jnp.broadcast_to(mask, (self._block_kv, cols.stop - cols.start))
 
-  def _scores(self, refs, at, h, dot, cols, visible, near):
-    """(logits / unit, slope) of a strip of a head: [s, q], and of the soft cap (None without one)."""
-    call = self._call
-    slope = None
+  def _scores(self, refs, at, strip, dot, near):
+    """(logits / unit, slope of the soft cap or None) of a strip: [s, q]."""
+    call, slope = self._call, None
     logits = dot if self._unit == call.scale else dot * (call.scale / self._unit)
     if call.logits_soft_cap is not None:
       logits = jnp.tanh(logits * (self._unit / call.logits_soft_cap))
       slope = 1 - logits * logits
-      if self._unit != call.logits_soft_cap:
-        logits *= call.logits_soft_cap / self._unit
+      logits = logits if self._unit == call.logits_soft_cap else logits * call.logits_soft_cap
     if self._relative:
+      h, cols = strip.h, strip.cols
       logits += refs.tiles[h, at.tile, :, cols] if near else refs.far[self._far_at(at, h)]
     elif self._dense:
-      logits += self._dense_strip(refs, h, cols)
-    if visible is not None:
-      logits = jnp.where(visible, logits, -jnp.inf)
+      logits += self._dense_strip(refs, strip.h, strip.cols)
+    if strip.visible is not None:
+      logits = jnp.where(strip.visible, logits, -jnp.inf)
     return logits, slope
 
   def _far_at(self, at, h):
@@ -432,8 +429,14 @@ class _Kernel(_Layout):
       return refs.bias[h, :, cols].astype(jnp.float32)
     return refs.bias[h, cols if rows > 1 else slice(None)].astype(jnp.float32).T
 
+  def _dropped(self, refs, at, strip, weights):
+    """Weights [s, q] of a strip with those that dropout takes set to 0, the others as they are."""
+    if self._call.dropout_rate == 0:
+      return weights
+    return jnp.where(self._kept(refs, at, strip.h, strip.cols), weights, 0.0)
+
   def _kept(self, refs, at, h, cols):
-    """Whether the probabilities [s, q] of a strip of a head stay."""
+    """Whether the weights [s, q] of a strip stay."""
     head_key = refs.head_keys[at.b * self._N + at.j * self._P + h]
     query, key = self._indices(at, cols)
     if self._random == "hash":
@@ -504,34 +507,25 @@ class _Kernel(_Layout):
 
       def attend(partial, near):
         k, v_t = refs.k[...], refs.v[...].T
-        strips = list(self._strips(refs, at, partial))
-        dots, soft = {}, {}
-        ahead = int(os.environ.get("AHEAD", 1))
-        lag = int(os.environ.get("LAG", 0))
-        for n in range(len(strips) + ahead + lag):
-          if n < len(strips):
-            h, q, cols, visible = strips[n]
-            dots[n] = self._dot(k, q, ((1,), (1,)))
-          m = n - ahead
-          if 0 <= m < len(strips):
-            h, q, cols, visible = strips[m]
-            logits, _ = self._scores(refs, at, h, dots.pop(m), cols, visible, near)
-            top = refs.top[h : h + 1, cols]
-            # Bounded from below, so that a row without keys has weights exp(-inf) = 0, not NaN.
-            new_top = jnp.maximum(top, logits.max(axis=0, keepdims=True))
-            weights, shrink = self._exp(logits - new_top), self._exp(top - new_top)
-            refs.top[h : h + 1, cols] = new_top
-            total = refs.total[h : h + 1, cols]
-            refs.total[h : h + 1, cols] = total * shrink + weights.sum(axis=0, keepdims=True)
-            kept = self._kept(refs, at, h, cols) if self._call.dropout_rate > 0 else None
-            soft[m] = _drop(kept, weights).astype(v_t.dtype), shrink
-          m -= lag
-          if 0 <= m < len(strips):
-            h, q, cols, visible = strips[m]
-            weights, shrink = soft.pop(m)
-            own = self._own(h)
-            product = self._dot(v_t[own], weights, ((1,), (0,)))
-            refs.acc[own, cols] = refs.acc[own, cols] * shrink + product
+        def product(strip):
+          return self._dot(k, strip.q, ((1,), (1,)))
+
+        def softmax(strip, dot):
+          h, cols = strip.h, strip.cols
+          logits, _ = self._scores(refs, at, strip, dot, near)
+          top = refs.top[h : h + 1, cols]
+          # Bounded from below, so that a row without keys has weights exp(-inf) = 0, not NaN.
+          new_top = jnp.maximum(top, logits.max(axis=0, keepdims=True))
+          weights, shrink = self._exp(logits - new_top), self._exp(top - new_top)
+          refs.top[h : h + 1, cols] = new_top
+          total = refs.total[h : h + 1, cols]
+          refs.total[h : h + 1, cols] = total * shrink + weights.sum(axis=0, keepdims=True)
+          weights = self._dropped(refs, at, strip, weights).astype(v_t.dtype)
+          own = self._own(h)
+          summand = self._dot(v_t[own], weights, ((1,), (0,)))
+          refs.acc[own, cols] = refs.acc[own, cols] * shrink + summand
+
+        _overlapped(self._strips(refs, at, partial), product, softmax)
 
       self._each_kind(refs, at, attend)
 
@@ -627,26 +621,27 @@ class _Kernel(_Layout):
         k, v = refs.k[...], refs.v[...]
         k_t, q_t, dout_t = k.T, refs.q[...].T, refs.dout[...].T
         douts = self._heads(refs.dout[...])
-        strips = list(self._strips(refs, at, partial))
-        dots = [None] * len(strips)
-        ahead = int(os.environ.get("AHEAD", 1))
-        for n in range(len(strips) + ahead):
-          if n < len(strips):
-            h, q, cols, visible = strips[n]
-            dots[n] = self._dot(k, q, ((1,), (1,))), self._dot(v, douts[h][cols], ((1,), (1,)))
-          if n < ahead: continue
-          h, q, cols, visible = strips[n-ahead]
+
+        def products(strip):
+          dout = douts[strip.h][strip.cols]
+          return self._dot(k, strip.q, ((1,), (1,))), self._dot(v, dout, ((1,), (1,)))
+
+        def gradients(strip, dots):
+          h, cols = strip.h, strip.cols
           own = self._own(h)
-          weights, dlogits, slope = self._gradient(refs, at, h, *dots[n-ahead], cols, visible, near)
-          self._add(refs.dv_sum, h, weights.astype(v.dtype), douts[h][cols], dout_t[own, cols])
+          weights, dlogits, slope = self._gradient(refs, at, strip, *dots, near)
+          weights = weights.astype(v.dtype)
+          self._add(refs.dv_sum, h, weights, douts[h][cols], dout_t[own, cols])
           if self._relative and near:
             refs.dtiles[h, at.tile, :, cols] += dlogits
           elif self._relative:
             row = pl.ds(2 * h + at.is_ahead, 1)
             refs.dfar[row, cols] += dlogits.sum(axis=0, keepdims=True)
           dlogits = (dlogits if slope is None else dlogits * slope).astype(k.dtype)
-          self._add(refs.dk_sum, h, dlogits, q, q_t[own, cols])
+          self._add(refs.dk_sum, h, dlogits, strip.q, q_t[own, cols])
           refs.dq_t[at.i, own, cols] += self._dot(k_t[own], dlogits, ((1,), (0,)))
+
+        _overlapped(self._strips(refs, at, partial), products, gradients)
 
       self._each_kind(refs, at, gather)
 
@@ -723,13 +718,17 @@ class _Kernel(_Layout):
       return dq, dk, dv, jax.vjp(self._tiles, call.bias)[1]((dtiles, dfar))[0]
     return dq, dk, dv, self._dense_gradient(inputs, rest) if self._dense else None
 
-  def _gradient(self, refs, at, h, dot, dweights, cols, visible, near):
-    """(dropped probabilities, gradient at the logits, slope of the soft cap) of a strip [s, q]."""
-    logits, slope = self._scores(refs, at, h, dot, cols, visible, near)
-    weights = self._exp(logits - refs.lse[h : h + 1, cols])
-    kept = self._kept(refs, at, h, cols) if self._call.dropout_rate > 0 else None
-    dlogits = weights * (_drop(kept, dweights) - refs.delta[h : h + 1, cols])
-    return _drop(kept, weights), dlogits, slope
+  def _gradient(self, refs, at, strip, dot, dweights, near):
+    """(kept weights, gradient at the logits, slope of the soft cap) of a strip [s, q].
+
+    The first two lack the factor 1 / (1 - dropout rate).
+    """
+    row = slice(strip.h, strip.h + 1)
+    logits, slope = self._scores(refs, at, strip, dot, near)
+    weights = self._exp(logits - refs.lse[row, strip.cols])
+    dweights = self._dropped(refs, at, strip, dweights)
+    dlogits = weights * (dweights - refs.delta[row, strip.cols])
+    return self._dropped(refs, at, strip, weights), dlogits, slope
 
   def _dense_gradient(self, inputs, rest):
     """Of a dense bias, by a kernel of its own: what is not asked for is not computed.
@@ -765,11 +764,11 @@ class _Kernel(_Layout):
       def gather(partial, near):
         k, v = refs.k[...], refs.v[...]
         douts = self._heads(refs.dout[...])
-        for h, q, cols, visible in self._strips(refs, at, partial):
-          dout = douts[h][cols]
-          dots = self._dot(k, q, ((1,), (1,))), self._dot(v, dout, ((1,), (1,)))
-          _, dlogits, _ = self._gradient(refs, at, h, *dots, cols, visible, near)
-          head = 0 if broadcast["j"] else h
+        for strip in self._strips(refs, at, partial):
+          cols, head = strip.cols, 0 if broadcast["j"] else strip.h
+          dweights = self._dot(v, douts[strip.h][cols], ((1,), (1,)))
+          dot = self._dot(k, strip.q, ((1,), (1,)))
+          _, dlogits, _ = self._gradient(refs, at, strip, dot, dweights, near)
           if broadcast["kv"]:
             refs.dbias[head, :, cols] += dlogits.sum(axis=0, keepdims=True)
           elif broadcast["i"]:
@@ -849,6 +848,21 @@ class _At:
   is_ahead: jax.Array | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class _Strip:
+  """Some queries of a block, of one head: its place, the queries, and which pairs are visible.
+
+  Attributes:
+    q: [q, L], zero in the lanes of other heads.
+    visible: [s, q], or None if all are.
+  """
+
+  h: int
+  cols: slice
+  q: jax.Array
+  visible: jax.Array | None
+
+
 class _Refs:
   """References by name."""
 
@@ -856,15 +870,19 @@ class _Refs:
     self.__dict__.update(items)
 
 
-import os
-def _strip(block):
-  """The width of a strip of queries."""
-  w = int(os.environ.get("STRIP", 128))
-  return w if block % w == 0 else 128
+def _overlapped(strips, first, second) -> None:
+  """`second(strip, first(strip))` for every strip, the next one's `first` before this one's `second`.
 
-
-def _drop(kept, weights):
-  return weights if kept is None else jnp.where(kept, weights, 0.0)
+  In this order the compiler has the matrix unit work on the next strip's products while the vector
+  unit is busy with the exponentials of this one.
+  """
+  before = None
+  for strip in strips:
+    products = first(strip)
+    if before is not None:
+      second(*before)
+    before = strip, products
+  second(*before)
 
 
 def _split(length: int, block: int) -> tuple[int, int]:
