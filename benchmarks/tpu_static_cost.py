@@ -6,6 +6,7 @@ instruction words ("bundles", one a cycle at best) that it has scheduled.
 
 import argparse
 import dataclasses
+import functools
 import glob
 import importlib.metadata
 import importlib.util
@@ -15,7 +16,6 @@ import pathlib
 import re
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator
 
 import jax
@@ -29,10 +29,10 @@ BOUND = (
   "These are bounds that the compiler gives, not times, and no gate: waiting for memory is not in "
   "them. They rank block sizes, and show what spills."
 )
-# As many blocks of the largest size as there are kinds of them.
 B, T, N = 2, 4096, 4
 CAUSAL, SEGMENTS, RELATIVE, DENSE = "causal", "segments", "relative", "dense"
 HASH, HARDWARE = "dropout_hash", "dropout_hardware"
+BLOCKS = "512x512,128x128,256x256,256x512,512x256,512x1024,1024x512,1024x1024"
 FEATURES = {
   "base": (),
   **{name: (name,) for name in (CAUSAL, SEGMENTS, RELATIVE, DENSE, HASH, HARDWARE)},
@@ -80,11 +80,8 @@ def ours(variant: Variant, array) -> tuple[Callable, list, dict]:
     "is_causal": CAUSAL in has,
     "dropout_rate": 0.1 if "dropout_key" in rest else 0.0,
   }
-  return (
-    lambda *xs, **rest: kernels.dot_product_attention(*xs, **rest, **options),
-    primals,
-    rest,
-  )
+  attend = functools.partial(kernels.dot_product_attention, **options)
+  return attend, primals, rest
 
 
 def splash(variant: Variant, array) -> tuple[Callable, list, dict]:
@@ -112,7 +109,7 @@ def splash(variant: Variant, array) -> tuple[Callable, list, dict]:
 
 
 def flash(variant: Variant, array) -> tuple[Callable, list, dict]:
-  from jax.experimental.pallas.ops.tpu import flash_attention as flash
+  from jax.experimental.pallas.ops.tpu import flash_attention as kernel
 
   has = FEATURES[variant.feature]
   q, kv = variant.block_q, variant.block_kv
@@ -120,13 +117,13 @@ def flash(variant: Variant, array) -> tuple[Callable, list, dict]:
   sides |= dict.fromkeys(
     ("block_k_major", "block_k", "block_k_major_dkv", "block_k_dkv", "block_k_major_dq"), kv
   )
-  sizes = flash.BlockSizes(**sides, block_k_dq=kv, block_b=1)
+  sizes = kernel.BlockSizes(**sides, block_k_dq=kv, block_b=1)
   rest = {}
   if SEGMENTS in has:
-    rest["segment_ids"] = flash.SegmentIds(*[array((B, T), jnp.int32)] * 2)
+    rest["segment_ids"] = kernel.SegmentIds(*[array((B, T), jnp.int32)] * 2)
   x = array((B, N, T, variant.head_dim), jnp.bfloat16)
   options = {"causal": CAUSAL in has, "block_sizes": sizes}
-  return lambda *xs, **rest: flash.flash_attention(*xs, **rest, **options), [x, x, x], rest
+  return lambda *xs, **rest: kernel.flash_attention(*xs, **rest, **options), [x, x, x], rest
 
 
 # Each with its features, and how many heads a step of its kernels computes.
@@ -142,11 +139,11 @@ LIBRARIES = {
 # ---------------------------------------------------------------------------------------------
 
 
-def kernels_in(folder: str, steps: Callable[[str], int]) -> Iterator[dict]:
+def kernels_in(folder: str, kinds: int) -> Iterator[dict]:
   """The figures of every kernel that was dumped into `folder`.
 
-  Args:
-    steps: the name of a kernel to how many kinds of blocks it has a body for.
+  A block runs one body of a kernel that has one for each of several kinds of blocks: those are its
+  longest runs without a branch.
   """
   for path in sorted(glob.glob(f"{folder}/*-final_bundles.txt")):
     number, name, _ = pathlib.Path(path).name.split("-", 2)
@@ -155,9 +152,9 @@ def kernels_in(folder: str, steps: Callable[[str], int]) -> Iterator[dict]:
       continue
     columns, rows = utilization(pathlib.Path(table[0]).read_text())
     runs = straight_runs(pathlib.Path(path).read_text(), len(rows))
-    longest = sorted(sorted(runs, key=lambda run: run[0] - run[1])[: steps(name)])
+    longest = sorted(sorted(runs, key=lambda run: run[0] - run[1])[:kinds])
     yield {
-      "kernel": re.sub(r"^(jvp_|transpose_jvp_)+|[._\d]*$", "", name),
+      "kernel": re.sub(r"^(jit_|jvp_|transpose_jvp_)+|(_block_.*)?[._\d]*$", "", name),
       "bundles": len(rows),
       "spills": sum(row[columns.index("VSTORE:SPILL")] for row in rows),
       "bodies": [body(columns, rows[start:stop]) for start, stop in longest],
@@ -195,14 +192,24 @@ def body(columns, rows) -> dict:
   }
 
 
+def kinds_of(variant: Variant) -> list[str]:
+  """The kinds of blocks that our kernels have a body for, in the order of the code; others, one."""
+  has = set(FEATURES[variant.feature])
+  if variant.library != "magneto_jax":
+    return ["all"]
+  return [
+    f"{seen}{side}"
+    for seen in (("full", "partial") if {CAUSAL, SEGMENTS} & has else ("full",))
+    for side in (("near", "far") if RELATIVE in has else ("",))
+    for side in [f" {side}".rstrip()]
+  ]
+
+
 def measure(variant: Variant, device, folder: str) -> list[dict]:
   """The kernels of a variant, or why there are none."""
   make, _, heads = LIBRARIES[variant.library]
   sharding = jax.sharding.SingleDeviceSharding(device)
-  array = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-  has = FEATURES[variant.feature]
-  own = variant.library == "magneto_jax"
-  kinds = (2 if {CAUSAL, SEGMENTS} & set(has) else 1) * (2 if RELATIVE in has else 1) if own else 1
+  array = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
   for path in glob.glob(f"{folder}/*"):
     os.remove(path)
   try:
@@ -216,12 +223,11 @@ def measure(variant: Variant, device, folder: str) -> list[dict]:
   except (NotImplementedError, ValueError, jax.errors.JaxRuntimeError) as error:
     return [dataclasses.asdict(variant) | {"refused": str(error).splitlines()[0][:200]}]
   pairs = variant.block_q * variant.block_kv * heads(variant.head_dim)
-  found = []
-  for figures in kernels_in(folder, lambda name: kinds):
-    # The cost of a pair of a query and a key and a head, in thousandths of a bundle.
+  kinds, found = kinds_of(variant), []
+  for figures in kernels_in(folder, len(kinds)):
     for one in figures["bodies"]:
       one["milli_bundles_per_pair"] = 1000 * one["bundles"] / pairs
-    found.append(dataclasses.asdict(variant) | {"kernel": "?"} | figures)
+    found.append(dataclasses.asdict(variant) | {"blocks": kinds} | figures)
   return found
 
 
@@ -240,9 +246,7 @@ def arguments() -> argparse.Namespace:
   parser.add_argument("--head-dim", default="64,128", help="separated by commas")
   parser.add_argument("--libraries", default=",".join(LIBRARIES))
   parser.add_argument("--features", default=",".join(FEATURES), help="at the first size of blocks")
-  every = [f"{q}x{kv}" for q in (128, 256, 512, 1024) for kv in (128, 256, 512, 1024)]
-  blocks = ",".join(sorted(every, key=lambda pair: pair != "512x512"))
-  parser.add_argument("--blocks", default=blocks, help="QUERIESxKEYS, the first for all features")
+  parser.add_argument("--blocks", default=BLOCKS, help="QUERIESxKEYS, the first for all features")
   parser.add_argument("--output", type=pathlib.Path, help="a JSON file; default: in results/")
   args = parser.parse_args()
   for name, table in (("libraries", LIBRARIES), ("features", FEATURES)):
@@ -266,37 +270,48 @@ def variants(args) -> Iterator[Variant]:
             yield Variant(library, head_dim, feature, *block)
 
 
+def is_backward(kernel: str) -> bool:
+  return re.search("backward|bwd|dkv|dq", kernel) is not None
+
+
 def show(found: list[dict]) -> None:
-  """Ranked by cost, forwards and backwards apart; a line a body."""
+  """A line a body; ranked by cost within a pass, head dim and feature."""
+  ranked = sorted(
+    (is_backward(x["kernel"]), x["head_dim"], list(FEATURES).index(x["feature"]), cost, n, x)
+    for x in found
+    for n, cost in enumerate(one["milli_bundles_per_pair"] for one in x.get("bodies", []))
+  )
   rows = []
-  for x in found:
-    for n, one in enumerate(x.get("bodies", [])):
-      kernel = f"{x['kernel']}{f' body {n + 1}' if len(x['bodies']) > 1 else ''}"
-      rows.append((x["head_dim"], x["feature"], kernel, one["milli_bundles_per_pair"], x, one))
-  order = list(FEATURES)
-  rows.sort(key=lambda row: (row[0], "backward" in row[2] or "bwd" in row[2] or "dkv" in row[2] or "dq" in row[2], order.index(row[1]), row[3]))
-  cells = [
-    (
-      f"{library} {kernel}",
-      str(head_dim),
-      feature,
-      f"{x['block_q']}x{x['block_kv']}",
-      f"{cost:.2f}",
-      str(one["bundles"]),
-      str(one["mxu_span"]),
-      str(one["spills"]),
-      str(x["bundles"]),
-    )
-    for head_dim, feature, kernel, cost, x, one in rows
-    for library in [x["library"]]
-  ]
-  columns = ("kernel", "H", "feature", "block", "bundles/1000 pairs", "body", "MXU span", "spills", "all")
-  refused = [x for x in found if "refused" in x]
+  for _, head_dim, _, cost, n, x in ranked:
+    one, kernel = x["bodies"][n], x["kernel"]
+    if x["library"] not in kernel:
+      kernel = f"{x['library']} {kernel}"
+    kernel += f", {x['blocks'][n]}" if len(x["bodies"]) > 1 else ""
+    block = f"{x['block_q']}x{x['block_kv']}"
+    figures = (one["bundles"], one["mxu_span"], one["spills"], x["bundles"])
+    rows.append((kernel, str(head_dim), x["feature"], block, f"{cost:.2f}", *map(str, figures)))
   notes = [
     f"{x['library']} H={x['head_dim']} {x['feature']} {x['block_q']}x{x['block_kv']}: {x['refused']}"
-    for x in refused
+    for x in found
+    if "refused" in x
   ]
-  coordinator.show(columns, cells, [*notes, BOUND])
+  columns = (
+    "kernel, its blocks",
+    "H",
+    "feature",
+    "block",
+    "a pair",
+    "body",
+    "MXU",
+    "spills",
+    "all",
+  )
+  explained = (
+    "a pair: thousandths of a bundle for a query, a key and a head; body: bundles that a block of "
+    "scores takes, of them MXU the span of the matrix unit; all: of the whole kernel, with the "
+    "bodies of other kinds of blocks, and what is done once."
+  )
+  coordinator.show(columns, rows, [*notes, explained, BOUND])
 
 
 def main() -> None:
@@ -317,13 +332,12 @@ def main() -> None:
     device = topologies.get_topology_desc(platform="tpu", topology_name=args.topology).devices[0]
     found = []
     for variant in variants(args):
-      found += measure(variant, device, folder)
       print(variant, file=sys.stderr, flush=True)
-  kind = device.device_kind
+      found += measure(variant, device, folder)
   show(found)
   results = coordinator.provenance("tpu_static_cost") | {
     "topology": args.topology,
-    "device_kind": kind,
+    "device_kind": device.device_kind,
     "versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
     "shape": {"B": B, "T": T, "N": N, "dtype": "bfloat16"},
     "meaning": BOUND,

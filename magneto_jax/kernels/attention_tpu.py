@@ -1,8 +1,8 @@
 """Attention for TPUs, in Pallas: a forward kernel, and one backward kernel for everything.
 
 Letters: B batch, T query length, S key and value length, N heads, K key/value heads, H head dim.
-A *lane block* is what one step of a kernel reads of a token: L lanes (a multiple of 128) that hold P
-heads, P = 2 at H = 64. J = N / P lane blocks of the queries.
+A *lane block* is what one step of a kernel reads of a token: L lanes (a multiple of 128) that hold
+P heads, P = 2 at H = 64. J = N / P lane blocks of the queries.
 
 Layout. Queries, keys and values stay as the projections leave them, [B, T, N H]: a block of them is
 never padded in HBM, nor copied. A head's lanes are singled out by zeroing the others' in one factor
@@ -12,9 +12,9 @@ Orientation. Scores are held transposed, keys by queries (s, q): the sums of the
 over sublanes, which are plain additions of registers; the statistics of a query are one row, not a
 register of 128 equal lanes; and three of the backward pass's products need no transposition.
 
-What is hidden. For every block of queries there is a list of the blocks of keys it sees, made before
-the kernel runs and prefetched: hidden blocks are neither fetched nor computed, and only those that
-are seen in part are masked.
+What is hidden. For every block of queries there is a list of the blocks of keys it sees, made
+before the kernel runs and prefetched: hidden blocks are neither fetched nor computed, and only
+those that are seen in part are masked.
 
 Relative bias. A tile of it depends on its distance from the diagonal alone. Near the diagonal there
 are a few different ones, which stay in VMEM for all blocks of a head; farther than `max_distance`
@@ -42,8 +42,9 @@ _LANES = 128
 # Queries that go through the softmax together: a matrix unit each for 128 of them, and scores that
 # do not crowd out everything else. A larger block is cut into strips.
 _STRIP = 512
-# Of the smallest of the chips (v5p and tpu7x have 64 MiB).
-_VMEM_BYTES = 48 * 2**20
+# What our estimate may come to, and what the compiler may use, which knows better. Both fit the
+# smallest of the chips: v5p and tpu7x have 64 MiB.
+_VMEM_BYTES, _VMEM_LIMIT = 48 * 2**20, 56 * 2**20
 # Scalar memory for the lists of blocks; a core has 1 MiB.
 _SMEM_BYTES = 512 * 2**10
 
@@ -86,16 +87,20 @@ class PallasTpu:
     fitted = self
     for names in (_SIDES[:2], _SIDES[2:]):
       backward = names != _SIDES[:2]
-      # The largest blocks that leave room for the tiles of a relative bias.
-      for block in _BLOCKS:
-        sides = {name: getattr(self, name) or block for name in names}
-        needed = _Layout(call, *sides.values()).vmem_bytes(backward)
-        if needed <= _VMEM_BYTES:
+      # The first blocks that leave room for the tiles of a relative bias.
+      for blocks in _preferred(call):
+        own = (getattr(self, name) for name in names)
+        sides = [mine or block for mine, block in zip(own, blocks, strict=True)]
+        layout = _Layout(call, *sides)
+        if layout.vmem_bytes(backward) <= _VMEM_BYTES:
           break
       else:
-        room = f"{needed >> 20} MiB of vector memory, {_VMEM_BYTES >> 20} are safe"
-        raise NotImplementedError(f"{'the backward pass' if backward else 'it'} needs {room}")
-      fitted = dataclasses.replace(fitted, **sides)
+        raise NotImplementedError(
+          f"{'the backward' if backward else 'the forward'} pass in blocks of "
+          f"{layout.block_q} queries by {layout.block_kv} keys needs "
+          f"{layout.vmem_bytes(backward) >> 20} MiB of vector memory, {_VMEM_BYTES >> 20} are safe"
+        )
+      fitted = dataclasses.replace(fitted, **dict(zip(names, sides, strict=True)))
     return fitted
 
   def is_worthwhile(self, call: Call) -> bool:
@@ -118,7 +123,33 @@ class PallasTpu:
 
 
 _SIDES = ("block_q", "block_kv", "block_q_backward", "block_kv_backward")
-_BLOCKS = (512, 256, 128)
+# Blocks (queries, keys) in order of preference, by generation (the start of `device_kind`). From the
+# static cost of the kernels, benchmarks/README.md: a lane block of one head gains from two strips
+# of queries that overlap, one of two heads has two already, and twice the block doubles its code.
+_ONE_HEAD, _MORE_HEADS = ((1024, 512), (512, 512)), ((512, 512),)
+_SMALLER = ((256, 512), (256, 256), (128, 256), (128, 128))
+_PREFERRED = {
+  "TPU v5 lite": (_ONE_HEAD, _MORE_HEADS),
+}
+
+
+def _preferred(call: Call) -> tuple[tuple[int, int], ...]:
+  _, T, _, N, _, H = call.sizes
+  one, more = next(
+    (blocks for kind, blocks in _PREFERRED.items() if _device_kind().startswith(kind)),
+    (_ONE_HEAD, _MORE_HEADS),
+  )
+  blocks = more if H <= _LANES // 2 and N > 1 else one
+  if call.window != (None, None):
+    # A larger share of large blocks is computed only to be masked.
+    blocks = [block for block in blocks if block[0] <= max(512, T // 8)]
+  return (*blocks, *_SMALLER)
+
+
+@functools.cache
+def _device_kind() -> str:
+  """Of the TPU that is used; "" where it is compiled for from elsewhere, and not known here."""
+  return jax.devices()[0].device_kind if jax.default_backend() == "tpu" else ""
 
 
 class _Layout:
@@ -127,9 +158,9 @@ class _Layout:
   def __init__(self, call: Call, block_q: int, block_kv: int):
     self._call = call
     self._B, self._T, self._S, self._N, self._K, self._H = call.sizes
-    self._block_q, self._rows = _split(self._T, block_q)
-    self._block_kv, self._columns = _split(self._S, block_kv)
-    self._padded_T, self._padded_S = self._block_q * self._rows, self._block_kv * self._columns
+    self.block_q, self._rows = _split(self._T, block_q)
+    self.block_kv, self._columns = _split(self._S, block_kv)
+    self._padded_T, self._padded_S = self.block_q * self._rows, self.block_kv * self._columns
 
     # Heads of 64 lie two in a lane block. Each other head dim is padded, as are 64 lanes left over.
     self._width = max(32, 1 << (self._H - 1).bit_length())
@@ -152,8 +183,8 @@ class _Layout:
   def vmem_bytes(self, backward: bool) -> int:
     """What the blocks of a step need, twice where they are fetched ahead, with its temporaries."""
     itemsize = self._call.q_BTNH.dtype.itemsize
-    rows, columns = self._block_q * self._L, self._block_kv * self._L
-    square = 4 * self._block_q * self._block_kv
+    rows, columns = self.block_q * self._L, self.block_kv * self._L
+    square = 4 * self.block_q * self.block_kv
     bias = 0
     if self._relative:
       bias = (4 if backward else 2) * self._P * self._tile_count() * square
@@ -166,7 +197,7 @@ class _Layout:
     return 2 * itemsize * (2 * rows + 2 * columns) + 4 * rows + bias + 4 * square
 
   def _tile_step(self) -> int:
-    return math.gcd(self._block_q, self._block_kv)
+    return math.gcd(self.block_q, self.block_kv)
 
   def _phase(self):
     """The distance key - query at the corner of a tile, modulo the step from tile to tile."""
@@ -175,19 +206,19 @@ class _Layout:
   def _first_tile(self) -> int:
     """The number of the first tile that is not all behind: its corner is phase + number step."""
     step, static = self._tile_step(), self._call.traced_offset is None
-    reach = self._call.bias.max_distance + self._block_kv - 1
+    reach = self._call.bias.max_distance + self.block_kv - 1
     first = (-reach - (self._phase() if static else step - 1)) // step + 1
     if static:  # None is farther behind than the first key is from the last block of queries.
-      first = max(first, (-(self._rows - 1) * self._block_q - self._call.q_offset) // step)
+      first = max(first, (-(self._rows - 1) * self.block_q - self._call.q_offset) // step)
     return first
 
   def _tile_count(self) -> int:
     step, static = self._tile_step(), self._call.traced_offset is None
-    reach = self._call.bias.max_distance + self._block_q - 1
+    reach = self._call.bias.max_distance + self.block_q - 1
     last = -((self._phase() if static else 0) - reach) // step
     last -= (reach - (self._phase() if static else 0)) % step == 0
     if static:
-      last = min(last, ((self._columns - 1) * self._block_kv - self._call.q_offset) // step)
+      last = min(last, ((self._columns - 1) * self.block_kv - self._call.q_offset) // step)
     return max(1, last - self._first_tile() + 1)
 
 
@@ -207,12 +238,12 @@ class _Kernel(_Layout):
 
   def _queries(self, x_BTNH):
     """[B, T, N, H] as [B, padded T, J L]."""
-    x = _pad(_pad(x_BTNH, 3, self._width), 1, self._block_q)
+    x = _pad(_pad(x_BTNH, 3, self._width), 1, self.block_q)
     return x.reshape(self._B, -1, self._J * self._L)
 
   def _keys(self, x_BSKH):
     """[B, S, K, H] as [B, padded S, J / shared L]."""
-    x = _pad(_pad(x_BSKH, 3, self._width), 1, self._block_kv)
+    x = _pad(_pad(x_BSKH, 3, self._width), 1, self.block_kv)
     group = self._N // self._K
     copies = self._P if group % self._P == 0 and group > 1 else group
     if copies > 1:
@@ -232,26 +263,26 @@ class _Kernel(_Layout):
   # The bias.
 
   def _tiles(self, bias: RelativeBias):
-    """The tiles near the diagonal [J, P, tiles, s, q], and the numbers far behind and ahead [N 2]."""
+    """The tiles near the diagonal [J, P, tiles, s, q], the numbers far behind and ahead [N 2]."""
     bias = jax.tree.map(lambda table: table.astype(jnp.float32) / self._unit, bias)
-    step, count, width = self._tile_step(), self._tile_count(), self._block_q + self._block_kv - 1
-    start = self._phase() + self._first_tile() * step - self._block_q + 1
+    step, count, width = self._tile_step(), self._tile_count(), self.block_q + self.block_kv - 1
+    start = self._phase() + self._first_tile() * step - self.block_q + 1
     strip = bias.strip(start, (count - 1) * step + width)[:, ::-1]
     tiles = [
-      toeplitz(strip[:, i * step : i * step + width], self._block_kv, self._block_q)
+      toeplitz(strip[:, i * step : i * step + width], self.block_kv, self.block_q)
       for i in reversed(range(count))
     ]
     far = [bias.strip(side * bias.max_distance, 1) for side in (-1, 1)]
-    shape = (self._J, self._P, count, self._block_kv, self._block_q)
+    shape = (self._J, self._P, count, self.block_kv, self.block_q)
     return jnp.stack(tiles, axis=1).reshape(shape), jnp.concatenate(far, axis=1).reshape(-1)
 
   def _dense_bias(self, bias):
     """[B', N', T', S'] padded; a bias of one number a query lies along its last axis."""
     if bias.shape[3] == 1:
       bias = jnp.broadcast_to(bias, (*bias.shape[:2], self._T, 1)).swapaxes(2, 3)
-      return _pad(bias, 3, self._block_q)
-    bias = _pad(bias, 2, self._block_q) if bias.shape[2] > 1 else bias
-    return _pad(bias, 3, self._block_kv)
+      return _pad(bias, 3, self.block_q)
+    bias = _pad(bias, 2, self.block_q) if bias.shape[2] > 1 else bias
+    return _pad(bias, 3, self.block_kv)
 
   # The lists of blocks.
 
@@ -260,9 +291,9 @@ class _Kernel(_Layout):
 
     Returns:
       int32 [B or 1, blocks, steps], flat: 4 (index of the block) + its state, first those that are
-      seen, in order; then the last one again with state SKIP, which fetches nothing. And the strides.
+      seen, in order; then the last one again with state SKIP, which fetches nothing. And strides.
     """
-    states = self._call.block_states(self._block_q, self._block_kv)
+    states = self._call.block_states(self.block_q, self.block_kv)
     if states.shape[0] * states.shape[1] * states.shape[2] * 4 > _SMEM_BYTES:
       # One list for the whole batch: what one row sees, all compute.
       whole = jnp.where((states == FULL).all(0), FULL, PARTIAL)
@@ -300,7 +331,7 @@ class _Kernel(_Layout):
   # What both passes read, as (array, block, index map of (j, b, i, kv)).
 
   def _inputs(self) -> dict:
-    call, L, bq, bk = self._call, self._L, self._block_q, self._block_kv
+    call, L, bq, bk = self._call, self._L, self.block_q, self.block_kv
     shared = self._shared
     lane_block = (lambda j: j) if shared == 1 else (lambda j: jax.lax.div(j, jnp.int32(shared)))
     inputs = {
@@ -326,13 +357,13 @@ class _Kernel(_Layout):
     batch, heads, rows, columns = (size > 1 for size in self._call.bias.shape)
     P = self._P if heads else 1
     if not columns:
-      block = (None, P, 1, self._block_q)
+      block = (None, P, 1, self.block_q)
       last = lambda i, kv: (0, i)
     elif not rows:
-      block = (None, P, 1, self._block_kv)
+      block = (None, P, 1, self.block_kv)
       last = lambda i, kv: (0, kv)
     else:
-      block = (None, P, self._block_q, self._block_kv)
+      block = (None, P, self.block_q, self.block_kv)
       last = lambda i, kv: (i, kv)
     return block, lambda j, b, i, kv: (b if batch else 0, j if heads else 0, *last(i, kv))
 
@@ -353,8 +384,8 @@ class _Kernel(_Layout):
   def _strips(self, refs, at, partial):
     """Yields the strips of a block: of every head, some of its queries."""
     heads = self._heads(refs.q[...])
-    for start in range(0, self._block_q, _STRIP):
-      cols = slice(start, min(start + _STRIP, self._block_q))
+    for start in range(0, self.block_q, _STRIP):
+      cols = slice(start, min(start + _STRIP, self.block_q))
       visible = self._visible(refs, at, cols) if partial else None
       for h, q in enumerate(heads):
         yield _Strip(h, cols, q[cols], visible)
@@ -384,8 +415,8 @@ class _Kernel(_Layout):
   def _indices(self, at, cols):
     """The query of each column [1, q] of a strip and the key of each row [s, 1]."""
     query = jax.lax.broadcasted_iota(jnp.int32, (1, cols.stop - cols.start), 1)
-    key = jax.lax.broadcasted_iota(jnp.int32, (self._block_kv, 1), 0)
-    return query + (at.i * self._block_q + cols.start), key + at.kv * self._block_kv
+    key = jax.lax.broadcasted_iota(jnp.int32, (self.block_kv, 1), 0)
+    return query + (at.i * self.block_q + cols.start), key + at.kv * self.block_kv
 
   def _visible(self, refs, at, cols):
     query, key = self._indices(at, cols)
@@ -400,7 +431,7 @@ class _Kernel(_Layout):
     if self._call.q_segment_ids is not None:
       terms.append(refs.kv_ids[...].T == refs.q_ids[:, cols])
     mask = functools.reduce(jnp.logical_and, terms)
-    return jnp.broadcast_to(mask, (self._block_kv, cols.stop - cols.start))
+    return jnp.broadcast_to(mask, (self.block_kv, cols.stop - cols.start))
 
   def _scores(self, refs, at, strip, dot, near):
     """(logits / unit, slope of the soft cap or None) of a strip: [s, q]."""
@@ -441,15 +472,16 @@ class _Kernel(_Layout):
     query, key = self._indices(at, cols)
     if self._random == "hash":
       return dropout.keep(head_key.astype(jnp.uint32), query, key, self._call.dropout_rate)
+
     # Seeded by squares of fixed size, so that blocks of all sizes draw the same.
     def square(row, column):
-      row += at.kv * (self._block_kv // _LANES)
-      column += at.i * (self._block_q // _LANES) + cols.start // _LANES
+      row += at.kv * (self.block_kv // _LANES)
+      column += at.i * (self.block_q // _LANES) + cols.start // _LANES
       number = (row << 16) | column
       pltpu.prng_seed(head_key, number)
       return pltpu.bitcast(pltpu.prng_random_bits((_LANES, _LANES)), jnp.uint32)
 
-    rows, columns = self._block_kv // _LANES, (cols.stop - cols.start) // _LANES
+    rows, columns = self.block_kv // _LANES, (cols.stop - cols.start) // _LANES
     bits = [
       jnp.concatenate([square(row, column) for column in range(columns)], axis=1)
       for row in range(rows)
@@ -466,7 +498,7 @@ class _Kernel(_Layout):
     if not self._relative:
       return at
     step = self._tile_step()
-    tile = kv * (self._block_kv // step) - i * (self._block_q // step) - refs.first_tile[0]
+    tile = kv * (self.block_kv // step) - i * (self.block_q // step) - refs.first_tile[0]
     is_ahead, count = (tile >= self._tile_count()).astype(jnp.int32), self._tile_count()
     near = (tile >= 0) & (tile < count)
     return dataclasses.replace(at, tile=jnp.clip(tile, 0, count - 1), near=near, is_ahead=is_ahead)
@@ -488,7 +520,7 @@ class _Kernel(_Layout):
 
   def forward(self):
     visits, steps, batch_stride = self._visits(of_keys=False)
-    P, L, bq = self._P, self._L, self._block_q
+    P, L, bq = self._P, self._L, self.block_q
     lowest = float(jnp.finfo(jnp.float32).min)
 
     def visit(refs, b, i, step):
@@ -507,6 +539,7 @@ class _Kernel(_Layout):
 
       def attend(partial, near):
         k, v_t = refs.k[...], refs.v[...].T
+
         def product(strip):
           return self._dot(k, strip.q, ((1,), (1,)))
 
@@ -579,7 +612,7 @@ class _Kernel(_Layout):
     their gradients are summed in place, and those of all queries of a lane block in vector memory.
     """
     visits, steps, batch_stride = self._visits(of_keys=True)
-    L, bq, bk, P = self._L, self._block_q, self._block_kv, self._P
+    L, bq, bk, P = self._L, self.block_q, self.block_kv, self._P
     # exp(logits - fill) is 0 for the queries of the padding.
     fill = float(jnp.finfo(jnp.float32).max)
     # What is the same for all pairs is left out of them: gradients are multiplied in the end.
@@ -736,7 +769,7 @@ class _Kernel(_Layout):
     Its blocks are the outer loop, and what it broadcasts over the inner one, so that no array is
     larger than the bias.
     """
-    call, bq, bk = self._call, self._block_q, self._block_kv
+    call, bq, bk = self._call, self.block_q, self.block_kv
     states = jnp.asarray(call.block_states(bq, bk)).astype(jnp.int32)
     batch_stride = self._rows * self._columns if states.shape[0] > 1 else 0
     sizes = {"b": self._B, "j": self._J, "i": self._rows, "kv": self._columns}
@@ -789,7 +822,9 @@ class _Kernel(_Layout):
       scratch={},
       parallel=len(order) - len(summed),
     )
-    return jax.linear_transpose(self._dense_bias, call.bias)((dbias * rest).astype(call.bias.dtype))[0]
+    return jax.linear_transpose(self._dense_bias, call.bias)(
+      (dbias * rest).astype(call.bias.dtype)
+    )[0]
 
   def _pallas(self, body, name, *, grid, to_block, scalars, inputs, outputs, scratch, parallel):
     """One kernel: `body(refs)` sees all its references by name.
@@ -826,7 +861,7 @@ class _Kernel(_Layout):
       out_shape=[_shape(shape, dtype, varying) for shape, dtype, _, _ in outputs.values()],
       compiler_params=pltpu.CompilerParams(
         dimension_semantics=("parallel",) * parallel + ("arbitrary",) * (len(grid) - parallel),
-        vmem_limit_bytes=_VMEM_BYTES,
+        vmem_limit_bytes=_VMEM_LIMIT,
       ),
       interpret=self._interpret,
       name=name,
@@ -871,7 +906,7 @@ class _Refs:
 
 
 def _overlapped(strips, first, second) -> None:
-  """`second(strip, first(strip))` for every strip, the next one's `first` before this one's `second`.
+  """`second(strip, first(strip))` for every strip, after the `first` of the next one.
 
   In this order the compiler has the matrix unit work on the next strip's products while the vector
   unit is busy with the exponentials of this one.

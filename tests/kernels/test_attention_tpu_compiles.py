@@ -64,13 +64,11 @@ T5 = (32, True, 128)
 CASES = {
   # The table's own choice, at its own block sizes.
   "default": Case((2, 512, 512, 4, 4, 64), block=None),
-  "default_long": Case((1, 8192, 8192, 2, 2, 64), T5, (), CAUSAL, block=None),
+  "default_long": Case((1, 8192, 8192, 2, 2, 64), T5, block=None),
   "default_128": Case((1, 1024, 1024, 2, 1, 128), None, (), CAUSAL, block=None),
   "default_256_float32": Case((1, 512, 512, 1, 1, 256), block=None, dtype="float32"),
   # Everything at once, and each feature with others than there.
-  "all": Case(
-    (2, 384, 384, 4, 2, 64), T5, ("segments", "lengths", "offset"), CAUSAL | DROPOUT
-  ),
+  "all": Case((2, 384, 384, 4, 2, 64), T5, ("segments", "lengths", "offset"), CAUSAL | DROPOUT),
   "all_hardware": Case(
     (2, 300, 500, 4, 1, 128), T5, ("segments",), CAUSAL | DROPOUT, random="hardware"
   ),
@@ -80,7 +78,9 @@ CASES = {
   ),
   "head_dim_80": Case((2, 200, 300, 4, 4, 80), None, ("lengths",), {"logits_soft_cap": 30.0}),
   "head_dim_256": Case((1, 256, 256, 2, 1, 256), (1, 2, 256, 256)),
-  "window_offset": Case((2, 256, 384, 4, 4, 64), None, ("offset",), CAUSAL | {"window": (64, None)}),
+  "window_offset": Case(
+    (2, 256, 384, 4, 4, 64), None, ("offset",), CAUSAL | {"window": (64, None)}
+  ),
   "segments": Case((2, 256, 256, 4, 4, 64), None, ("segments",), block=256),
   "hash": Case((2, 256, 256, 4, 4, 64), None, (), DROPOUT),
   "hardware": Case((2, 256, 256, 4, 4, 64), None, ("offset",), DROPOUT, random="hardware"),
@@ -183,7 +183,7 @@ def compiled(topology: str) -> dict[str, dict]:
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 @pytest.mark.parametrize("name", CASES)
 def test_compiles(topology, name):
-  """Into one kernel forwards and one backwards; a dense bias's gradient is a third, if asked for."""
+  """One kernel forwards, one backwards; a dense bias's gradient is a third, if asked for."""
   found = compiled(topology)[name]
   assert "error" not in found, found["error"]
   assert sorted(found["kernels"]) == CASES[name].kernels
