@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from magneto_jax import reporting
+from magneto_jax import kernels, reporting
 from magneto_jax.layers import probes
 from magneto_jax.models.backbone import Backbone
 from magneto_jax.models.language import CausalLM
@@ -249,7 +249,9 @@ def first_update(
   steps = jax.tree_util.tree_map_with_path(
     lambda path, leaf: jnp.stack([leaf * is_matrix(path), leaf * is_of_a_layer(path)]), gradient
   )
-  changes = jax.vmap(lambda step: jax.jvp(read, (params,), (step,))[1])(steps)
+  # In forward mode, of all implementations of attention, `xla` alone is differentiable.
+  with kernels.use_implementation("xla"):
+    changes = jax.vmap(lambda step: jax.jvp(read, (params,), (step,))[1])(steps)
   leaves = [leaf.reshape(2, -1).astype(jnp.float32) for leaf in jax.tree.leaves(changes)]
   moved = jnp.sqrt(jnp.mean(jnp.square(jnp.concatenate(leaves, axis=1)), axis=1))
   return propagation.Update(moved[0], moved[1])

@@ -11,6 +11,7 @@ import pytest
 from flax import linen as nn
 
 from magneto_jax import RECIPES, models
+from magneto_jax.kernels import attention
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -84,6 +85,17 @@ def test_a_model_is_diagnosed_as_written(tmp_path):
   said = subprocess.run(command, check=True, cwd=tmp_path, capture_output=True, text=True).stdout
   assert said.startswith("take ")
   assert (tmp_path / "deepnet.png").stat().st_size > 10_000
+
+
+def test_attention_is_called_as_written():
+  """The page's example, and its table of implementations."""
+  page = (ROOT / "docs" / "attention.md").read_text(encoding="utf-8")
+  (code,) = fenced("python", page)
+  command = [sys.executable, "-W", "error", "-c", code]
+  said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+  assert said.startswith("attention by PallasTpu(") and "XlaChunked(" in said
+  table = page.split("## Implementations")[1].split("\n\n")[1]
+  assert re.findall(r"^\| `(\w+)`", table, re.M) == list(attention.IMPLEMENTATIONS)
 
 
 def test_recipes_and_models_are_those_that_exist():

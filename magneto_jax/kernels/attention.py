@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from magneto_jax.kernels import attention_xla, dropout
+from magneto_jax.kernels import attention_xla, dropout, platforms, self_check
 from magneto_jax.kernels.attention_chunked import XlaChunked
 from magneto_jax.kernels.attention_tpu import PallasTpu
 from magneto_jax.kernels.attention_xla import Xla
@@ -58,6 +58,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
   "xla_chunked": XlaChunked(),
   "xla": Xla(),
 }
+
 
 def dot_product_attention(
   q_BTNH: jax.Array,
@@ -114,9 +115,9 @@ def dot_product_attention(
       the key and of the places b, n, t, s alone, the same for every implementation.
     return_lse: whether to return lse too. It is taken before dropout.
     implementation: a name in the table of implementations, or a record with block sizes of one's
-      own, as `kernels.XlaChunked(256, 256)`. None takes what `use_implementation` says, or else the
-      first in the table that serves the call on the platform that is compiled for. All but `xla`
-      are differentiable once and in reverse mode only.
+      own, as `kernels.XlaChunked(256, 256)`. None takes the first in the table that serves the call
+      on the platform that is compiled for; `choose` tells which. `use_implementation` overrides it.
+      All but `xla` are differentiable once, and in reverse mode only.
 
   Returns:
     out: [B, T, N, H] in the dtype of the queries; with `return_lse` the pair (out, lse), lse
@@ -156,11 +157,12 @@ def dot_product_attention(
   choice = _choose(call, implementation)
   _log_once(str(choice))
   if dropout_rate > 0:
-    call = dataclasses.replace(call, seed=dropout.seed_of(dropout_key))
+    B, _, _, N, _, _ = call.sizes
+    call = dataclasses.replace(call, head_keys=dropout.head_keys(dropout_key, B, N))
   if isinstance(choice.default, Xla):
     out_BTNH, lse_BTN = attention_xla.attention(call)
   else:
-    out_BTNH, lse_BTN = _attend(choice, call)
+    out_BTNH, lse_BTN = _attend(choice, call.varying_alike())
   return (out_BTNH, lse_BTN) if return_lse else out_BTNH
 
 
@@ -218,7 +220,7 @@ _implementation = jax.make_user_context(None)
 
 @contextlib.contextmanager
 def use_implementation(implementation: str | Implementation | None) -> Iterator[None]:
-  """What calls that name no implementation take, within the `with`.
+  """All calls traced within the `with` take this implementation, whichever they name; None: theirs.
 
   Example:
     >>> with use_implementation("xla"):  # Forward mode needs it.
@@ -231,13 +233,13 @@ def use_implementation(implementation: str | Implementation | None) -> Iterator[
 
 def _choose(call: Call, implementation: str | Implementation | None) -> Choice:
   """Raises ValueError for an unknown name, NotImplementedError where a named one cannot serve."""
-  named = _named(_implementation.value if implementation is None else implementation)
+  named = _named(implementation if _implementation.value is None else _implementation.value)
   if named is not None:
     try:
       return Choice(named.fitted(call))
     except NotImplementedError as error:
       raise NotImplementedError(f"{named.name} cannot serve this call: {error}") from error
-  by_platform, refusals = {}, {}
+  by_platform, refusals, doubts = {}, {}, {}
   for name, candidate in IMPLEMENTATIONS.items():
     try:
       fitted = candidate.fitted(call)
@@ -247,9 +249,16 @@ def _choose(call: Call, implementation: str | Implementation | None) -> Choice:
     if not candidate.is_worthwhile(call):
       refusals[name] = "not worth it for so small a call"
     elif candidate.platforms is None:
+      for platform, doubt in doubts.items():
+        _warn_once(doubt, by_platform.get(platform, fitted).name)
       return Choice(fitted, tuple(by_platform.items()), tuple(refusals.items()))
     else:
-      by_platform = {platform: fitted for platform in candidate.platforms} | by_platform
+      for platform in (p for p in candidate.platforms if p not in by_platform):
+        doubt = self_check.doubt(candidate, platform)
+        if doubt is None:
+          by_platform[platform] = fitted
+        else:
+          doubts[platform] = refusals[name] = doubt
   raise NotImplementedError(f"no implementation can serve this call: {refusals}")
 
 
@@ -266,13 +275,21 @@ def _log_once(message: str) -> None:
   _logger.info(message)
 
 
-def _dispatch(choice: Choice, method: str, *arguments):
+@functools.cache
+def _warn_once(doubt: str, instead: str) -> None:
+  _logger.warning("%s; %s is used instead. Please run %s", doubt, instead, self_check.COMMAND)
+
+
+def _dispatch(choice: Choice, method: str, call: Call, *arguments):
   """The method of the implementation of the platform that is compiled for."""
   default = getattr(choice.default, method)
   others = {platform: getattr(other, method) for platform, other in choice.by_platform}
-  if not others:
-    return default(*arguments)
-  return jax.lax.platform_dependent(*arguments, default=default, **others)
+  if others:
+    return jax.lax.platform_dependent(call, *arguments, default=default, **others)
+  if choice.default.platforms is not None:
+    named = {"name": choice.default.name, "platforms": choice.default.platforms}
+    call = dataclasses.replace(call, q_BTNH=platforms.only_on(call.q_BTNH, **named))
+  return default(call, *arguments)
 
 
 # Once for all implementations: what is kept for the backward pass (the arguments, the output and
@@ -291,7 +308,7 @@ def _attend_backward(choice, kept, cotangents):
   call, out_BTNH, lse_BTN = kept
   dq, dk, dv, dbias = _dispatch(choice, "backward", call, out_BTNH, lse_BTN, *cotangents)
   nothing = dict.fromkeys(
-    ("q_segment_ids", "kv_segment_ids", "kv_lengths", "traced_offset", "seed")
+    ("q_segment_ids", "kv_segment_ids", "kv_lengths", "traced_offset", "head_keys")
   )
   gradient = dataclasses.replace(call, q_BTNH=dq, k_BSKH=dk, v_BSKH=dv, bias=dbias, **nothing)
   return (gradient,)
@@ -317,7 +334,7 @@ def _checked(
   dropout_rate=0.0,
   dropout_key=None,
 ) -> Call:
-  """The call that the arguments of `dot_product_attention` are, but for the seed of its dropout."""
+  """The call that the arguments of `dot_product_attention` are, but for the keys of its dropout."""
   _check_arrays(q_BTNH, k_BSKH, v_BSKH, bias)
   _check_masks(q_BTNH, k_BSKH, q_segment_ids, kv_segment_ids, kv_lengths, q_offset, window)
   _check_dropout(dropout_rate, dropout_key)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from magneto_jax.kernels import dropout
 from magneto_jax.kernels.bias import RelativeBias, toeplitz
-from magneto_jax.kernels.call import Call
+from magneto_jax.kernels.call import Call, varying
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,8 +91,6 @@ class _Blocks:
       hidden["q_segment_ids"] = _pad(call.q_segment_ids, 1, block_q)
       hidden["kv_segment_ids"] = _pad(call.kv_segment_ids, 1, block_kv)
     self._masked = dataclasses.replace(call, **hidden)
-    if call.dropout_rate > 0:
-      self._head_keys = dropout.head_keys(call.seed, self._B, self._N)[:, :, None, None]
 
   def _cut_bias(self, bias) -> jax.Array | None:
     """A dense bias as it is, padded; a relative one as the strip [N, T + S] of its distances."""
@@ -107,7 +105,7 @@ class _Blocks:
     return bias
 
   def map_queries(self, attend):
-    """`attend(i, first, end)` of every block of queries i, which sees the blocks first .. end - 1."""
+    """`attend(i, first, end)` of all blocks of queries i, which see the blocks first .. end - 1."""
     return _scan(lambda _, x: (None, attend(*x)), None, self._rows, self._seen_from(axis=2))[1]
 
   def join(self, blocks: jax.Array) -> jax.Array:
@@ -183,7 +181,9 @@ class _Blocks:
         dlogits = dlogits * call.scale if slope is None else dlogits * call.scale * slope
         dk += self._product("BKRS,BKRH->BKSH", dlogits, q)
         dq_block = self._product("BKRS,BKSH->BKRH", dlogits, k)
-        dq = _add_at(dq, dq_block.reshape(self._B, self._N, -1, self._H), (0, 0, i * self._block_q, 0))
+        dq = _add_at(
+          dq, dq_block.reshape(self._B, self._N, -1, self._H), (0, 0, i * self._block_q, 0)
+        )
         return dq, dbias, dk, dv
 
       keys = (self._B, self._K, self._block_kv, self._H)
@@ -241,7 +241,12 @@ class _Blocks:
     if rate == 0:
       return weights
     query, key = self._indices(i, j)
-    kept = dropout.keep(self._head_keys, query[None, None, :, None], key[None, None, None, :], rate)
+    kept = dropout.keep(
+      self._call.head_keys[:, :, None, None],
+      query[None, None, :, None],
+      key[None, None, None, :],
+      rate,
+    )
     return jnp.where(kept, weights / (1 - rate), 0)
 
   def _strip_start(self, i, j):
@@ -269,7 +274,7 @@ class _Blocks:
       return None
     if isinstance(self._call.bias, RelativeBias):
       length = self._block_q + self._block_kv - 1
-      tile = jnp.zeros((self._N, length), dlogits.dtype)
+      tile = self._like_inputs(jnp.zeros((self._N, length), dlogits.dtype))
       along = jax.linear_transpose(lambda s: toeplitz(s, self._block_q, self._block_kv), tile)
       return _add_at(dbias, along(dlogits.sum(0))[0], (0, self._strip_start(i, j)))
     start, sizes = self._bias_slices(i, j)
@@ -277,11 +282,11 @@ class _Blocks:
     return _add_at(dbias, dlogits.sum(axes, keepdims=True), start)
 
   def _like_inputs(self, tree):
-    """Marked as varying over the mesh axes that the inputs vary over, as loops under shard_map ask."""
-    axes = frozenset().union(*map(_varying, jax.tree.leaves(self._call)))
+    """Marked as varying over the mesh axes that the inputs vary over: loops in shard_map ask it."""
+    axes = frozenset().union(*map(varying, jax.tree.leaves(self._call)))
 
     def vary(x):
-      missing = tuple(axes - _varying(x))
+      missing = tuple(axes - varying(x))
       return jax.lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.tree.map(vary, tree)
@@ -305,11 +310,6 @@ def _pad(x, axis, block):
   if missing == 0:
     return x
   return jnp.pad(x, [(0, missing if a == axis else 0) for a in range(x.ndim)])
-
-
-def _varying(x) -> frozenset[str]:
-  """The mesh axes of an enclosing shard_map over which an array differs."""
-  return jax.typeof(x).manual_axis_type.varying
 
 
 def _add_at(total, update, start):

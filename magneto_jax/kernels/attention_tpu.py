@@ -70,7 +70,6 @@ class PallasTpu:
   interpret: bool = False
 
   name = "pallas_tpu"
-  platforms = ("tpu",)
 
   def __post_init__(self):
     for name in _SIDES:
@@ -79,6 +78,11 @@ class PallasTpu:
         raise ValueError(f"{name}={value!r} must be a positive multiple of {_LANES}, or None")
     if self.random not in ("hash", "hardware"):
       raise ValueError(f"random={self.random!r} must be hash or hardware")
+
+  @property
+  def platforms(self) -> tuple[str, ...] | None:
+    """All (None) where it is interpreted."""
+    return None if self.interpret else ("tpu",)
 
   def fitted(self, call: Call) -> "PallasTpu":
     """With all block sizes filled in, if it can serve the call; else NotImplementedError."""
@@ -324,8 +328,8 @@ class _Kernel(_Layout):
       number = (call.q_offset + self._phase()) // self._tile_step() + self._first_tile()
       scalars["first_tile"] = jnp.asarray(number, jnp.int32).reshape(1)
     if call.dropout_rate > 0:
-      keys = dropout.head_keys(call.seed, self._B, self._N).reshape(-1)
-      scalars["head_keys"] = jax.lax.bitcast_convert_type(keys, jnp.int32)
+      keys = jax.lax.bitcast_convert_type(call.head_keys, jnp.int32)
+      scalars["head_keys"] = keys.reshape(-1)
     return scalars
 
   # What both passes read, as (array, block, index map of (j, b, i, kv)).

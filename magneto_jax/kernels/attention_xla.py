@@ -65,9 +65,8 @@ def attention(call: Call) -> tuple[jax.Array, jax.Array]:
   sum_BNT1 = jnp.where(empty_BNT1, 1, sum_BNT1)
   lse_BNT1 = jnp.where(empty_BNT1, lowest, max_BNT1 + jnp.log(sum_BNT1))
   if call.dropout_rate > 0:
-    head_keys_BN11 = dropout.head_keys(call.seed, B, N)[:, :, None, None]
     keep_BNTS = dropout.keep(
-      head_keys_BN11,
+      call.head_keys[:, :, None, None],
       jnp.arange(T)[None, None, :, None],
       jnp.arange(S)[None, None, None, :],
       call.dropout_rate,

@@ -86,7 +86,7 @@ class RelativeBias:
   max_distance: int = 128
 
   def strip(self, start: int | jax.Array, length: int) -> jax.Array:
-    """The bias [N, length] of the relative positions start, start + 1, ...; `start` may be traced."""
+    """The bias [N, length] of the relative positions start, start + 1, ...; start may be traced."""
     relative_position = jnp.arange(length) + start
     buckets = relative_buckets(
       relative_position, self.table.shape[0], self.bidirectional, self.max_distance

@@ -27,7 +27,7 @@ SKIP, PARTIAL, FULL = 0, 1, 2
     "kv_segment_ids",
     "kv_lengths",
     "traced_offset",
-    "seed",
+    "head_keys",
   ],
   meta_fields=["static_offset", "window", "logits_soft_cap", "scale", "dropout_rate"],
 )
@@ -36,7 +36,8 @@ class Call:
   """The arguments of `dot_product_attention`, causality folded into the window.
 
   A pytree: its arrays are leaves, the rest is static. The offset of the queries is an array or,
-  where it is known while tracing, static.
+  where it is known while tracing, static. Of the dropout's key it holds the `dropout.head_keys`,
+  uint32 [B, N], which can be cut along batch and heads as the queries are.
   """
 
   q_BTNH: jax.Array
@@ -47,7 +48,7 @@ class Call:
   kv_segment_ids: jax.Array | None = None
   kv_lengths: jax.Array | None = None
   traced_offset: jax.Array | None = None
-  seed: jax.Array | None = None
+  head_keys: jax.Array | None = None
   static_offset: int = 0
   window: tuple[int | None, int | None] = (None, None)
   logits_soft_cap: float | None = None
@@ -72,12 +73,24 @@ class Call:
   @property
   def hides_nothing(self) -> bool:
     """Whether every query sees every key, but for a bias of -inf."""
-    return (
-      self.window == (None, None) and self.q_segment_ids is None and self.kv_lengths is None
-    )
+    return self.window == (None, None) and self.q_segment_ids is None and self.kv_lengths is None
+
+  def varying_alike(self) -> "Call":
+    """With all arrays marked as varying over the mesh axes over which one varies, in a shard_map.
+
+    A gradient then varies as its array does; where the array did not vary before, what the devices
+    send back is summed by JAX.
+    """
+    axes = frozenset().union(*map(varying, jax.tree.leaves(self)))
+
+    def vary(x):
+      missing = tuple(axes - varying(x))
+      return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(vary, self)
 
   def visible(self, query: jax.Array, key: jax.Array) -> jax.Array:
-    """Which keys a query sees, broadcastable to [B, N, query, key]; not for a call that hides nothing.
+    """Which keys a query sees, broadcastable to [B, N, query, key], where any may be hidden.
 
     Args:
       query, key: int32 vectors, the indices of the queries and keys that are asked for, in
@@ -129,6 +142,11 @@ class Call:
       seen = seen & (q_low <= k_high) & (k_low <= q_high)
       whole = whole & (q_low == k_high) & (q_high == k_low)
     return seen.astype(np.int32) * (1 + whole.astype(np.int32))
+
+
+def varying(x: jax.Array) -> frozenset[str]:
+  """The mesh axes of an enclosing shard_map over which an array differs."""
+  return jax.typeof(x).manual_axis_type.varying
 
 
 def _ranges(ids: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:

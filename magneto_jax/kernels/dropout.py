@@ -11,22 +11,18 @@ import jax.numpy as jnp
 _SPREAD = 0x9E3779B9
 
 
-def seed_of(key: jax.Array) -> jax.Array:
-  """uint32[2] drawn from a typed key of any generator."""
-  return jax.random.bits(key, (2,), jnp.uint32)
-
-
-def head_keys(seed: jax.Array, B: int, N: int) -> jax.Array:
-  """uint32[B, N]: a key for every head of every row of the batch."""
+def head_keys(key: jax.Array, B: int, N: int) -> jax.Array:
+  """uint32[B, N] from a typed key of any generator: one a head and row of the batch."""
+  seed = jax.random.bits(key, (2,), jnp.uint32)
   batch = _mix(seed[0] ^ _spread(jax.lax.broadcasted_iota(jnp.uint32, (B, 1), 0)))
   head = seed[1] + _spread(jax.lax.broadcasted_iota(jnp.uint32, (1, N), 1))
   return _mix(batch ^ head)
 
 
-def keep(head_key: jax.Array, query: jax.Array, key: jax.Array, rate: float) -> jax.Array:
-  """Whether the probability of a query and a key stays, at a chance of 1 - rate each.
+def bits(head_key: jax.Array, query: jax.Array, key: jax.Array) -> jax.Array:
+  """uint32, uniform, for each query and key.
 
-    row = mix(head_key + query c),   keep  iff  mix(row ^ key c) >= rate 2^32
+    row = mix(head_key + query c),   bits = mix(row ^ key c)
 
   with c an odd constant and mix a bijection of 32 bits. All of a row's keys see one `row`: a pair
   costs one exclusive or and one mix, which has two products.
@@ -34,12 +30,17 @@ def keep(head_key: jax.Array, query: jax.Array, key: jax.Array, rate: float) -> 
   Args:
     head_key: of `head_keys`.
     query, key: int32, counted from 0; all three broadcast together.
-    rate: in [0, 1).
 
   Reference: the mix is "lowbias32", Chris Wellons, 2018, nullprogram.com/blog/2018/07/31.
   """
   row = _mix(head_key + _spread(query))
-  return _mix(row ^ _spread(key)) >= jnp.uint32(round(rate * 2**32))
+  return _mix(row ^ _spread(key))
+
+
+def keep(head_key: jax.Array, query: jax.Array, key: jax.Array, rate: float) -> jax.Array:
+  """Whether the probability of a query and a key stays: bits >= rate 2^32, for a rate in [0, 1)."""
+  # The least number of 32 bits drops nothing, the largest keeps one in 2^32.
+  return bits(head_key, query, key) >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
 
 
 def _spread(index: jax.Array) -> jax.Array:

@@ -498,3 +498,13 @@ def test_decoding_past_the_position_table_raises():
   model = language_model(positions="learned", max_length=4)
   with pytest.raises(ValueError, match="8 positions .*max_length=4"):
     model.init_state(1, 8)
+
+
+def test_relative_bias_trains_without_a_square_of_the_length():
+  """8,192 tokens: all temporary memory is a quarter of one float32 a head, query and key."""
+  model = language_model(**RELATIVE, remat="full")
+  tokens = jax.ShapeDtypeStruct((1, 8192), jnp.int32)
+  variables = jax.eval_shape(model.init, jax.random.key(0), tokens)
+  gradient = jax.jit(jax.grad(lambda variables, tokens: model.apply(variables, tokens).sum()))
+  memory = gradient.lower(variables, tokens).compile().memory_analysis()
+  assert memory.temp_size_in_bytes < 4 * HEADS * 8192**2 / 4

@@ -1,0 +1,168 @@
+"""A short check of an implementation on a kind of device on which nobody has run the whole suite.
+
+It is below the table of implementations, which asks it before it takes one by default.
+
+Letters: B batch, T query length, S key length, N heads, K key/value heads, H head dim.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from magneto_jax.kernels import attention_xla
+from magneto_jax.kernels.bias import RelativeBias
+from magneto_jax.kernels.call import Call
+
+COMMAND = "python -m magneto_jax.kernels.check"
+
+
+@dataclasses.dataclass(frozen=True)
+class Recorded:
+  """A run of the whole conformance suite in which nothing failed.
+
+  Attributes:
+    implementation: its name.
+    device_kind: `jax.Device.device_kind`.
+    jax: the version.
+    date: year-month-day.
+  """
+
+  implementation: str
+  device_kind: str
+  jax: str
+  date: str
+
+
+# To add an entry, run the command on the device; its last line says what to write here. No TPU has
+# one so far: there, the first use checks itself.
+RECORDED = (Recorded("xla_chunked", "cpu", "0.10.2", "2026-11-27"),)
+
+
+def is_here(platform: str) -> bool:
+  """Whether this process's default backend is a platform, named as in `platform_dependent`."""
+  backend = jax.default_backend()
+  return platform in (("cuda", "rocm") if backend == "gpu" else (backend,))
+
+
+def doubt(implementation, platform: str) -> str | None:
+  """Why an implementation should not be taken by default for a platform, or None.
+
+  No reason is found where conformance is recorded for this process's kind of device, or where
+  `self_check` finds no difference. On a platform that this process does not have nothing can be
+  checked.
+  """
+  if not is_here(platform):
+    return None
+  (device, *_) = jax.local_devices()
+  recorded = {(entry.implementation, entry.device_kind) for entry in RECORDED}
+  if (implementation.name, device.device_kind) in recorded:
+    return None
+  difference = self_check(implementation, device)
+  return difference and f"{implementation} on {device.device_kind!r}: {difference}"
+
+
+_found: dict[tuple, str | None] = {}
+
+
+def self_check(implementation, device: jax.Device) -> str | None:
+  """How an implementation differs from `xla` on a device, or None; once for each kind of device.
+
+  One call with its gradients, of more than one block (its attributes block_q and block_kv, if it
+  has them): causal, in documents, some of whose queries see nothing, with a relative bias, dropout
+  and grouped heads. It may happen while another function is traced. What the implementation raises
+  counts as a difference.
+  """
+  key = implementation, device.device_kind
+  if key not in _found:
+    _found[key] = _compare(implementation, device)
+  return _found[key]
+
+
+def _compare(implementation, device) -> str | None:
+  with (
+    jax.ensure_compile_time_eval(),
+    jax.default_device(device),
+    jax.default_matmul_precision("highest"),
+    jax.enable_x64(False),
+  ):
+    try:
+      call, dout, dlse = _example(implementation)
+      found = jax.jit(_of(implementation))(call, dout, dlse)
+      expected = jax.jit(_of_xla)(call, dout, dlse)
+    except Exception as error:  # A compiler that does not know the device raises what it likes.
+      return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    worst = {}
+    for name, a, b in zip(("out", "lse", "dq", "dk", "dv", "dbias"), found, expected, strict=True):
+      worst[name] = _difference(np.asarray(a, np.float64), np.asarray(b, np.float64))
+  wrong = [f"{name} by {x:.1%}" for name, x in worst.items() if not x <= _LIMITS[name]]
+  return f"differs from xla in {', '.join(wrong)}" if wrong else None
+
+
+# Of a row of numbers, in units of its norm and the root mean square of all of them together. The
+# products are of bfloat16, so that each device rounds them alike: two results, each wrong by a few
+# roundings to it, differ by a few times 0.4 %; a wrong mask or bias, by tens of percent.
+_LIMITS = dict.fromkeys(("out", "dq", "dk", "dv", "dbias"), 0.05) | {"lse": 1e-4}
+
+
+def _difference(a: np.ndarray, b: np.ndarray) -> float:
+  """The largest distance of two rows in units of their size; infinite if a number is none."""
+  error, size = np.linalg.norm(a - b, axis=-1), np.linalg.norm(b, axis=-1)
+  size = size + np.sqrt(np.mean(size**2))
+  ratio = np.divide(error, size, out=np.where(error == 0, 0.0, np.inf), where=size > 0)
+  return float(np.nan_to_num(ratio, nan=np.inf).max())
+
+
+_BLOCK = 512  # Of an implementation that leaves it to the call, at most.
+
+
+def _example(implementation) -> tuple[Call, np.ndarray, np.ndarray]:
+  """A call that the implementation serves, and cotangents of (out, lse)."""
+  T, S = ((getattr(implementation, side, None) or _BLOCK) + 44 for side in ("block_q", "block_kv"))
+  B, N, K, H = 1, 2, 1, 64
+  rng = np.random.default_rng(0)
+  ids = np.minimum(np.arange(max(T, S)) // 100, 2).astype(np.int32)[None]
+  q_ids = np.where(np.arange(T) % 7 == 0, -1, ids[:, :T])
+  q, dout = rng.normal(size=(2, B, T, N, H))
+  k, v = rng.normal(size=(2, B, S, K, H))
+  refusals = {}
+  for dtype in (jnp.bfloat16, jnp.float32):
+    call = Call(
+      q_BTNH=q.astype(dtype),
+      k_BSKH=k.astype(dtype),
+      v_BSKH=v.astype(dtype),
+      bias=RelativeBias(rng.normal(size=(32, N)).astype(np.float32), False, 100),
+      q_segment_ids=q_ids,
+      kv_segment_ids=ids[:, :S],
+      window=(None, 0),
+      scale=H**-0.5,
+      head_keys=rng.integers(0, 2**32, (B, N), dtype=np.uint32),
+      dropout_rate=0.1,
+    )
+    try:
+      implementation.fitted(call)
+    except NotImplementedError as error:
+      refusals[jnp.dtype(dtype).name] = str(error)
+    else:
+      return call, dout.astype(dtype), rng.normal(size=(B, T, N)).astype(np.float32)
+  raise NotImplementedError(f"it does not serve the check: {refusals}")
+
+
+def _of(implementation):
+  def compute(call, dout, dlse):
+    out, lse = implementation.forward(call)
+    dq, dk, dv, dbias = implementation.backward(call, out, lse, dout, dlse)
+    return out, jnp.maximum(lse, -1e3), dq, dk, dv, dbias.table
+
+  return compute
+
+
+def _of_xla(call, dout, dlse):
+  def attend(q, k, v, bias):
+    replaced = dataclasses.replace(call, q_BTNH=q, k_BSKH=k, v_BSKH=v, bias=bias)
+    return attention_xla.attention(replaced)
+
+  (out, lse), pull = jax.vjp(attend, call.q_BTNH, call.k_BSKH, call.v_BSKH, call.bias)
+  dq, dk, dv, dbias = pull((dout, dlse))
+  return out, jnp.maximum(lse, -1e3), dq, dk, dv, dbias.table

@@ -1,0 +1,116 @@
+"""Which implementations the tests run over, and what is known of each."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from magneto_jax.kernels import PallasTpu, XlaChunked, attention_xla
+from magneto_jax.kernels.attention import Implementation
+from magneto_jax.kernels.attention_xla import Xla
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+  """An implementation under test.
+
+  Attributes:
+    implementation: at lengths of hundreds, where several blocks are visited.
+    small: the same at lengths below ten.
+    refused_dtypes: dtype: what it says of it.
+    is_slow: whether a call takes seconds, as a kernel does that is interpreted.
+  """
+
+  implementation: Implementation
+  small: Implementation
+  refused_dtypes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  is_slow: bool = False
+
+
+_INTERPRETED = PallasTpu(128, 128, 128, 128, interpret=True)
+
+ENTRIES = {
+  "xla": Entry(Xla(), Xla()),
+  "xla_chunked": Entry(XlaChunked(128, 128), XlaChunked(2, 3)),
+  "pallas_tpu": Entry(
+    _INTERPRETED,
+    _INTERPRETED,
+    refused_dtypes=dict.fromkeys(("float16", "float64"), "is neither bfloat16 nor float32"),
+    is_slow=True,
+  ),
+}
+
+
+def _parameter(name: str, implementation: Implementation):
+  marks = [pytest.mark.slow] if ENTRIES[name].is_slow else []
+  return pytest.param(implementation, id=name, marks=marks)
+
+
+# For tests of single properties, at lengths below ten.
+ALL = pytest.mark.parametrize(
+  "implementation", [_parameter(name, entry.small) for name, entry in ENTRIES.items()]
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mistaken:
+  """The reference with a mistake, as an implementation that is not differentiated by JAX.
+
+  Attributes:
+    mistake: of MISTAKES, or "" for none.
+    platforms: as in `Implementation`.
+  """
+
+  mistake: str = ""
+  platforms: tuple[str, ...] | None = ("cpu",)
+
+  name = "mistaken"
+
+  def fitted(self, call):
+    if self.mistake == "refuses":
+      raise NotImplementedError("it needs a head dim of 77")
+    return self
+
+  def is_worthwhile(self, call):
+    return self.mistake != "is idle"
+
+  def forward(self, call):
+    if self.mistake == "does not compile":
+      raise ValueError("unknown device\nand more")
+    out, lse = attention_xla.attention(MISTAKES.get(self.mistake, lambda call: call)(call))
+    return (out * jnp.asarray(1.25, out.dtype) if self.mistake == "scales" else out), lse
+
+  def backward(self, call, out, lse, dout, dlse):
+    def attend(q, k, v, bias):
+      return self.forward(dataclasses.replace(call, q_BTNH=q, k_BSKH=k, v_BSKH=v, bias=bias))
+
+    _, pull = jax.vjp(attend, call.q_BTNH, call.k_BSKH, call.v_BSKH, call.bias)
+    if self.mistake == "forgets lse":
+      dlse = 0 * dlse
+    dq, dk, dv, dbias = pull((dout, dlse))
+    if self.mistake == "bias gradient":
+      dbias = jax.tree.map(lambda x: x.at[1].mul(1.2), dbias)
+    if self.mistake == "not a number":
+      dk = dk.at[:, -1].set(jnp.nan)
+    return dq, dk, dv, dbias
+
+
+def _drop_segments(call):
+  return dataclasses.replace(call, q_segment_ids=None, kv_segment_ids=None)
+
+
+# name: what it makes of the call; the other mistakes are in `Mistaken` itself.
+MISTAKES = {
+  "one key too many": lambda call: dataclasses.replace(call, window=(None, 1)),
+  "no segments": _drop_segments,
+  "no bias": lambda call: dataclasses.replace(call, bias=jax.tree.map(jnp.zeros_like, call.bias)),
+  "no dropout": lambda call: dataclasses.replace(call, dropout_rate=0.0),
+  "other dropout": lambda call: dataclasses.replace(call, head_keys=call.head_keys + 1),
+  "scale": lambda call: dataclasses.replace(call, scale=call.scale * 1.2),
+  "scales": lambda call: call,
+  "forgets lse": lambda call: call,
+  "bias gradient": lambda call: call,
+  "not a number": lambda call: call,
+}

@@ -1,0 +1,219 @@
+"""The hash behind dropout: its bits and their statistics, the same in every implementation."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from magneto_jax.kernels import PallasTpu, XlaChunked, conformance, dot_product_attention, dropout
+from tests.kernels.implementations import ALL
+
+SIZES = B, N, T, S = 2, 3, 256, 320
+RATE = 0.3
+
+
+@functools.cache
+def drawn(seed: int, sizes=SIZES) -> np.ndarray:
+  """uint32 [B, N, T, S]."""
+  B, N, T, S = sizes
+  keys = dropout.head_keys(jax.random.key(seed), B, N)[:, :, None, None]
+  query, key = jnp.arange(T)[None, None, :, None], jnp.arange(S)[None, None, None, :]
+  return np.asarray(jax.jit(dropout.bits)(keys, query, key))
+
+
+def mix(x: int) -> int:
+  x = (x ^ (x >> 16)) * 0x7FEB352D % 2**32
+  x = (x ^ (x >> 15)) * 0x846CA68B % 2**32
+  return x ^ (x >> 16)
+
+
+def test_bits_are_those_of_the_formula():
+  """In Python's integers, at some places; they never change, so that a run can be repeated."""
+  first, second = (int(x) for x in jax.random.bits(jax.random.key(5), (2,), jnp.uint32))
+  c = 0x9E3779B9
+  for b, n, t, s in [(0, 0, 0, 0), (1, 0, 0, 0), (0, 2, 0, 0), (0, 0, 255, 0), (1, 2, 77, 319)]:
+    head = mix(mix(first ^ (b * c % 2**32)) ^ ((second + n * c) % 2**32))
+    expected = mix(mix((head + t * c) % 2**32) ^ (s * c % 2**32))
+    assert drawn(5)[b, n, t, s] == expected
+  assert drawn(0)[0, 0, 0, :3].tolist() == [718807209, 663935502, 711001422]
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 1 - 1e-12])
+def test_a_place_is_kept_iff_its_bits_reach_the_rate(rate):
+  keys = dropout.head_keys(jax.random.key(1), B, N)[:, :, None, None]
+  query, key = jnp.arange(T)[None, None, :, None], jnp.arange(S)[None, None, None, :]
+  kept = dropout.keep(keys, query, key, rate)
+  np.testing.assert_array_equal(kept, drawn(1) / 2**32 >= min(rate, 1 - 2**-32))
+  mask = conformance.dropout_mask(jax.random.key(1), B, N, T, S, min(rate, 1 - 2**-32))
+  np.testing.assert_array_equal(kept, mask)
+
+
+def kept_by(implementation, key, sizes, rate=RATE):
+  """What an implementation keeps [B, N, T, S], read off with the unit vectors as values."""
+  B, N, T, S = sizes
+  q, k = jnp.zeros((B, T, N, S)), jnp.zeros((B, S, N, S))
+  v = jnp.broadcast_to(jnp.eye(S)[:, None], (B, S, N, S))
+  options = dict(dropout_rate=rate, dropout_key=key, implementation=implementation)
+  return np.asarray(dot_product_attention(q, k, v, **options) > 0).swapaxes(1, 2)
+
+
+@pytest.mark.parametrize(
+  "implementation",
+  [
+    "xla",
+    "xla_chunked",
+    XlaChunked(2, 3),
+    XlaChunked(16, 9),
+    pytest.param(PallasTpu(interpret=True), marks=pytest.mark.slow),
+  ],
+  ids=str,
+)
+def test_implementations_drop_the_same(implementation):
+  """Bit for bit what the suite's reference drops, whatever the size of a block."""
+  sizes, key = (2, 3, 20, 32), jax.random.key(7)
+  expected = conformance.dropout_mask(key, *sizes, RATE)
+  np.testing.assert_array_equal(kept_by(implementation, key, sizes), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block_q, block_kv", [(128, 128), (128, 256), (256, 128), (384, 384)])
+def test_interpreted_blocks_drop_the_same(block_q, block_kv):
+  sizes, key = (1, 2, 300, 290), jax.random.key(7)
+  sides = block_q, block_kv, block_kv, block_q
+  kept = kept_by(PallasTpu(*sides, interpret=True), key, sizes)
+  np.testing.assert_array_equal(kept, conformance.dropout_mask(key, *sizes, RATE))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_frequencies(seed, rate):
+  """Overall, of every row, column, head and row of the batch: standard normal once normed.
+
+  Of thousands of sums none lies 5 standard deviations off, and their variance is 1.
+  """
+  centred = ((drawn(seed) >= rate * 2**32) - (1 - rate)) / math.sqrt(rate * (1 - rate))
+  for axes in [(0, 1, 2, 3), (3,), (2,), (2, 3), (1, 2, 3), (0, 2, 3)]:
+    summed = math.prod(centred.shape[axis] for axis in axes)
+    z = centred.sum(axes) / math.sqrt(summed)
+    assert np.abs(z).max() < 5
+    assert abs(np.mean(z**2) - 1) < 5 * math.sqrt(2 / z.size) or z.size == 1
+
+
+SHIFTS = {
+  "next key": (0, 0, 0, 1),
+  "next query": (0, 0, 1, 0),
+  "along the diagonal": (0, 0, 1, 1),
+  "across the diagonal": (0, 0, 1, -1),
+  "next head": (0, 1, 0, 0),
+  "next row of the batch": (1, 0, 0, 0),
+  "power of two of keys": (0, 0, 0, 128),
+  "power of two of queries": (0, 0, 64, 0),
+}
+
+
+@pytest.mark.parametrize("shift", SHIFTS.values(), ids=SHIFTS)
+def test_neighbours_are_uncorrelated(shift):
+  """Each of 32 bits with each of its neighbour's: 1024 correlations, none beyond 5.5 deviations."""
+  here = drawn(0)
+  there = np.roll(here, shift, axis=(0, 1, 2, 3))
+  np.testing.assert_array_less(correlations(here, there), 5.5)
+
+
+def test_seeds_are_uncorrelated():
+  np.testing.assert_array_less(correlations(drawn(0), drawn(1)), 5.5)
+
+
+def test_a_bit_is_uncorrelated_with_the_others():
+  z = correlations(drawn(0), drawn(0))
+  np.testing.assert_array_less(z[~np.eye(32, dtype=bool)], 5.5)
+
+
+def correlations(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+  """|z| [32, 32] of the agreement of bit i of x with bit j of y."""
+  signs = [
+    (2.0 * np.unpackbits(a.reshape(-1, 1).view(np.uint8), axis=1, bitorder="little") - 1).astype(
+      np.float32
+    )
+    for a in (x, y)
+  ]
+  return np.abs(signs[0].T @ signs[1]) / math.sqrt(x.size)
+
+
+@pytest.mark.parametrize("shift", [0, 8, 16, 24])
+def test_bytes_are_uniform(shift):
+  """Chi-square with 255 degrees of freedom, mean 255 and variance 510: within 5 deviations.
+
+  Also of a byte together with the next key's, at 4 bits each.
+  """
+  values = (drawn(3) >> np.uint32(shift)) & np.uint32(255)
+  high = values >> 4
+  pairs = 16 * high[..., ::2] + high[..., 1::2]
+  for numbers in (values, pairs):
+    counts = np.bincount(numbers.ravel(), minlength=256)
+    expected = numbers.size / 256
+    chi_square = ((counts - expected) ** 2 / expected).sum()
+    assert abs(chi_square - 255) < 5 * math.sqrt(510)
+
+
+def test_heads_and_batch_rows_have_keys_of_their_own():
+  keys = np.asarray(dropout.head_keys(jax.random.key(0), 64, 64))
+  assert len(np.unique(keys)) == 64 * 64
+
+
+def test_keys_are_of_any_generator():
+  for name in ("threefry2x32", "rbg"):
+    keys = dropout.head_keys(jax.random.key(0, impl=name), 2, 3)
+    assert (keys.dtype, keys.shape) == (jnp.uint32, (2, 3))
+
+
+@ALL
+def test_dropout_multiplies_the_probabilities(implementation):
+  """At rate 1/2, bit for bit: P is doubled where kept, and neither it nor lse is renormalised."""
+  q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 8, 4, 8))
+  v = jnp.broadcast_to(jnp.eye(8)[:, None], v.shape)
+  run = functools.partial(
+    dot_product_attention, q, k, v, return_lse=True, implementation=implementation
+  )
+  whole, lse = run()
+  dropped, dropped_lse = run(dropout_rate=0.5, dropout_key=jax.random.key(1))
+  np.testing.assert_array_equal(dropped, np.where(dropped > 0, 2 * whole, 0))
+  np.testing.assert_array_equal(dropped_lse, lse)
+
+
+@pytest.mark.parametrize("implementation", ["xla", XlaChunked(2, 3)], ids=str)
+def test_dropout_has_the_right_expectation(implementation):
+  """The mean over 2000 keys lies within 5 standard errors of the output without dropout."""
+  q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 4, 2, 8))
+  run = functools.partial(dot_product_attention, q, k, v, implementation=implementation)
+  draws = jax.jit(jax.vmap(lambda key: run(dropout_rate=0.2, dropout_key=key)))(
+    jax.random.split(jax.random.key(1), 2000)
+  )
+  assert (abs(draws.mean(0) - run()) < 5 * draws.std(0) / math.sqrt(2000)).all()
+
+
+@pytest.mark.parametrize("implementation", ["xla", XlaChunked(2, 3)], ids=str)
+def test_gradient_matches_differences_with_a_fixed_key(implementation):
+  """float64, along a random direction; differences are good to 1e-8."""
+  rng = np.random.default_rng(0)
+  with jax.enable_x64(True):
+    q, k, v, dq, dk, dv = jnp.asarray(rng.normal(size=(6, 2, 5, 2, 4)))
+    weight = jnp.asarray(rng.normal(size=q.shape))
+
+    @jax.jit
+    def value(step):
+      out = dot_product_attention(
+        q + step * dq,
+        k + step * dk,
+        v + step * dv,
+        is_causal=True,
+        dropout_rate=0.3,
+        dropout_key=jax.random.key(1),
+        implementation=implementation,
+      )
+      return (weight * out).sum()
+
+    difference = (value(1e-5) - value(-1e-5)) / 2e-5
+    np.testing.assert_allclose(jax.grad(value)(0.0), difference, rtol=1e-7)
