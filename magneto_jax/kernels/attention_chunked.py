@@ -66,11 +66,15 @@ class XlaChunked:
 
   def _sides(self, call: Call) -> tuple[int, int]:
     B, T, S, N, _, _ = call.sizes
-    # Measured on CPUs: the scores of a block, of all heads, fit a core's cache of a MiB, down to
-    # where the products become too small. Where a mask hides no blocks a larger one wastes nothing.
-    side = 256 if B * N * 256**2 <= 2**18 else 128
-    pairs = side**2 if call.window != (None, None) else 4 * side**2
-    block_q, block_kv = (max(side, side**2 // length) for length in (S, T))
+    # Measured on CPUs. With many heads the scores of a block, of all heads, should stay in the
+    # cache, down to where products become too small. With few they do anyway, and XLA gives a
+    # product to several cores only from 512 x 256 on. One block has no loop, but skips nothing.
+    if B * N <= 4:
+      block_q, block_kv, pairs = 512, 256, 512**2
+    else:
+      block_q, block_kv, pairs = 128, 128, (256 if call.window == (None, None) else 128) ** 2
+    # Few queries, as in decoding, or few keys make a long block.
+    block_q, block_kv = max(block_q, pairs // S), max(block_kv, pairs // T)
     if self.block_q or self.block_kv:
       block_q, block_kv = self.block_q or block_q, self.block_kv or block_kv
       pairs = block_q * block_kv

@@ -19,11 +19,11 @@ def sides(B, T, S, N, *, causal=True, implementation=None):
 @pytest.mark.parametrize(
   "sizes, expected",
   [
-    ((1, 4096, 4096, 4), (256, 256)),
+    ((1, 4096, 4096, 4), (512, 256)),
     ((8, 4096, 4096, 4), (128, 128)),  # More heads at once, smaller blocks.
-    ((1, 256, 256, 4), (256, 256)),  # Short rows are one block,
+    ((1, 512, 512, 4), (512, 512)),  # Short rows are one block,
     ((8, 197, 197, 2), (99, 99)),  # as even as they can be if not.
-    ((1, 520, 700, 4), (174, 234)),
+    ((1, 520, 700, 4), (260, 350)),
     ((8, 1, 16000, 16), (1, 16000)),  # Decoding: one query makes a long block.
     ((8, 1, 20000, 16), (1, 10000)),
   ],
@@ -33,8 +33,8 @@ def test_blocks_suit_the_call(sizes, expected):
 
 
 def test_rows_without_hidden_blocks_are_cut_later():
-  assert sides(1, 512, 512, 4, causal=False) == (512, 512)
-  assert sides(1, 512, 512, 4, causal=True) == (256, 256)
+  assert sides(8, 256, 256, 4, causal=False) == (256, 256)
+  assert sides(8, 256, 256, 4, causal=True) == (128, 128)
 
 
 def test_sides_that_are_given_are_the_largest():
