@@ -46,15 +46,22 @@ ENTRIES = {
 }
 
 
-def _parameter(name: str, implementation: Implementation):
-  marks = [pytest.mark.slow] if ENTRIES[name].is_slow else []
-  return pytest.param(implementation, id=name, marks=marks)
+def _over(argument: str, values, slow=()):
+  """Parametrizes over the entries; what is slow is so for all tests."""
+  return pytest.mark.parametrize(
+    argument,
+    [
+      pytest.param(values(name), id=name, marks=[pytest.mark.slow] * (x.is_slow or name in slow))
+      for name, x in ENTRIES.items()
+    ],
+  )
 
 
 # For tests of single properties, at lengths below ten.
-ALL = pytest.mark.parametrize(
-  "implementation", [_parameter(name, entry.small) for name, entry in ENTRIES.items()]
-)
+ALL = _over("implementation", lambda name: ENTRIES[name].small)
+# For transformations: to the reference, which is plain jax.numpy, JAX gives them.
+TRANSFORMED = _over("implementation", lambda name: ENTRIES[name].small, slow=("xla",))
+TRANSFORMED_NAMES = _over("name", lambda name: name, slow=("xla",))
 
 
 @dataclasses.dataclass(frozen=True)

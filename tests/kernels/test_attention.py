@@ -23,7 +23,13 @@ from magneto_jax.kernels import (
   dot_product_attention,
   use_implementation,
 )
-from tests.kernels.implementations import ALL, ENTRIES, Mistaken
+from tests.kernels.implementations import (
+  ALL,
+  ENTRIES,
+  TRANSFORMED,
+  TRANSFORMED_NAMES,
+  Mistaken,
+)
 
 INF = math.inf
 
@@ -126,7 +132,7 @@ def test_a_number_added_to_all_biases_is_not_felt(implementation):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
-@ALL
+@TRANSFORMED
 def test_decoding_equals_full_causal_forward(implementation):
   """One query at a time over a cache whose unwritten part is wild; float32 to 1e-6."""
   B, T, N, H = 2, 7, 2, 4
@@ -179,7 +185,7 @@ def test_infinite_bias_masks(implementation):
   np.testing.assert_array_equal(pull(q)[0][hidden], 0)
 
 
-@ALL
+@TRANSFORMED
 def test_composes_with_transformations(implementation):
   """jit, vmap, scan and remat give what a call for each gives, with its gradients; to 1e-5.
 
@@ -230,7 +236,7 @@ def test_composes_with_transformations(implementation):
       np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
-@ALL
+@TRANSFORMED
 def test_vmap_over_one_argument_alone(implementation):
   """The others are shared: what is batched may differ from array to array; float32 to 1e-6."""
   q, k, v = normal(0, 3, 2, 5, 2, 4)
@@ -244,10 +250,7 @@ def test_vmap_over_one_argument_alone(implementation):
   np.testing.assert_allclose(by_bias[1], run(q, k, v, bias[1]), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-  "name",
-  [pytest.param(n, marks=[pytest.mark.slow] * entry.is_slow) for n, entry in ENTRIES.items()],
-)
+@TRANSFORMED_NAMES
 def test_shards_over_batch_and_heads(name):
   """On 2 and 4 virtual devices; see `sharded.py`."""
   environment = os.environ | {
