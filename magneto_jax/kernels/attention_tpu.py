@@ -1,8 +1,8 @@
 """Attention for TPUs, in Pallas: a forward kernel, and one backward kernel for everything.
 
 Letters: B batch, T query length, S key and value length, N heads, K key/value heads, H head dim.
-A *lane block* is what one step of a kernel reads of a token: L lanes (a multiple of 128) that hold P
-heads, P = 2 at H = 64. J = N / P lane blocks of the queries.
+A *lane block* is what one step of a kernel reads of a token: L lanes (a multiple of 128) that hold
+P heads, P = 2 at H = 64. J = N / P lane blocks of the queries.
 
 Layout. Queries, keys and values stay as the projections leave them, [B, T, N H]: a block of them is
 never padded in HBM, nor copied. A head's lanes are singled out by zeroing the others' in one factor
@@ -12,9 +12,9 @@ Orientation. Scores are held transposed, keys by queries (s, q): the sums of the
 over sublanes, which are plain additions of registers; the statistics of a query are one row, not a
 register of 128 equal lanes; and three of the backward pass's products need no transposition.
 
-What is hidden. For every block of queries there is a list of the blocks of keys it sees, made before
-the kernel runs and prefetched: hidden blocks are neither fetched nor computed, and only those that
-are seen in part are masked.
+What is hidden. For every block of queries there is a list of the blocks of keys it sees, made
+before the kernel runs and prefetched: hidden blocks are neither fetched nor computed, and only
+those that are seen in part are masked.
 
 Relative bias. A tile of it depends on its distance from the diagonal alone. Near the diagonal there
 are a few different ones, which stay in VMEM for all blocks of a head; farther than `max_distance`
@@ -39,8 +39,12 @@ from magneto_jax.kernels.bias import RelativeBias, toeplitz
 from magneto_jax.kernels.call import FULL, PARTIAL, Call
 
 _LANES = 128
-# Of the smallest of the chips (v5p and tpu7x have 64 MiB).
-_VMEM_BYTES = 48 * 2**20
+# Queries that go through the softmax together: a matrix unit each for 128 of them, and scores that
+# do not crowd out everything else. A larger block is cut into strips.
+_STRIP = 512
+# What our estimate may come to, and what the compiler may use, which knows better. Both fit the
+# smallest of the chips: v5p and tpu7x have 64 MiB.
+_VMEM_BYTES, _VMEM_LIMIT = 48 * 2**20, 56 * 2**20
 # Scalar memory for the lists of blocks; a core has 1 MiB.
 _SMEM_BYTES = 512 * 2**10
 
@@ -87,16 +91,20 @@ class PallasTpu:
     fitted = self
     for names in (_SIDES[:2], _SIDES[2:]):
       backward = names != _SIDES[:2]
-      # The largest blocks that leave room for the tiles of a relative bias.
-      for block in _BLOCKS:
-        sides = {name: getattr(self, name) or block for name in names}
-        needed = _Layout(call, *sides.values()).vmem_bytes(backward)
-        if needed <= _VMEM_BYTES:
+      # The first blocks that leave room for the tiles of a relative bias.
+      for blocks in _preferred(call):
+        own = (getattr(self, name) for name in names)
+        sides = [mine or block for mine, block in zip(own, blocks, strict=True)]
+        layout = _Layout(call, *sides)
+        if layout.vmem_bytes(backward) <= _VMEM_BYTES:
           break
       else:
-        room = f"{needed >> 20} MiB of vector memory, {_VMEM_BYTES >> 20} are safe"
-        raise NotImplementedError(f"{'the backward pass' if backward else 'it'} needs {room}")
-      fitted = dataclasses.replace(fitted, **sides)
+        raise NotImplementedError(
+          f"{'the backward' if backward else 'the forward'} pass in blocks of "
+          f"{layout.block_q} queries by {layout.block_kv} keys needs "
+          f"{layout.vmem_bytes(backward) >> 20} MiB of vector memory, {_VMEM_BYTES >> 20} are safe"
+        )
+      fitted = dataclasses.replace(fitted, **dict(zip(names, sides, strict=True)))
     return fitted
 
   def is_worthwhile(self, call: Call) -> bool:
@@ -119,7 +127,33 @@ class PallasTpu:
 
 
 _SIDES = ("block_q", "block_kv", "block_q_backward", "block_kv_backward")
-_BLOCKS = (512, 256, 128)
+# Blocks (queries, keys) in order of preference, by generation (the start of `device_kind`). From the
+# static cost of the kernels, benchmarks/README.md: a lane block of one head gains from two strips
+# of queries that overlap, one of two heads has two already, and twice the block doubles its code.
+_ONE_HEAD, _MORE_HEADS = ((1024, 512), (512, 512)), ((512, 512),)
+_SMALLER = ((256, 512), (256, 256), (128, 256), (128, 128))
+_PREFERRED = {
+  "TPU v5 lite": (_ONE_HEAD, _MORE_HEADS),
+}
+
+
+def _preferred(call: Call) -> tuple[tuple[int, int], ...]:
+  _, T, _, N, _, H = call.sizes
+  one, more = next(
+    (blocks for kind, blocks in _PREFERRED.items() if _device_kind().startswith(kind)),
+    (_ONE_HEAD, _MORE_HEADS),
+  )
+  blocks = more if H <= _LANES // 2 and N > 1 else one
+  if call.window != (None, None):
+    # A larger share of large blocks is computed only to be masked.
+    blocks = [block for block in blocks if block[0] <= max(512, T // 8)]
+  return (*blocks, *_SMALLER)
+
+
+@functools.cache
+def _device_kind() -> str:
+  """Of the TPU that is used; "" where it is compiled for from elsewhere, and not known here."""
+  return jax.devices()[0].device_kind if jax.default_backend() == "tpu" else ""
 
 
 class _Layout:
@@ -128,9 +162,9 @@ class _Layout:
   def __init__(self, call: Call, block_q: int, block_kv: int):
     self._call = call
     self._B, self._T, self._S, self._N, self._K, self._H = call.sizes
-    self._block_q, self._rows = _split(self._T, block_q)
-    self._block_kv, self._columns = _split(self._S, block_kv)
-    self._padded_T, self._padded_S = self._block_q * self._rows, self._block_kv * self._columns
+    self.block_q, self._rows = _split(self._T, block_q)
+    self.block_kv, self._columns = _split(self._S, block_kv)
+    self._padded_T, self._padded_S = self.block_q * self._rows, self.block_kv * self._columns
 
     # Heads of 64 lie two in a lane block. Each other head dim is padded, as are 64 lanes left over.
     self._width = max(32, 1 << (self._H - 1).bit_length())
@@ -145,12 +179,16 @@ class _Layout:
     self._shared = group // self._P if group % self._P == 0 else 1
     self._relative = isinstance(call.bias, RelativeBias)
     self._dense = call.bias is not None and not self._relative
+    # Logits are held divided by this, which saves their multiplication by the scale: that of the
+    # exponential's argument is needed anyway. (A dense bias may be too large to be divided.)
+    unit = call.scale if call.logits_soft_cap is None else call.logits_soft_cap
+    self._unit = 1.0 if self._dense or unit <= 0 else unit
 
   def vmem_bytes(self, backward: bool) -> int:
     """What the blocks of a step need, twice where they are fetched ahead, with its temporaries."""
     itemsize = self._call.q_BTNH.dtype.itemsize
-    rows, columns = self._block_q * self._L, self._block_kv * self._L
-    square = 4 * self._block_q * self._block_kv
+    rows, columns = self.block_q * self._L, self.block_kv * self._L
+    square = 4 * self.block_q * self.block_kv
     bias = 0
     if self._relative:
       bias = (4 if backward else 2) * self._P * self._tile_count() * square
@@ -163,7 +201,7 @@ class _Layout:
     return 2 * itemsize * (2 * rows + 2 * columns) + 4 * rows + bias + 4 * square
 
   def _tile_step(self) -> int:
-    return math.gcd(self._block_q, self._block_kv)
+    return math.gcd(self.block_q, self.block_kv)
 
   def _phase(self):
     """The distance key - query at the corner of a tile, modulo the step from tile to tile."""
@@ -172,19 +210,19 @@ class _Layout:
   def _first_tile(self) -> int:
     """The number of the first tile that is not all behind: its corner is phase + number step."""
     step, static = self._tile_step(), self._call.traced_offset is None
-    reach = self._call.bias.max_distance + self._block_kv - 1
+    reach = self._call.bias.max_distance + self.block_kv - 1
     first = (-reach - (self._phase() if static else step - 1)) // step + 1
     if static:  # None is farther behind than the first key is from the last block of queries.
-      first = max(first, (-(self._rows - 1) * self._block_q - self._call.q_offset) // step)
+      first = max(first, (-(self._rows - 1) * self.block_q - self._call.q_offset) // step)
     return first
 
   def _tile_count(self) -> int:
     step, static = self._tile_step(), self._call.traced_offset is None
-    reach = self._call.bias.max_distance + self._block_q - 1
+    reach = self._call.bias.max_distance + self.block_q - 1
     last = -((self._phase() if static else 0) - reach) // step
     last -= (reach - (self._phase() if static else 0)) % step == 0
     if static:
-      last = min(last, ((self._columns - 1) * self._block_kv - self._call.q_offset) // step)
+      last = min(last, ((self._columns - 1) * self.block_kv - self._call.q_offset) // step)
     return max(1, last - self._first_tile() + 1)
 
 
@@ -204,12 +242,12 @@ class _Kernel(_Layout):
 
   def _queries(self, x_BTNH):
     """[B, T, N, H] as [B, padded T, J L]."""
-    x = _pad(_pad(x_BTNH, 3, self._width), 1, self._block_q)
+    x = _pad(_pad(x_BTNH, 3, self._width), 1, self.block_q)
     return x.reshape(self._B, -1, self._J * self._L)
 
   def _keys(self, x_BSKH):
     """[B, S, K, H] as [B, padded S, J / shared L]."""
-    x = _pad(_pad(x_BSKH, 3, self._width), 1, self._block_kv)
+    x = _pad(_pad(x_BSKH, 3, self._width), 1, self.block_kv)
     group = self._N // self._K
     copies = self._P if group % self._P == 0 and group > 1 else group
     if copies > 1:
@@ -229,26 +267,26 @@ class _Kernel(_Layout):
   # The bias.
 
   def _tiles(self, bias: RelativeBias):
-    """The tiles near the diagonal [J, P, tiles, s, q], and the numbers far behind and ahead [N 2]."""
-    bias = jax.tree.map(lambda table: table.astype(jnp.float32), bias)
-    step, count, width = self._tile_step(), self._tile_count(), self._block_q + self._block_kv - 1
-    start = self._phase() + self._first_tile() * step - self._block_q + 1
+    """The tiles near the diagonal [J, P, tiles, s, q], the numbers far behind and ahead [N 2]."""
+    bias = jax.tree.map(lambda table: table.astype(jnp.float32) / self._unit, bias)
+    step, count, width = self._tile_step(), self._tile_count(), self.block_q + self.block_kv - 1
+    start = self._phase() + self._first_tile() * step - self.block_q + 1
     strip = bias.strip(start, (count - 1) * step + width)[:, ::-1]
     tiles = [
-      toeplitz(strip[:, i * step : i * step + width], self._block_kv, self._block_q)
+      toeplitz(strip[:, i * step : i * step + width], self.block_kv, self.block_q)
       for i in reversed(range(count))
     ]
     far = [bias.strip(side * bias.max_distance, 1) for side in (-1, 1)]
-    shape = (self._J, self._P, count, self._block_kv, self._block_q)
+    shape = (self._J, self._P, count, self.block_kv, self.block_q)
     return jnp.stack(tiles, axis=1).reshape(shape), jnp.concatenate(far, axis=1).reshape(-1)
 
   def _dense_bias(self, bias):
     """[B', N', T', S'] padded; a bias of one number a query lies along its last axis."""
     if bias.shape[3] == 1:
       bias = jnp.broadcast_to(bias, (*bias.shape[:2], self._T, 1)).swapaxes(2, 3)
-      return _pad(bias, 3, self._block_q)
-    bias = _pad(bias, 2, self._block_q) if bias.shape[2] > 1 else bias
-    return _pad(bias, 3, self._block_kv)
+      return _pad(bias, 3, self.block_q)
+    bias = _pad(bias, 2, self.block_q) if bias.shape[2] > 1 else bias
+    return _pad(bias, 3, self.block_kv)
 
   # The lists of blocks.
 
@@ -257,9 +295,9 @@ class _Kernel(_Layout):
 
     Returns:
       int32 [B or 1, blocks, steps], flat: 4 (index of the block) + its state, first those that are
-      seen, in order; then the last one again with state SKIP, which fetches nothing. And the strides.
+      seen, in order; then the last one again with state SKIP, which fetches nothing. And strides.
     """
-    states = self._call.block_states(self._block_q, self._block_kv)
+    states = self._call.block_states(self.block_q, self.block_kv)
     if states.shape[0] * states.shape[1] * states.shape[2] * 4 > _SMEM_BYTES:
       # One list for the whole batch: what one row sees, all compute.
       whole = jnp.where((states == FULL).all(0), FULL, PARTIAL)
@@ -297,7 +335,7 @@ class _Kernel(_Layout):
   # What both passes read, as (array, block, index map of (j, b, i, kv)).
 
   def _inputs(self) -> dict:
-    call, L, bq, bk = self._call, self._L, self._block_q, self._block_kv
+    call, L, bq, bk = self._call, self._L, self.block_q, self.block_kv
     shared = self._shared
     lane_block = (lambda j: j) if shared == 1 else (lambda j: jax.lax.div(j, jnp.int32(shared)))
     inputs = {
@@ -323,13 +361,13 @@ class _Kernel(_Layout):
     batch, heads, rows, columns = (size > 1 for size in self._call.bias.shape)
     P = self._P if heads else 1
     if not columns:
-      block = (None, P, 1, self._block_q)
+      block = (None, P, 1, self.block_q)
       last = lambda i, kv: (0, i)
     elif not rows:
-      block = (None, P, 1, self._block_kv)
+      block = (None, P, 1, self.block_kv)
       last = lambda i, kv: (0, kv)
     else:
-      block = (None, P, self._block_q, self._block_kv)
+      block = (None, P, self.block_q, self.block_kv)
       last = lambda i, kv: (i, kv)
     return block, lambda j, b, i, kv: (b if batch else 0, j if heads else 0, *last(i, kv))
 
@@ -343,6 +381,30 @@ class _Kernel(_Layout):
     kept = [(lane >= h * self._width) & (lane < (h + 1) * self._width) for h in range(self._P)]
     return [jnp.where(keep, x, jnp.zeros_like(x)) for keep in kept]
 
+  def _own(self, h):
+    """The lanes of a head in its lane block."""
+    return slice(h * self._width, (h + 1) * self._width)
+
+  def _strips(self, refs, at, partial):
+    """Yields the strips of a block: of every head, some of its queries."""
+    heads = self._heads(refs.q[...])
+    for start in range(0, self.block_q, _STRIP):
+      cols = slice(start, min(start + _STRIP, self.block_q))
+      visible = self._visible(refs, at, cols) if partial else None
+      for h, q in enumerate(heads):
+        yield _Strip(h, cols, q[cols], visible)
+
+  def _add(self, total, h, x_sq, y_qL, y_Lq):
+    """Adds x y, keys by lanes, to a sum that lies as it is the cheapest.
+
+    With several heads in a lane block, as the transpose: its rows are then those of the head alone,
+    while the product with all lanes would compute zeros for the other heads.
+    """
+    if self._P == 1:
+      total[...] += self._dot(x_sq, y_qL, ((1,), (0,)))
+    else:
+      total[self._own(h)] += self._dot(y_Lq, x_sq, ((1,), (1,)))
+
   def _dot(self, left, right, dims):
     """A product with float32 sums; float32 factors are not rounded to bfloat16."""
     exact = jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
@@ -354,13 +416,14 @@ class _Kernel(_Layout):
       preferred_element_type=jnp.float32,
     )
 
-  def _indices(self, i, kv):
-    """The query of each column [1, q] and the key of each row [s, 1]."""
-    query = jax.lax.broadcasted_iota(jnp.int32, (1, self._block_q), 1) + i * self._block_q
-    return query, jax.lax.broadcasted_iota(jnp.int32, (self._block_kv, 1), 0) + kv * self._block_kv
+  def _indices(self, at, cols):
+    """The query of each column [1, q] of a strip and the key of each row [s, 1]."""
+    query = jax.lax.broadcasted_iota(jnp.int32, (1, cols.stop - cols.start), 1)
+    key = jax.lax.broadcasted_iota(jnp.int32, (self.block_kv, 1), 0)
+    return query + (at.i * self.block_q + cols.start), key + at.kv * self.block_kv
 
-  def _visible(self, refs, b, i, kv):
-    query, key = self._indices(i, kv)
+  def _visible(self, refs, at, cols):
+    query, key = self._indices(at, cols)
     left, right = self._call.window
     terms = []
     if (left, right) != (None, None):
@@ -368,61 +431,70 @@ class _Kernel(_Layout):
       terms += [distance >= -left] if left is not None else []
       terms += [distance <= right] if right is not None else []
     if self._call.kv_lengths is not None:
-      terms.append(key < refs.lengths[b])
+      terms.append(key < refs.lengths[at.b])
     if self._call.q_segment_ids is not None:
-      terms.append(refs.kv_ids[...].T == refs.q_ids[...])
+      terms.append(refs.kv_ids[...].T == refs.q_ids[:, cols])
     mask = functools.reduce(jnp.logical_and, terms)
-    return jnp.broadcast_to(mask, (self._block_kv, self._block_q))
+    return jnp.broadcast_to(mask, (self.block_kv, cols.stop - cols.start))
 
-  def _scores(self, refs, at, h, q, k, visible, near):
-    """(logits, slope) of one head: [s, q], and of the soft cap (None without one)."""
-    call = self._call
-    logits = self._dot(k, q, ((1,), (1,))) * call.scale
-    slope = None
+  def _scores(self, refs, at, strip, dot, near):
+    """(logits / unit, slope of the soft cap or None) of a strip: [s, q]."""
+    call, slope = self._call, None
+    logits = dot if self._unit == call.scale else dot * (call.scale / self._unit)
     if call.logits_soft_cap is not None:
-      capped = jnp.tanh(logits * (1 / call.logits_soft_cap))
-      logits, slope = call.logits_soft_cap * capped, 1 - capped * capped
+      logits = jnp.tanh(logits * (self._unit / call.logits_soft_cap))
+      slope = 1 - logits * logits
+      logits = logits if self._unit == call.logits_soft_cap else logits * call.logits_soft_cap
     if self._relative:
-      logits += refs.tiles[h, at.tile] if near else refs.far[self._far_at(at, h)]
+      h, cols = strip.h, strip.cols
+      logits += refs.tiles[h, at.tile, :, cols] if near else refs.far[self._far_at(at, h)]
     elif self._dense:
-      logits += self._dense_block(refs, h)
-    if visible is not None:
-      logits = jnp.where(visible, logits, -jnp.inf)
+      logits += self._dense_strip(refs, strip.h, strip.cols)
+    if strip.visible is not None:
+      logits = jnp.where(strip.visible, logits, -jnp.inf)
     return logits, slope
 
   def _far_at(self, at, h):
     return 2 * (at.j * self._P + h) + at.is_ahead
 
-  def _dense_block(self, refs, h):
-    bias = refs.bias[h if self._call.bias.shape[1] > 1 else 0].astype(jnp.float32)
-    return bias if self._call.bias.shape[3] == 1 else bias.T
+  def _dense_strip(self, refs, h, cols):
+    _, heads, rows, columns = self._call.bias.shape
+    h = h if heads > 1 else 0
+    if columns == 1:
+      return refs.bias[h, :, cols].astype(jnp.float32)
+    return refs.bias[h, cols if rows > 1 else slice(None)].astype(jnp.float32).T
 
-  def _kept(self, refs, at, h):
-    """Whether the probabilities [s, q] of a head stay."""
+  def _dropped(self, refs, at, strip, weights):
+    """Weights [s, q] of a strip with those that dropout takes set to 0, the others as they are."""
+    if self._call.dropout_rate == 0:
+      return weights
+    return jnp.where(self._kept(refs, at, strip.h, strip.cols), weights, 0.0)
+
+  def _kept(self, refs, at, h, cols):
+    """Whether the weights [s, q] of a strip stay."""
     head_key = refs.head_keys[at.b * self._N + at.j * self._P + h]
-    query, key = self._indices(at.i, at.kv)
+    query, key = self._indices(at, cols)
     if self._random == "hash":
       return dropout.keep(head_key.astype(jnp.uint32), query, key, self._call.dropout_rate)
 
     # Seeded by squares of fixed size, so that blocks of all sizes draw the same.
     def square(row, column):
-      number = ((at.kv * self._block_kv // _LANES + row) << 16) | (
-        at.i * self._block_q // _LANES + column
-      )
+      row += at.kv * (self.block_kv // _LANES)
+      column += at.i * (self.block_q // _LANES) + cols.start // _LANES
+      number = (row << 16) | column
       pltpu.prng_seed(head_key, number)
       return pltpu.bitcast(pltpu.prng_random_bits((_LANES, _LANES)), jnp.uint32)
 
-    rows, columns = self._block_kv // _LANES, self._block_q // _LANES
+    rows, columns = self.block_kv // _LANES, (cols.stop - cols.start) // _LANES
     bits = [
       jnp.concatenate([square(row, column) for column in range(columns)], axis=1)
       for row in range(rows)
     ]
     return jnp.concatenate(bits, axis=0) >= jnp.uint32(round(self._call.dropout_rate * 2**32))
 
-  def _drop(self, kept, weights):
-    if kept is None:
-      return weights
-    return jnp.where(kept, weights * (1 / (1 - self._call.dropout_rate)), 0.0)
+  def _exp(self, x):
+    """exp(unit x)."""
+    return jnp.exp2(x * (self._unit * math.log2(math.e)))
 
   def _at_block(self, refs, j, b, i, kv, state):
     """Where a step is, and its relation to the tiles of a relative bias."""
@@ -430,13 +502,13 @@ class _Kernel(_Layout):
     if not self._relative:
       return at
     step = self._tile_step()
-    tile = kv * (self._block_kv // step) - i * (self._block_q // step) - refs.first_tile[0]
+    tile = kv * (self.block_kv // step) - i * (self.block_q // step) - refs.first_tile[0]
     is_ahead, count = (tile >= self._tile_count()).astype(jnp.int32), self._tile_count()
     near = (tile >= 0) & (tile < count)
     return dataclasses.replace(at, tile=jnp.clip(tile, 0, count - 1), near=near, is_ahead=is_ahead)
 
   def _each_kind(self, refs, at, step) -> None:
-    """Runs `step(visible, near)` as the block's state and distance ask, compiled for each kind."""
+    """Runs `step(partial, near)` as the block's state and distance ask, compiled for each kind."""
     hides = not self._call.hides_nothing
     for partial in (False, True) if hides else (False,):
       for near in (True, False) if self._relative else (False,):
@@ -446,13 +518,13 @@ class _Kernel(_Layout):
 
         @pl.when(is_kind)
         def _(partial=partial, near=near):
-          step(self._visible(refs, at.b, at.i, at.kv) if partial else None, near)
+          step(partial, near)
 
   # The forward pass.
 
   def forward(self):
     visits, steps, batch_stride = self._visits(of_keys=False)
-    P, L, bq = self._P, self._L, self._block_q
+    P, L, bq = self._P, self._L, self.block_q
     lowest = float(jnp.finfo(jnp.float32).min)
 
     def visit(refs, b, i, step):
@@ -469,22 +541,28 @@ class _Kernel(_Layout):
         refs.total[...] = jnp.zeros(refs.total.shape, jnp.float32)
         refs.acc[...] = jnp.zeros(refs.acc.shape, jnp.float32)
 
-      def attend(visible, near):
+      def attend(partial, near):
         k, v_t = refs.k[...], refs.v[...].T
-        for h, q in enumerate(self._heads(refs.q[...])):
-          logits, _ = self._scores(refs, at, h, q, k, visible, near)
-          top = refs.top[h : h + 1]
+
+        def product(strip):
+          return self._dot(k, strip.q, ((1,), (1,)))
+
+        def softmax(strip, dot):
+          h, cols = strip.h, strip.cols
+          logits, _ = self._scores(refs, at, strip, dot, near)
+          top = refs.top[h : h + 1, cols]
           # Bounded from below, so that a row without keys has weights exp(-inf) = 0, not NaN.
           new_top = jnp.maximum(top, logits.max(axis=0, keepdims=True))
-          weights, shrink = jnp.exp(logits - new_top), jnp.exp(top - new_top)
-          refs.top[h : h + 1] = new_top
-          total = refs.total[h : h + 1]
-          refs.total[h : h + 1] = total * shrink + weights.sum(axis=0, keepdims=True)
-          kept = self._kept(refs, at, h) if self._call.dropout_rate > 0 else None
-          weights = self._drop(kept, weights).astype(v_t.dtype)
-          own = slice(h * self._width, (h + 1) * self._width)
-          product = self._dot(v_t[own], weights, ((1,), (0,)))
-          refs.acc[own] = refs.acc[own] * shrink + product
+          weights, shrink = self._exp(logits - new_top), self._exp(top - new_top)
+          refs.top[h : h + 1, cols] = new_top
+          total = refs.total[h : h + 1, cols]
+          refs.total[h : h + 1, cols] = total * shrink + weights.sum(axis=0, keepdims=True)
+          weights = self._dropped(refs, at, strip, weights).astype(v_t.dtype)
+          own = self._own(h)
+          summand = self._dot(v_t[own], weights, ((1,), (0,)))
+          refs.acc[own, cols] = refs.acc[own, cols] * shrink + summand
+
+        _overlapped(self._strips(refs, at, partial), product, softmax)
 
       self._each_kind(refs, at, attend)
 
@@ -493,9 +571,10 @@ class _Kernel(_Layout):
         total = refs.total[...]
         empty = total == 0
         total = jnp.where(empty, 1.0, total)
-        refs.lse[...] = jnp.where(empty, lowest, refs.top[...] + jnp.log(total))
+        refs.lse[...] = jnp.where(empty, lowest, refs.top[...] * self._unit + jnp.log(total))
+        total *= 1 - self._call.dropout_rate
         for h in range(P):
-          own = slice(h * self._width, (h + 1) * self._width)
+          own = self._own(h)
           refs.acc[own] = refs.acc[own] * (1 / total[h : h + 1])
         refs.out[...] = refs.acc[...].T.astype(refs.out.dtype)
 
@@ -537,14 +616,17 @@ class _Kernel(_Layout):
     their gradients are summed in place, and those of all queries of a lane block in vector memory.
     """
     visits, steps, batch_stride = self._visits(of_keys=True)
-    L, bq, bk, P = self._L, self._block_q, self._block_kv, self._P
+    L, bq, bk, P = self._L, self.block_q, self.block_kv, self._P
     # exp(logits - fill) is 0 for the queries of the padding.
     fill = float(jnp.finfo(jnp.float32).max)
+    # What is the same for all pairs is left out of them: gradients are multiplied in the end.
+    kept = 1 - self._call.dropout_rate
+    rest, scale = 1 / kept, self._call.scale / kept
     statistic = (None, None, P, bq), lambda j, b, i, kv: (b, j, 0, i)
     inputs = self._inputs() | {
       "dout": (self._queries(dout_BTNH), (None, bq, L), lambda j, b, i, kv: (b, i, j)),
-      "lse": (self._statistics(lse_BTN, fill), *statistic),
-      "delta": (self._statistics(delta_BTN), *statistic),
+      "lse": (self._statistics(jnp.maximum(lse_BTN / self._unit, -fill), fill), *statistic),
+      "delta": (self._statistics(delta_BTN * kept), *statistic),
     }
 
     def visit(refs, b, kv, step):
@@ -572,35 +654,46 @@ class _Kernel(_Layout):
           refs.dtiles[...] = jnp.zeros(refs.dtiles.shape, jnp.float32)
           refs.dfar[...] = jnp.zeros(refs.dfar.shape, jnp.float32)
 
-      def gather(visible, near):
+      def gather(partial, near):
         k, v = refs.k[...], refs.v[...]
-        heads = (self._heads(x) for x in (refs.q[...], k, refs.dout[...]))
-        for h, (q, own_k, dout) in enumerate(zip(*heads, strict=True)):
-          weights, dlogits, slope = self._gradient(refs, at, h, q, k, v, dout, visible, near)
-          refs.dv_sum[...] += self._dot(weights, dout, ((1,), (0,)))
+        k_t, q_t, dout_t = k.T, refs.q[...].T, refs.dout[...].T
+        douts = self._heads(refs.dout[...])
+
+        def products(strip):
+          dout = douts[strip.h][strip.cols]
+          return self._dot(k, strip.q, ((1,), (1,))), self._dot(v, dout, ((1,), (1,)))
+
+        def gradients(strip, dots):
+          h, cols = strip.h, strip.cols
+          own = self._own(h)
+          weights, dlogits, slope = self._gradient(refs, at, strip, *dots, near)
+          weights = weights.astype(v.dtype)
+          self._add(refs.dv_sum, h, weights, douts[h][cols], dout_t[own, cols])
           if self._relative and near:
-            refs.dtiles[h, at.tile] += dlogits
+            refs.dtiles[h, at.tile, :, cols] += dlogits
           elif self._relative:
             row = pl.ds(2 * h + at.is_ahead, 1)
-            refs.dfar[row] += dlogits.sum(axis=0, keepdims=True)
-          dlogits = dlogits * self._call.scale
+            refs.dfar[row, cols] += dlogits.sum(axis=0, keepdims=True)
           dlogits = (dlogits if slope is None else dlogits * slope).astype(k.dtype)
-          refs.dk_sum[...] += self._dot(dlogits, q, ((1,), (0,)))
-          refs.dq_t[at.i] += self._dot(own_k.T, dlogits, ((1,), (0,)))
+          self._add(refs.dk_sum, h, dlogits, strip.q, q_t[own, cols])
+          refs.dq_t[at.i, own, cols] += self._dot(k_t[own], dlogits, ((1,), (0,)))
+
+        _overlapped(self._strips(refs, at, partial), products, gradients)
 
       self._each_kind(refs, at, gather)
 
       @pl.when(step == steps - 1)
       def _():
-        refs.dk[...] = refs.dk_sum[...].astype(refs.dk.dtype)
-        refs.dv[...] = refs.dv_sum[...].astype(refs.dv.dtype)
+        upright = (lambda x: x) if self._P == 1 else (lambda x: x.T)
+        refs.dk[...] = (upright(refs.dk_sum[...]) * scale).astype(refs.dk.dtype)
+        refs.dv[...] = (upright(refs.dv_sum[...]) * rest).astype(refs.dv.dtype)
 
       @pl.when(is_last)
       def _():
         @pl.loop(0, self._rows)
         def _(i):
           rows = pl.ds(pl.multiple_of(i * bq, _LANES), bq)
-          refs.dq[rows] = refs.dq_t[i].T.astype(refs.dq.dtype)
+          refs.dq[rows] = (refs.dq_t[i].T * scale).astype(refs.dq.dtype)
 
     dtype = self._call.q_BTNH.dtype
     # Lane blocks that share keys leave a gradient each, added up in float32.
@@ -620,7 +713,8 @@ class _Kernel(_Layout):
       "dk": dkv,
       "dv": dkv,
     }
-    scratch = {"dq_t": (self._rows, L, bq), "dk_sum": (bk, L), "dv_sum": (bk, L)}
+    keys = (bk, L) if P == 1 else (L, bk)
+    scratch = {"dq_t": (self._rows, L, bq), "dk_sum": keys, "dv_sum": keys}
     if self._relative:
       count = self._tile_count()
       outputs |= {
@@ -657,26 +751,29 @@ class _Kernel(_Layout):
     (dk,), (dv,) = (jax.linear_transpose(self._keys, call.k_BSKH)(x) for x in (dk, dv))
     if self._relative:
       dtiles, dfar = dbias
-      dfar = dfar.sum(-1).reshape(-1)
+      dtiles, dfar = dtiles * (rest * self._unit), dfar.sum(-1).reshape(-1) * (rest * self._unit)
       return dq, dk, dv, jax.vjp(self._tiles, call.bias)[1]((dtiles, dfar))[0]
-    return dq, dk, dv, self._dense_gradient(inputs) if self._dense else None
+    return dq, dk, dv, self._dense_gradient(inputs, rest) if self._dense else None
 
-  def _gradient(self, refs, at, h, q, k, v, dout, visible, near):
-    """(dropped probabilities, gradient at the logits, slope of the soft cap) of a block [s, q]."""
-    logits, slope = self._scores(refs, at, h, q, k, visible, near)
-    weights = jnp.exp(logits - refs.lse[h : h + 1])
-    dweights = self._dot(v, dout, ((1,), (1,)))
-    kept = self._kept(refs, at, h) if self._call.dropout_rate > 0 else None
-    dlogits = weights * (self._drop(kept, dweights) - refs.delta[h : h + 1])
-    return self._drop(kept, weights).astype(v.dtype), dlogits, slope
+  def _gradient(self, refs, at, strip, dot, dweights, near):
+    """(kept weights, gradient at the logits, slope of the soft cap) of a strip [s, q].
 
-  def _dense_gradient(self, inputs):
+    The first two lack the factor 1 / (1 - dropout rate).
+    """
+    row = slice(strip.h, strip.h + 1)
+    logits, slope = self._scores(refs, at, strip, dot, near)
+    weights = self._exp(logits - refs.lse[row, strip.cols])
+    dweights = self._dropped(refs, at, strip, dweights)
+    dlogits = weights * (dweights - refs.delta[row, strip.cols])
+    return self._dropped(refs, at, strip, weights), dlogits, slope
+
+  def _dense_gradient(self, inputs, rest):
     """Of a dense bias, by a kernel of its own: what is not asked for is not computed.
 
     Its blocks are the outer loop, and what it broadcasts over the inner one, so that no array is
     larger than the bias.
     """
-    call, bq, bk = self._call, self._block_q, self._block_kv
+    call, bq, bk = self._call, self.block_q, self.block_kv
     states = jnp.asarray(call.block_states(bq, bk)).astype(jnp.int32)
     batch_stride = self._rows * self._columns if states.shape[0] > 1 else 0
     sizes = {"b": self._B, "j": self._J, "i": self._rows, "kv": self._columns}
@@ -701,18 +798,20 @@ class _Kernel(_Layout):
       else:
         refs.dbias[...] = jnp.zeros(refs.dbias.shape, jnp.float32)
 
-      def gather(visible, near):
+      def gather(partial, near):
         k, v = refs.k[...], refs.v[...]
-        heads = (self._heads(x) for x in (refs.q[...], refs.dout[...]))
-        for h, (q, dout) in enumerate(zip(*heads, strict=True)):
-          _, dlogits, _ = self._gradient(refs, at, h, q, k, v, dout, visible, near)
+        douts = self._heads(refs.dout[...])
+        for strip in self._strips(refs, at, partial):
+          cols, head = strip.cols, 0 if broadcast["j"] else strip.h
+          dweights = self._dot(v, douts[strip.h][cols], ((1,), (1,)))
+          dot = self._dot(k, strip.q, ((1,), (1,)))
+          _, dlogits, _ = self._gradient(refs, at, strip, dot, dweights, near)
           if broadcast["kv"]:
-            tile = dlogits.sum(axis=0, keepdims=True)
+            refs.dbias[head, :, cols] += dlogits.sum(axis=0, keepdims=True)
           elif broadcast["i"]:
-            tile = dlogits.T.sum(axis=0, keepdims=True)
+            refs.dbias[head] += dlogits.T.sum(axis=0, keepdims=True)
           else:
-            tile = dlogits.T
-          refs.dbias[0 if broadcast["j"] else h] += tile
+            refs.dbias[head, cols] += dlogits.T
 
       self._each_kind(refs, at, gather)
 
@@ -727,7 +826,9 @@ class _Kernel(_Layout):
       scratch={},
       parallel=len(order) - len(summed),
     )
-    return jax.linear_transpose(self._dense_bias, call.bias)(dbias.astype(call.bias.dtype))[0]
+    return jax.linear_transpose(self._dense_bias, call.bias)(
+      (dbias * rest).astype(call.bias.dtype)
+    )[0]
 
   def _pallas(self, body, name, *, grid, to_block, scalars, inputs, outputs, scratch, parallel):
     """One kernel: `body(refs)` sees all its references by name.
@@ -764,7 +865,7 @@ class _Kernel(_Layout):
       out_shape=[_shape(shape, dtype, varying) for shape, dtype, _, _ in outputs.values()],
       compiler_params=pltpu.CompilerParams(
         dimension_semantics=("parallel",) * parallel + ("arbitrary",) * (len(grid) - parallel),
-        vmem_limit_bytes=_VMEM_BYTES,
+        vmem_limit_bytes=_VMEM_LIMIT,
       ),
       interpret=self._interpret,
       name=name,
@@ -786,11 +887,41 @@ class _At:
   is_ahead: jax.Array | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class _Strip:
+  """Some queries of a block, of one head: its place, the queries, and which pairs are visible.
+
+  Attributes:
+    q: [q, L], zero in the lanes of other heads.
+    visible: [s, q], or None if all are.
+  """
+
+  h: int
+  cols: slice
+  q: jax.Array
+  visible: jax.Array | None
+
+
 class _Refs:
   """References by name."""
 
   def __init__(self, items):
     self.__dict__.update(items)
+
+
+def _overlapped(strips, first, second) -> None:
+  """`second(strip, first(strip))` for every strip, after the `first` of the next one.
+
+  In this order the compiler has the matrix unit work on the next strip's products while the vector
+  unit is busy with the exponentials of this one.
+  """
+  before = None
+  for strip in strips:
+    products = first(strip)
+    if before is not None:
+      second(*before)
+    before = strip, products
+  second(*before)
 
 
 def _split(length: int, block: int) -> tuple[int, int]:

@@ -1,0 +1,231 @@
+"""The Pallas kernels for TPUs through the TPU compiler itself, ahead of time and without a TPU.
+
+All compilations of a topology take place in one subprocess, this file run as a module: libtpu takes
+seconds to load, and reads its environment once.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import topologies
+
+from magneto_jax import kernels
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+# The smallest of each generation.
+TOPOLOGIES = [
+  pytest.param("v5e:2x2", marks=pytest.mark.ci),
+  *(pytest.param(name, marks=pytest.mark.slow) for name in ("v5:2x2x1", "v6e:2x2", "tpu7x:2x2x1")),
+]
+FORWARD, BACKWARD, BIAS = "attention_forward", "attention_backward", "attention_backward_bias"
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """A call, forwards and backwards. What it is not given are shapes is static.
+
+  Attributes:
+    sizes: B, T, S, N, K, H.
+    bias: a shape, or the arguments of a RelativeBias with its number of buckets, or None.
+    masks: which arrays hide something: segments, lengths, offset.
+    options: of `dot_product_attention`.
+    block: of both passes; None for the table's own choice, `implementation=None`.
+    bias_gradient: whether it is asked for.
+  """
+
+  sizes: tuple[int, int, int, int, int, int]
+  bias: tuple | None = None
+  masks: tuple[str, ...] = ()
+  options: dict = dataclasses.field(default_factory=dict)
+  dtype: str = "bfloat16"
+  block: int | None = 128
+  random: str = "hash"
+  bias_gradient: bool = True
+
+  @property
+  def kernels(self) -> list[str]:
+    dense = self.bias is not None and len(self.bias) == 4
+    return [BACKWARD, *[BIAS] * (dense and self.bias_gradient), FORWARD]
+
+
+CAUSAL, DROPOUT = {"is_causal": True}, {"dropout_rate": 0.1}
+T5 = (32, True, 128)
+CASES = {
+  # The table's own choice, at its own block sizes.
+  "default": Case((2, 512, 512, 4, 4, 64), block=None),
+  "default_long": Case((1, 8192, 8192, 2, 2, 64), T5, block=None),
+  "default_128": Case((1, 1024, 1024, 2, 1, 128), None, (), CAUSAL, block=None),
+  "default_256_float32": Case((1, 512, 512, 1, 1, 256), block=None, dtype="float32"),
+  # Everything at once, and each feature with others than there.
+  "all": Case((2, 384, 384, 4, 2, 64), T5, ("segments", "lengths", "offset"), CAUSAL | DROPOUT),
+  "all_hardware": Case(
+    (2, 300, 500, 4, 1, 128), T5, ("segments",), CAUSAL | DROPOUT, random="hardware"
+  ),
+  "ragged_float32": Case((2, 300, 200, 3, 1, 64), None, ("lengths",), dtype="float32"),
+  "head_dim_40": Case(
+    (2, 256, 256, 6, 2, 40), None, (), {"window": (100, 50)}, dtype="float32", block=256
+  ),
+  "head_dim_80": Case((2, 200, 300, 4, 4, 80), None, ("lengths",), {"logits_soft_cap": 30.0}),
+  "head_dim_256": Case((1, 256, 256, 2, 1, 256), (1, 2, 256, 256)),
+  "window_offset": Case(
+    (2, 256, 384, 4, 4, 64), None, ("offset",), CAUSAL | {"window": (64, None)}
+  ),
+  "segments": Case((2, 256, 256, 4, 4, 64), None, ("segments",), block=256),
+  "hash": Case((2, 256, 256, 4, 4, 64), None, (), DROPOUT),
+  "hardware": Case((2, 256, 256, 4, 4, 64), None, ("offset",), DROPOUT, random="hardware"),
+  "relative_float32": Case((2, 256, 256, 2, 2, 128), (16, False, 64), dtype="float32", block=256),
+  "relative_far": Case((1, 2048, 2048, 2, 2, 64), (64, True, 600), block=256),
+  # Every way to broadcast a dense bias.
+  "dense": Case((2, 256, 256, 4, 4, 64), (2, 4, 256, 256), (), CAUSAL),
+  "dense_batch": Case((2, 200, 300, 4, 2, 64), (1, 4, 200, 300), (), DROPOUT),
+  "dense_heads": Case((2, 256, 256, 4, 4, 64), (2, 1, 256, 256), (), {"logits_soft_cap": 30.0}),
+  "dense_keys": Case((2, 256, 256, 4, 4, 64), (2, 1, 1, 256), ("segments",)),
+  "dense_queries": Case((2, 256, 256, 4, 4, 64), (1, 4, 256, 1), (), DROPOUT, random="hardware"),
+  "dense_number": Case((2, 256, 256, 2, 2, 128), (1, 1, 1, 1), dtype="float32"),
+  "dense_constant": Case((2, 256, 256, 4, 4, 64), (1, 4, 256, 256), bias_gradient=False),
+}
+
+
+def arguments(case: Case, sharding=None) -> dict:
+  """The shapes of all arrays of the call."""
+  B, T, S, N, K, H = case.sizes
+  array = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
+  dtype = jnp.dtype(case.dtype)
+  arrays = {"q": array((B, T, N, H), dtype)}
+  arrays |= {name: array((B, S, K, H), dtype) for name in "kv"}
+  if case.bias is not None and len(case.bias) == 4:
+    arrays["bias"] = array(case.bias, jnp.float32)
+  elif case.bias is not None:
+    buckets, *rest = case.bias
+    arrays["bias"] = kernels.RelativeBias(array((buckets, N), jnp.float32), *rest)
+  if "segments" in case.masks:
+    arrays["q_segment_ids"] = array((B, T), jnp.int32)
+    arrays["kv_segment_ids"] = array((B, S), jnp.int32)
+  if "lengths" in case.masks:
+    arrays["kv_lengths"] = array((B,), jnp.int32)
+  if "offset" in case.masks:
+    arrays["q_offset"] = array((), jnp.int32)
+  if "dropout_rate" in case.options:
+    arrays["dropout_key"] = array((), jax.random.key(0).dtype)
+  return arrays
+
+
+def passes(case: Case, arrays: dict) -> tuple:
+  """The output and, given itself as cotangent, the gradients that the case asks for."""
+  block = case.block
+  record = block and kernels.PallasTpu(block, block, block, block, random=case.random)
+  asked = ("q", "k", "v", *["bias"] * (case.bias is not None and case.bias_gradient))
+
+  def attend(of):
+    rest = {name: x for name, x in (arrays | of).items() if name not in "qkv"}
+    q, k, v = of["q"], of["k"], of["v"]
+    return kernels.dot_product_attention(q, k, v, implementation=record, **rest, **case.options)
+
+  out, vjp = jax.vjp(attend, {name: arrays[name] for name in asked})
+  return out, vjp(out)
+
+
+def compile_all(topology: str) -> None:
+  """Prints one line of JSON a case: its kernels, and the bytes of its temporaries; or its error."""
+  devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+  sharding = jax.sharding.SingleDeviceSharding(devices[0])
+  for name, case in CASES.items():
+    try:
+      lowered = jax.jit(functools.partial(passes, case)).lower(arguments(case, sharding))
+      compiled = lowered.compile()
+      calls = [x for x in compiled.as_text().splitlines() if '"tpu_custom_call"' in x]
+      found = {
+        "kernels": [re.findall(r"attention_[a-z]+(?:_[a-z]+)*", call)[-1] for call in calls],
+        "temporaries": compiled.memory_analysis().temp_size_in_bytes,
+      }
+    except Exception as error:  # Whatever it is: the case's own test shows it.
+      found = {"error": f"{type(error).__name__}: {error}"}
+    print(json.dumps({"name": name} | found), flush=True)
+
+
+@functools.cache
+def compiled(topology: str) -> dict[str, dict]:
+  """What `compile_all` printed, by case."""
+  assert importlib.util.find_spec("libtpu"), "no TPU compiler: pip install -e '.[tpu]'"
+  variables = {
+    "JAX_PLATFORMS": "cpu",
+    # Nothing is run, so that nobody needs the chip for himself, nor a cloud's metadata.
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+  }
+  result = subprocess.run(
+    [sys.executable, "-m", "tests.kernels.test_attention_tpu_compiles", topology],
+    cwd=ROOT,
+    env=os.environ | variables,
+    capture_output=True,
+    text=True,
+    timeout=1200,
+  )
+  assert result.returncode == 0, result.stderr
+  lines = [json.loads(line) for line in result.stdout.splitlines()]
+  return {line.pop("name"): line for line in lines}
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("name", CASES)
+def test_compiles(topology, name):
+  """One kernel forwards, one backwards; a dense bias's gradient is a third, if asked for."""
+  found = compiled(topology)[name]
+  assert "error" not in found, found["error"]
+  assert sorted(found["kernels"]) == CASES[name].kernels
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_nothing_is_copied_to_be_padded(topology):
+  """At head dim 64, half a register's lanes: no temporary is as large as the queries."""
+  B, T, _, N, _, H = CASES["default"].sizes
+  assert compiled(topology)["default"]["temporaries"] < 2 * B * T * N * H
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_relative_bias_is_never_expanded(topology):
+  _, T, S, N, _, _ = CASES["default_long"].sizes
+  # Even one byte a pair of one head would be this much.
+  assert compiled(topology)["default_long"]["temporaries"] < T * S
+
+
+def test_platform_compiled_for_decides():
+  """Wherever it is lowered: here, on a CPU."""
+  case = CASES["all"]
+  case = dataclasses.replace(case, block=None)
+  function = jax.jit(functools.partial(passes, case))
+
+  def kernels_for(*platforms):
+    return jax.export.export(function, platforms=platforms)(arguments(case)).mlir_module()
+
+  assert kernels_for("tpu").count("tpu_custom_call") == 2
+  assert kernels_for("tpu", "cpu").count("tpu_custom_call") == 2
+  assert "tpu_custom_call" not in kernels_for("cpu")
+  assert "tpu_custom_call" not in function.lower(arguments(case)).as_text()
+
+
+def test_blocks_too_large_are_refused_in_one_line():
+  """By the record itself: the compiler's own words name no block size."""
+  x = jax.ShapeDtypeStruct((1, 8192, 2, 64), jnp.bfloat16)
+  for sides, part in (((4096, 4096), "block_q=4096"), ((None, None, 4096, 4096), "backward")):
+    with pytest.raises(NotImplementedError, match="MiB of vector memory") as refusal:
+      kernels.choose(x, x, x, implementation=kernels.PallasTpu(*sides))
+    assert part in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+if __name__ == "__main__":
+  compile_all(sys.argv[1])
