@@ -90,7 +90,11 @@ class Mistaken:
     if self.mistake == "does not compile":
       raise ValueError("unknown device\nand more")
     out, lse = attention_xla.attention(MISTAKES.get(self.mistake, lambda call: call)(call))
-    return (out * jnp.asarray(1.25, out.dtype) if self.mistake == "scales" else out), lse
+    if self.mistake == "scales":
+      out *= jnp.asarray(1.25, out.dtype)
+    if self.mistake == "shifts lse":
+      lse += 0.01
+    return out, lse
 
   def backward(self, call, out, lse, dout, dlse):
     def attend(q, k, v, bias):
@@ -120,6 +124,7 @@ MISTAKES = {
   "other dropout": lambda call: dataclasses.replace(call, head_keys=call.head_keys + 1),
   "scale": lambda call: dataclasses.replace(call, scale=call.scale * 1.2),
   "scales": lambda call: call,
+  "shifts lse": lambda call: call,
   "forgets lse": lambda call: call,
   "bias gradient": lambda call: call,
   "not a number": lambda call: call,

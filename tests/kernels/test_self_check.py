@@ -82,6 +82,7 @@ DIFFERENCES = {
   "other dropout": "differs from xla in out by",
   "scale": "differs from xla in out by",
   "scales": "differs from xla in out by",
+  "shifts lse": "differs from xla in lse by",
   "forgets lse": "differs from xla in dq by",
   "bias gradient": "differs from xla in dbias by",
   "not a number": "differs from xla in dk by inf%",
