@@ -490,7 +490,9 @@ class _Kernel(_Layout):
       jnp.concatenate([square(row, column) for column in range(columns)], axis=1)
       for row in range(rows)
     ]
-    return jnp.concatenate(bits, axis=0) >= jnp.uint32(round(self._call.dropout_rate * 2**32))
+    return jnp.concatenate(bits, axis=0) >= jnp.uint32(
+      min(round(self._call.dropout_rate * 2**32), 2**32 - 1)
+    )
 
   def _exp(self, x):
     """exp(unit x)."""
