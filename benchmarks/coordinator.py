@@ -22,7 +22,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def environment(threads: int, *, huge_pages: bool = True) -> dict[str, str]:
+def environment(threads: int, *, huge_pages: bool = True, platform: str = "cpu") -> dict[str, str]:
   """What every process is given, whichever library it measures.
 
   Huge pages for malloc: XLA:CPU allocates its temporaries afresh each step and spends a fifth of
@@ -31,7 +31,7 @@ def environment(threads: int, *, huge_pages: bool = True) -> dict[str, str]:
   """
   variables = {
     "JAX_ENABLE_COMPILATION_CACHE": "false",
-    "JAX_PLATFORMS": "cpu",
+    "JAX_PLATFORMS": platform,
     "MKL_NUM_THREADS": str(threads),
     "NPROC": str(threads),
     "OMP_NUM_THREADS": str(threads),
@@ -141,11 +141,12 @@ def in_words(ratio: dict | None) -> str:
 # ---------------------------------------------------------------------------------------------
 
 
-def parser(doc: str, *, variants: Sequence[str], shape: str, rounds: int):
-  """The arguments that all benchmarks share."""
+def parser(doc: str, *, variants: Sequence[str], shape: str | None, rounds: int):
+  """The arguments that all benchmarks share; without `--shape` if `shape` is None."""
   result = argparse.ArgumentParser(description=doc.splitlines()[0])
   result.add_argument("--variants", default=",".join(variants), help="separated by commas")
-  result.add_argument("--shape", default=shape, help="of benchmarks/shapes.py")
+  if shape is not None:
+    result.add_argument("--shape", default=shape, help="of benchmarks/shapes.py")
   result.add_argument("--rounds", type=int, default=rounds)
   result.add_argument("--threads", type=int, default=2)
   result.add_argument("--no-huge-pages", dest="huge_pages", action="store_false")
@@ -197,10 +198,10 @@ def _machine() -> dict[str, str | int]:
   }
 
 
-def save(results: dict, args: argparse.Namespace) -> pathlib.Path:
-  """Writes the results file; returns its path."""
+def save(results: dict, args: argparse.Namespace, name: str | None = None) -> pathlib.Path:
+  """Writes the results file, named by the shape or by `name`; returns its path."""
   day = results["date"][:10]
-  default = RESULTS / f"{results['benchmark']}-{args.shape}-{day}.json"
+  default = RESULTS / f"{results['benchmark']}-{name or args.shape}-{day}.json"
   path = args.output or default
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_text(json.dumps(results, indent=1) + "\n")

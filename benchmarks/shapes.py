@@ -1,4 +1,4 @@
-"""What is measured: model sizes, the same for every library, and one batch of random tokens."""
+"""What is measured: sizes, the same for every library, and random inputs."""
 
 import dataclasses
 
@@ -55,6 +55,51 @@ class Shape:
     lengths = np.round(fill * self.seq_length)
     arrays = {"inputs": inputs, "targets": targets, "lengths": lengths}
     return {name: array.astype(np.int32) for name, array in arrays.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+  """One attention between its projections: T queries and as many keys.
+
+  Attributes:
+    batch, length, heads, head_dim: B, T, N, H.
+    causal: whether keys ahead of the query are hidden.
+    dtype: of queries, keys and values.
+    bias: whether there is a relative position bias.
+    dropout: the fraction of the probabilities to drop.
+  """
+
+  batch: int
+  length: int
+  heads: int
+  head_dim: int
+  causal: bool = True
+  dtype: str = "float32"
+  bias: bool = False
+  dropout: float = 0.0
+
+  @property
+  def flops(self) -> dict[str, int]:
+    """Of the two products: all T x T scores, also under a causal mask; backward twice forward.
+
+    The conventions of `train_step_flops`. So whoever skips hidden blocks can exceed a share of 1,
+    and scores computed again in the backward pass count once.
+    """
+    forward = 4 * self.batch * self.heads * self.length**2 * self.head_dim
+    return {"forward": forward, "gradient": 3 * forward}
+
+  def scores_bytes(self, itemsize: int) -> int:
+    """Of one array of all T x T scores."""
+    return self.batch * self.heads * self.length**2 * itemsize
+
+  def inputs(self, seed: int = 0) -> np.ndarray:
+    """Queries, keys, values and the output's gradient [4, B, T, N, H], float32, unit variance."""
+    shape = (4, self.batch, self.length, self.heads, self.head_dim)
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+  def bias_table(self, seed: int = 1) -> np.ndarray:
+    """A table [32, N] of T5's buckets, float32."""
+    return np.random.default_rng(seed).standard_normal((32, self.heads), np.float32)
 
 
 _TINY = Shape(

@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Callable
 
-from benchmarks.shapes import Shape
+from benchmarks.shapes import Attention, Shape
 
 
 class Worker:
@@ -30,6 +30,22 @@ class Worker:
       self._subject = peers.VARIANTS[variant](Shape(**shape), threads)
     subject = self._subject
     return {"parameters": subject.parameters, "versions": subject.versions} | peak_memory()
+
+  def load_attention(self, *, variant: str, threads: int) -> dict:
+    """The library whose attention is asked for; one process may serve several of its variants."""
+    if variant.startswith("torch"):
+      from benchmarks import attention_torch
+
+      self._subject = attention_torch.Library(threads)
+    else:
+      from benchmarks import attention_jax
+
+      self._subject = attention_jax.Library()
+    return {"versions": self._subject.versions, "device": self._subject.device}
+
+  def prepare(self, *, variant: str, case: dict, memory_gib: float) -> dict:
+    """Compiles and calls once; the answer says what that took, or why the case is not run."""
+    return self._subject.prepare(variant, Attention(**case), memory_gib)
 
   def turn(self, *, call: str, count: int, options: dict) -> dict:
     """`count` timed calls of the subject's method; the first call ever is reported as such."""

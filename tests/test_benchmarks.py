@@ -3,6 +3,7 @@
 Nothing is said about speed here: that needs a machine of its own.
 """
 
+import dataclasses
 import json
 import pathlib
 import subprocess
@@ -10,18 +11,21 @@ import sys
 
 import pytest
 
-from benchmarks import breakdown
+from benchmarks import attention, breakdown
+from benchmarks.shapes import Attention
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 pytestmark = pytest.mark.ci
 
 
-def results(name: str, tmp_path: pathlib.Path, *arguments: str) -> dict:
+def results(
+  name: str, tmp_path: pathlib.Path, *arguments: str, shape: str | None = "smoke"
+) -> dict:
   """Runs `python -m benchmarks.NAME` as a person does; returns the JSON it wrote."""
   path = tmp_path / "results.json"
-  command = [sys.executable, "-m", f"benchmarks.{name}", "--shape=smoke", f"--output={path}"]
-  command += ["--rounds=2", *arguments]
+  command = [sys.executable, "-m", f"benchmarks.{name}", f"--output={path}", "--rounds=2"]
+  command += [f"--shape={shape}"] * (shape is not None) + [*arguments]
   subprocess.run(command, check=True, cwd=ROOT, capture_output=True, timeout=240)
 
   def refuse(constant):
@@ -63,6 +67,43 @@ def test_breakdown(tmp_path, shape):
   written = results("breakdown", tmp_path, f"--shape={shape}", "--calls=1")
   assert set(written["summary"]) >= {"step", "of which forward", "optimizer"}
   assert all(len(turns) == 2 for turns in written["parts"].values())
+
+
+def test_attention(tmp_path):
+  """This library beside jax.nn, which needs no torch: figures, or why there are none."""
+  arguments = ("--variants=magneto_jax,jax.nn-xla", "--lengths=32", "--head-dim=8")
+  written = results("attention", tmp_path, *arguments, shape=None)
+  assert {"date", "machine", "environment", "git_commit", "command", "shape"} <= set(written)
+  assert (tmp_path / "results.png").stat().st_size > 0
+  cells = {(c["variant"], c["length"], c["bias"], c["dropout"] > 0): c for c in written["summary"]}
+  assert len(cells) == len(written["summary"]) == 2 * 2 * 2
+  for (variant, length, _, has_dropout), cell in cells.items():
+    if variant == "jax.nn-xla" and has_dropout:
+      assert "no dropout" in cell["refused"] and "forward" not in cell
+      continue
+    for call in ("forward", "gradient"):
+      assert cell[call]["wall_ms"] > 0 and cell[call]["share_of_peak"] > 0
+    assert cell["gradient"]["peak_memory_mib"] * 2**20 > 4 * length * 8  # One head's queries.
+    assert ("ours_over" in cell["gradient"]) == (variant == "jax.nn-xla")
+
+
+def test_attention_counts_its_products():
+  """Two products of T x T x H a head, and twice as many backward."""
+  flops = Attention(batch=3, length=5, heads=2, head_dim=7).flops
+  assert flops == {
+    "forward": 3 * 2 * 2 * (2 * 5 * 5 * 7),
+    "gradient": 3 * 3 * 2 * 2 * (2 * 5 * 5 * 7),
+  }
+
+
+def test_attention_refuses_another_computation():
+  """A variant that computes something else is not compared; dropout may differ."""
+  case = Attention(batch=1, length=4, heads=1, head_dim=8)
+  pair = {"ours": {"norms": [1.0, 2.0]}, "theirs": {"norms": [1.0, 2.01]}}
+  with pytest.raises(RuntimeError, match="theirs computes something else"):
+    attention.check_agreement(pair, case)
+  attention.check_agreement(pair, dataclasses.replace(case, dropout=0.1))
+  attention.check_agreement({**pair, "theirs": pair["ours"]}, case)
 
 
 def test_breakdown_adds_up():

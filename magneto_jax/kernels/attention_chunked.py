@@ -1,8 +1,8 @@
 """Attention by blocks, in plain jax.numpy: memory linear in the length, hidden blocks not computed.
 
 The softmax is taken online, block by block of the keys, and the backward pass computes the
-probabilities again from the logarithm of their sum. Any platform runs it; on CPUs a block of
-512 x 512 stays in the cache, which the whole square does not.
+probabilities again from the logarithm of their sum. Any platform runs it; on CPUs a block of the
+scores stays in the cache, which the whole square does not.
 
 Letters: B batch, T query length, S key and value length, N heads, K key/value heads,
 G = N / K heads a key/value head, H head dim; q and s the queries and keys of one block, R = G q.
@@ -26,19 +26,20 @@ class XlaChunked:
   """The implementation `xla_chunked`: serves every call, on every platform.
 
   Attributes:
-    block_q, block_kv: the sides of a block. A call of at most block_q block_kv pairs is one block.
+    block_q, block_kv: the largest sides of a block, None for what suits the call. A call of at
+      most block_q block_kv pairs is one block.
   """
 
-  block_q: int = 512
-  block_kv: int = 512
+  block_q: int | None = None
+  block_kv: int | None = None
 
   name = "xla_chunked"
   platforms = None
 
   def __post_init__(self):
     for name, value in dataclasses.asdict(self).items():
-      if not (isinstance(value, int) and value > 0):
-        raise ValueError(f"{name}={value!r} must be a positive integer")
+      if value is not None and not (isinstance(value, int) and value > 0):
+        raise ValueError(f"{name}={value!r} must be a positive integer, or None")
 
   def fitted(self, call: Call) -> "XlaChunked":
     """Itself: it refuses nothing."""
@@ -50,24 +51,35 @@ class XlaChunked:
 
   def forward(self, call: Call) -> tuple[jax.Array, jax.Array]:
     """(out_BTNH, lse_BTN)."""
-    B, T, S, N, _, H = call.sizes
-    blocks = _Blocks(call, *self._sides(T, S))
+    T = call.sizes[1]
+    blocks = _Blocks(call, *self._sides(call))
     out, lse = blocks.map_queries(blocks.attend)
     out_BNTH, lse_BNT = blocks.join(out)[:, :, :T], blocks.join(lse)[:, :, :T]
     return out_BNTH.swapaxes(1, 2), lse_BNT.swapaxes(1, 2)
 
   def backward(self, call: Call, out_BTNH, lse_BTN, dout_BTNH, dlse_BTN) -> tuple:
     """(dq_BTNH, dk_BSKH, dv_BSKH, dbias)."""
-    _, T, S, _, _, _ = call.sizes
-    blocks = _Blocks(call, *self._sides(T, S))
+    blocks = _Blocks(call, *self._sides(call))
     dot_BTN = jnp.einsum("BTNH,BTNH->BTN", out_BTNH, dout_BTNH, preferred_element_type=call.dtype)
     delta_BTN = dot_BTN - dlse_BTN
     return blocks.gradients(*(x.swapaxes(1, 2) for x in (lse_BTN, delta_BTN, dout_BTNH)))
 
-  def _sides(self, T: int, S: int) -> tuple[int, int]:
-    if T * S <= self.block_q * self.block_kv:
-      return T, S
-    return min(self.block_q, T), min(self.block_kv, S)
+  def _sides(self, call: Call) -> tuple[int, int]:
+    B, T, S, N, _, _ = call.sizes
+    # Measured on CPUs: the scores of a block, of all heads, fit a core's cache of a MiB, down to
+    # where the products become too small. Where a mask hides no blocks a larger one wastes nothing.
+    side = 256 if B * N * 256**2 <= 2**18 else 128
+    pairs = side**2 if call.window != (None, None) else 4 * side**2
+    block_q, block_kv = (max(side, side**2 // length) for length in (S, T))
+    if self.block_q or self.block_kv:
+      block_q, block_kv = self.block_q or block_q, self.block_kv or block_kv
+      pairs = block_q * block_kv
+    return (T, S) if T * S <= pairs else (_even(T, block_q), _even(S, block_kv))
+
+
+def _even(length: int, block: int) -> int:
+  """The side of as many blocks as `block` makes of the length, with the least padding."""
+  return -(-length // -(-length // block))
 
 
 class _Blocks:
@@ -137,7 +149,9 @@ class _Blocks:
       weights, shrink = jnp.exp(logits - new_top), jnp.exp(top - new_top)
       total = total * shrink + weights.sum(-1, keepdims=True)
       product = self._product("BKRS,BKSH->BKRH", self._drop(weights, i, j), self._keys(self._v, j))
-      return acc * shrink + product.reshape(acc.shape), total, new_top
+      product = product.reshape(acc.shape)
+      # Without a loop there is nothing to add to, which XLA cannot know.
+      return product if self._columns == 1 else acc * shrink + product, total, new_top
 
     rows = (self._B, self._N, self._block_q)
     start = self._like_inputs(
@@ -161,9 +175,12 @@ class _Blocks:
     soft cap and the scale.
     """
     call, dtype = self._call, self._call.dtype
-    lse, delta, dout = (_pad(x, 2, self._block_q) for x in (lse, delta, dout))
+    # Padded queries have the weights exp(-inf) = 0: a relative bias reaches them, however large.
+    lse = _pad(lse, 2, self._block_q, jnp.inf)
+    delta, dout = (_pad(x, 2, self._block_q) for x in (delta, dout))
     dbias = None if self._bias is None else jnp.zeros(self._bias.shape, dtype)
     dq = jnp.zeros((self._B, self._N, self._rows * self._block_q, self._H), dtype)
+    q_HR, dout_HR = self._transposed(self._q), self._transposed(dout)
 
     def column(carry, x):
       j, first, end = x
@@ -174,22 +191,22 @@ class _Blocks:
         q, do = self._queries(self._q, i), self._queries(dout, i)
         logits, slope = self._logits(q, i, j)
         weights = jnp.exp(logits - self._queries(lse, i)[..., None])
-        dv += self._product("BKRS,BKRH->BKSH", self._drop(weights, i, j), do)
+        dv += self._product("BKHR,BKRS->BKHS", dout_HR[i], self._drop(weights, i, j))
         dweights = self._product("BKRH,BKSH->BKRS", do, v).reshape(logits.shape)
         dlogits = weights * (self._drop(dweights, i, j) - self._queries(delta, i)[..., None])
         dbias = self._add_to_bias(dbias, dlogits, i, j)
         dlogits = dlogits * call.scale if slope is None else dlogits * call.scale * slope
-        dk += self._product("BKRS,BKRH->BKSH", dlogits, q)
+        dk += self._product("BKHR,BKRS->BKHS", q_HR[i], dlogits)
         dq_block = self._product("BKRS,BKSH->BKRH", dlogits, k)
         dq = _add_at(
           dq, dq_block.reshape(self._B, self._N, -1, self._H), (0, 0, i * self._block_q, 0)
         )
         return dq, dbias, dk, dv
 
-      keys = (self._B, self._K, self._block_kv, self._H)
+      keys = (self._B, self._K, self._H, self._block_kv)
       start = self._like_inputs((jnp.zeros(keys, dtype), jnp.zeros(keys, dtype)))
       dq, dbias, dk, dv = self._loop(first, end, self._rows, step, (*carry, *start))
-      return (dq, dbias), (dk.astype(k.dtype), dv.astype(v.dtype))
+      return (dq, dbias), tuple(x.astype(k.dtype).swapaxes(2, 3) for x in (dk, dv))
 
     carry = self._like_inputs((dq, dbias))
     (dq, dbias), dkv = _scan(column, carry, self._columns, self._seen_from(axis=1))
@@ -203,17 +220,23 @@ class _Blocks:
     """A block of [B, N, T, ...]."""
     return jax.lax.dynamic_slice_in_dim(x, i * self._block_q, self._block_q, 2)
 
+  def _transposed(self, x):
+    """The blocks of [B, N, T, H], each as [B, K, H, R]."""
+    x = x.reshape(self._B, self._K, -1, self._rows, self._block_q, self._H)
+    x = x.transpose(3, 0, 1, 5, 2, 4)
+    return x.reshape(self._rows, self._B, self._K, self._H, -1)
+
   def _keys(self, x, j):
     """A block of [B, K, S, H]."""
     return jax.lax.dynamic_slice_in_dim(x, j * self._block_kv, self._block_kv, 2)
 
   def _product(self, equation, left, right):
     """One product a key/value head: R = G q rows, whichever of the two are the queries'."""
+    dtype = self._call.q_BTNH.dtype
     grouped = [
-      x.reshape(self._B, self._K, -1, x.shape[-1]) if x.shape[1] == self._N else x
+      x.astype(dtype).reshape(self._B, self._K, -1, x.shape[-1]) if x.shape[1] == self._N else x
       for x in (left, right)
     ]
-    grouped[0] = grouped[0].astype(right.dtype)
     return jnp.einsum(equation, *grouped, preferred_element_type=self._call.dtype)
 
   def _logits(self, q, i, j):
@@ -304,12 +327,13 @@ def _scan(body, carry, count, bounds):
   return jax.lax.scan(body, carry, (jnp.arange(count, dtype=jnp.int32), *bounds))
 
 
-def _pad(x, axis, block):
-  """Zeros to the next multiple of the block."""
+def _pad(x, axis, block, value=0):
+  """One value to the next multiple of the block."""
   missing = -x.shape[axis] % block
   if missing == 0:
     return x
-  return jnp.pad(x, [(0, missing if a == axis else 0) for a in range(x.ndim)])
+  widths = [(0, missing if a == axis else 0) for a in range(x.ndim)]
+  return jnp.pad(x, widths, constant_values=value)
 
 
 def _add_at(total, update, start):

@@ -71,7 +71,7 @@ def _run(case: conformance.Case, name: str) -> conformance.Outcome:
   try:
     return conformance.run(case, name)
   except Exception as error:
-    return conformance.Outcome(case.name, raised=f"{type(error).__name__}: {error}")
+    return conformance.Outcome(case.name, raised=self_check.one_line(error))
 
 
 if __name__ == "__main__":

@@ -21,12 +21,14 @@ class Entry:
     small: the same at lengths below ten.
     refused_dtypes: dtype: what it says of it.
     is_slow: whether a call takes seconds, as a kernel does that is interpreted.
+    compiled: for a kernel that is interpreted, itself: JAX's interpreter cannot do all it can.
   """
 
   implementation: Implementation
   small: Implementation
   refused_dtypes: Mapping[str, str] = dataclasses.field(default_factory=dict)
   is_slow: bool = False
+  compiled: Implementation | None = None
 
 
 _INTERPRETED = PallasTpu(128, 128, 128, 128, interpret=True)
@@ -39,6 +41,7 @@ ENTRIES = {
     _INTERPRETED,
     refused_dtypes=dict.fromkeys(("float16", "float64"), "is neither bfloat16 nor float32"),
     is_slow=True,
+    compiled=PallasTpu(128, 128, 128, 128),
   ),
 }
 

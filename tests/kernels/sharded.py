@@ -1,8 +1,11 @@
 """Attention under shard_map: `python -m tests.kernels.sharded NAME`, where there are 4 devices.
 
 Rows of the batch and heads on different devices give what one device gives, with all gradients.
+A kernel that is interpreted has to do so without check_vma, which JAX's interpreter does not know;
+with it, the kernel has to be traced and lowered for its platform.
 """
 
+import functools
 import math
 import sys
 
@@ -15,7 +18,7 @@ from magneto_jax.kernels import RelativeBias, dot_product_attention
 from tests.kernels.implementations import ENTRIES
 
 
-def check(implementation) -> None:
+def check(entry) -> None:
   """float32 to 1e-5, on meshes of batch by heads devices."""
   rng = np.random.default_rng(0)
   B, T, N, K, H = 4, 5, 4, 2, 4
@@ -28,7 +31,7 @@ def check(implementation) -> None:
   lengths = jnp.array([5, 3, 0, 4])
   tokens, by_head = P("batch", None, "heads"), P(None, "heads")
 
-  def attend(q, k, v, shared, table, dense, ids, lengths):
+  def attend(q, k, v, shared, table, dense, ids, lengths, implementation=entry.small):
     options = dict(is_causal=True, implementation=implementation)
     first = dot_product_attention(
       q, k, v, RelativeBias(table, False, 6), q_segment_ids=ids, kv_segment_ids=ids, **options
@@ -37,23 +40,30 @@ def check(implementation) -> None:
     # Keys that all devices of a row of heads share.
     return dot_product_attention(second, *shared, **options)
 
+  arrays = q, k, v, shared, table, dense
+
   def value_and_gradients(f):
     loss = lambda *arrays: (f(*arrays, ids, lengths) ** 2).sum()
-    return jax.jit(jax.value_and_grad(loss, argnums=range(6)))(q, k, v, shared, table, dense)
+    return jax.jit(jax.value_and_grad(loss, argnums=range(6)))
 
-  expected = jax.tree.leaves(value_and_gradients(attend))
+  expected = jax.tree.leaves(value_and_gradients(attend)(*arrays))
   specs = (tokens, tokens, tokens, P(None, "batch"), by_head, by_head, P("batch"), P("batch"))
   for sides, check_vma in (((2, 1), True), ((2, 2), True), ((2, 2), False)):
     devices, auto = jax.devices()[: math.prod(sides)], (jax.sharding.AxisType.Auto,) * 2
     mesh = jax.make_mesh(sides, ("batch", "heads"), axis_types=auto, devices=devices)
-    sharded = jax.shard_map(
-      attend, mesh=mesh, in_specs=specs, out_specs=tokens, check_vma=check_vma
+    shard = functools.partial(
+      jax.shard_map, mesh=mesh, in_specs=specs, out_specs=tokens, check_vma=check_vma
     )
-    found = jax.tree.leaves(value_and_gradients(sharded))
+    if check_vma and entry.compiled is not None:
+      compiled = functools.partial(attend, implementation=entry.compiled)
+      traced = value_and_gradients(shard(compiled)).trace(*arrays)
+      traced.lower(lowering_platforms=entry.compiled.platforms)
+      continue
+    found = jax.tree.leaves(value_and_gradients(shard(attend))(*arrays))
     for a, b in zip(found, expected, strict=True):
       np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 if __name__ == "__main__":
   assert len(jax.devices()) == 4
-  check(ENTRIES[sys.argv[1]].small)
+  check(ENTRIES[sys.argv[1]])

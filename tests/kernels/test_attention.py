@@ -106,6 +106,27 @@ def test_large_logits_do_not_overflow(implementation):
 
 
 @ALL
+def test_a_number_added_to_all_biases_is_not_felt(implementation):
+  """Also if exp of it overflows, and where blocks are padded: out and gradients to 1e-4.
+
+  The biases lose eps / 2 x 200, 1e-5, where the number is added.
+  """
+  q, k, v = normal(0, 3, 2, 5, 2, 4)
+  table = normal(1, 8, 2)
+
+  def out(number, q, k, v, table):
+    bias = RelativeBias(table + number, True, 6)
+    return dot_product_attention(q, k, v, bias, implementation=implementation)
+
+  found, expected = (
+    jax.vjp(jax.jit(functools.partial(out, number)), q, k, v, table) for number in (200.0, 0.0)
+  )
+  np.testing.assert_allclose(found[0], expected[0], rtol=1e-4, atol=1e-4)
+  for a, b in zip(found[1](q), expected[1](q), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@ALL
 def test_decoding_equals_full_causal_forward(implementation):
   """One query at a time over a cache whose unwritten part is wild; float32 to 1e-6."""
   B, T, N, H = 2, 7, 2, 4
