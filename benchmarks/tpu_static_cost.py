@@ -291,7 +291,8 @@ def show(found: list[dict]) -> None:
     figures = (one["bundles"], one["mxu_span"], one["spills"], x["bundles"])
     rows.append((kernel, str(head_dim), x["feature"], block, f"{cost:.2f}", *map(str, figures)))
   notes = [
-    f"{x['library']} H={x['head_dim']} {x['feature']} {x['block_q']}x{x['block_kv']}: {x['refused']}"
+    f"not served: {x['library']} H={x['head_dim']} {x['feature']} "
+    f"{x['block_q']}x{x['block_kv']}: {x['refused']}"
     for x in found
     if "refused" in x
   ]

@@ -100,7 +100,7 @@ class PallasTpu:
           break
       else:
         raise NotImplementedError(
-          f"{'the backward' if backward else 'the forward'} pass in blocks of "
+          f"the {'backward' if backward else 'forward'} pass in blocks of "
           f"{layout.block_q} queries by {layout.block_kv} keys needs "
           f"{layout.vmem_bytes(backward) >> 20} MiB of vector memory, {_VMEM_BYTES >> 20} are safe"
         )
@@ -127,22 +127,25 @@ class PallasTpu:
 
 
 _SIDES = ("block_q", "block_kv", "block_q_backward", "block_kv_backward")
-# Blocks (queries, keys) in order of preference, by generation (the start of `device_kind`). From the
-# static cost of the kernels, benchmarks/README.md: a lane block of one head gains from two strips
-# of queries that overlap, one of two heads has two already, and twice the block doubles its code.
-_ONE_HEAD, _MORE_HEADS = ((1024, 512), (512, 512)), ((512, 512),)
+# Blocks (queries, keys) in order of preference, ranked by the kernels' static cost
+# (`python -m benchmarks.tpu_static_cost`). Two strips of queries overlap: a lane block of one head
+# needs a larger block for that, one of two heads has two already. Larger ones would still gain a
+# tenth where the matrix unit is 256 deep and wide, and so is idle more than the vector unit;
+# elsewhere it is a fiftieth, not worth twice the code.
+_SMALL, _LARGE = (512, 512), (1024, 512)
 _SMALLER = ((256, 512), (256, 256), (128, 256), (128, 128))
+# By the start of `device_kind`: for lane blocks of one head and of more; first the default.
 _PREFERRED = {
-  "TPU v5 lite": (_ONE_HEAD, _MORE_HEADS),
+  "": ((_LARGE, _SMALL), (_SMALL,)),
+  "TPU v6": ((_LARGE, _SMALL), (_LARGE, _SMALL)),
+  "TPU7": ((_LARGE, _SMALL), (_LARGE, _SMALL)),
 }
 
 
 def _preferred(call: Call) -> tuple[tuple[int, int], ...]:
   _, T, _, N, _, H = call.sizes
-  one, more = next(
-    (blocks for kind, blocks in _PREFERRED.items() if _device_kind().startswith(kind)),
-    (_ONE_HEAD, _MORE_HEADS),
-  )
+  kinds = [kind for kind in _PREFERRED if _device_kind().startswith(kind)]
+  one, more = _PREFERRED[kinds[-1]]
   blocks = more if H <= _LANES // 2 and N > 1 else one
   if call.window != (None, None):
     # A larger share of large blocks is computed only to be masked.
