@@ -147,6 +147,9 @@ def _preferred(call: Call) -> tuple[tuple[int, int], ...]:
   kinds = [kind for kind in _PREFERRED if _device_kind().startswith(kind)]
   one, more = _PREFERRED[kinds[-1]]
   blocks = more if H <= _LANES // 2 and N > 1 else one
+  if call.q_BTNH.dtype == jnp.float32 or H > _LANES:
+    # Their products are many instructions as it is.
+    blocks = (_SMALL,)
   if call.window != (None, None):
     # A larger share of large blocks is computed only to be masked.
     blocks = [block for block in blocks if block[0] <= max(512, T // 8)]
@@ -429,10 +432,10 @@ class _Kernel(_Layout):
     query, key = self._indices(at, cols)
     left, right = self._call.window
     terms = []
-    if (left, right) != (None, None):
-      distance = key - (query + refs.offset[0])
-      terms += [distance >= -left] if left is not None else []
-      terms += [distance <= right] if right is not None else []
+    # Sums of a row of numbers, not of a square of them; longer windows reach as far.
+    position = query + refs.offset[0]
+    terms += [key >= position - min(left, 2**30)] if left is not None else []
+    terms += [key <= position + min(right, 2**30)] if right is not None else []
     if self._call.kv_lengths is not None:
       terms.append(key < refs.lengths[at.b])
     if self._call.q_segment_ids is not None:
