@@ -9,8 +9,12 @@ never padded in HBM, nor copied. A head's lanes are singled out by zeroing the o
 of a product, which costs the matrix unit nothing: it is 128 lanes deep either way.
 
 Orientation. Scores are held transposed, keys by queries (s, q): the sums of the softmax then run
-over sublanes, which are plain additions of registers; the statistics of a query are one row, not a
-register of 128 equal lanes; and three of the backward pass's products need no transposition.
+over sublanes, which are plain additions of registers, and the statistics of a query are one row,
+not a register of 128 equal lanes. Outputs and gradients are summed transposed too, lanes by tokens,
+where a lane block holds several heads: a head's product is then its own rows alone.
+
+Factors. What all pairs share is kept out of the square: the scale goes into the exponential's
+argument, which is multiplied anyway, and with dropout's 1 / (1 - rate) into the sums at the end.
 
 What is hidden. For every block of queries there is a list of the blocks of keys it sees, made
 before the kernel runs and prefetched: hidden blocks are neither fetched nor computed, and only
@@ -129,9 +133,9 @@ class PallasTpu:
 _SIDES = ("block_q", "block_kv", "block_q_backward", "block_kv_backward")
 # Blocks (queries, keys) in order of preference, ranked by the kernels' static cost
 # (`python -m benchmarks.tpu_static_cost`). Two strips of queries overlap: a lane block of one head
-# needs a larger block for that, one of two heads has two already. Larger ones would still gain a
-# tenth where the matrix unit is 256 deep and wide, and so is idle more than the vector unit;
-# elsewhere it is a fiftieth, not worth twice the code.
+# needs a larger block for that, one of two heads has two already. Larger ones still gain up to a
+# tenth where the matrix unit is 256 deep and wide, so that it waits for the vector unit; elsewhere
+# it is a fiftieth, not worth twice the code.
 _SMALL, _LARGE = (512, 512), (1024, 512)
 _SMALLER = ((256, 512), (256, 256), (128, 256), (128, 128))
 # By the start of `device_kind`: for lane blocks of one head and of more; first the default.
