@@ -142,8 +142,8 @@ LIBRARIES = {
 def kernels_in(folder: str, kinds: int) -> Iterator[dict]:
   """The figures of every kernel that was dumped into `folder`.
 
-  A block runs one body of a kernel that has one for each of several kinds of blocks: those are its
-  longest runs without a branch.
+  A block runs one body of a kernel that has one for each of several kinds of blocks: those are the
+  runs without a branch that use the matrix unit most.
   """
   for path in sorted(glob.glob(f"{folder}/*-final_bundles.txt")):
     number, name, _ = pathlib.Path(path).name.split("-", 2)
@@ -152,12 +152,13 @@ def kernels_in(folder: str, kinds: int) -> Iterator[dict]:
       continue
     columns, rows = utilization(pathlib.Path(table[0]).read_text())
     runs = straight_runs(pathlib.Path(path).read_text(), len(rows))
-    longest = sorted(sorted(runs, key=lambda run: run[0] - run[1])[:kinds])
+    products = {(start, stop): sum(row[0] for row in rows[start:stop]) for start, stop in runs}
+    chosen = sorted(sorted(products, key=products.get, reverse=True)[:kinds])
     yield {
       "kernel": re.sub(r"^(jit_|jvp_|transpose_jvp_)+|(_block_.*)?[._\d]*$", "", name),
       "bundles": len(rows),
       "spills": sum(row[columns.index("VSTORE:SPILL")] for row in rows),
-      "bodies": [body(columns, rows[start:stop]) for start, stop in longest],
+      "bodies": [body(columns, rows[start:stop]) for start, stop in chosen],
     }
 
 
@@ -291,7 +292,8 @@ def show(found: list[dict]) -> None:
     figures = (one["bundles"], one["mxu_span"], one["spills"], x["bundles"])
     rows.append((kernel, str(head_dim), x["feature"], block, f"{cost:.2f}", *map(str, figures)))
   notes = [
-    f"{x['library']} H={x['head_dim']} {x['feature']} {x['block_q']}x{x['block_kv']}: {x['refused']}"
+    f"not served: {x['library']} H={x['head_dim']} {x['feature']} "
+    f"{x['block_q']}x{x['block_kv']}: {x['refused']}"
     for x in found
     if "refused" in x
   ]

@@ -5,13 +5,14 @@ Nothing is said about speed here: that needs a machine of its own.
 
 import dataclasses
 import json
+import os
 import pathlib
 import subprocess
 import sys
 
 import pytest
 
-from benchmarks import attention, breakdown
+from benchmarks import attention, breakdown, tpu_static_cost
 from benchmarks.shapes import Attention
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -119,4 +120,48 @@ def test_breakdown_adds_up():
     "the other parts of the layers": 50 - 4 * 3,
     "optimizer": 7,
     "not accounted for": 100 - 80 - 7,
+  }
+
+
+def test_tpu_static_cost(tmp_path):
+  """Our kernels beside splash's, from the compiler's own dump."""
+  path = tmp_path / "cost.json"
+  command = [sys.executable, "-m", "benchmarks.tpu_static_cost", f"--output={path}"]
+  command += ["--head-dim=64", "--features=base,causal", "--blocks=128x128"]
+  command += ["--libraries=magneto_jax,splash"]
+  # Splash attention adds a row to a matrix, which the tests' environment forbids.
+  environment = {name: x for name, x in os.environ.items() if not name.startswith("JAX_NUMPY")}
+  said = subprocess.run(
+    command, check=True, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+  )
+  assert tpu_static_cost.BOUND in said.stdout
+  written = json.loads(path.read_text(encoding="utf-8"))
+  assert {"git_commit", "versions", "topology", "shape", "meaning"} <= set(written)
+  found = {(x["library"], x["feature"], x["kernel"]): x for x in written["kernels"]}
+  for kernel in ("attention_forward", "attention_backward"):
+    base = found["magneto_jax", "base", kernel]
+    causal = found["magneto_jax", "causal", kernel]
+    (full,), (same, masked) = base["bodies"], causal["bodies"]
+    # A block that is seen whole costs the same with a mask or without; one seen in part costs more.
+    assert abs(full["bundles"] - same["bundles"]) < 0.1 * full["bundles"]
+    assert masked["slots"]["VALU"] > same["slots"]["VALU"]
+    assert base["bundles"] > full["bundles"] > full["mxu_span"] > 0
+    assert full["milli_bundles_per_pair"] == 1000 * full["bundles"] / (2 * 128 * 128)
+  assert sum(library == "splash" for library, _, _ in found) == 4
+
+
+def test_tpu_static_cost_finds_straight_runs():
+  """As the compiler writes them: a bundle a line, its address in hexadecimal, a mark, a colon."""
+  text = "LH: loop header\n= control\n 0   :  { nop }\n 0x1   : > { x }\n 0x2 PF: > { sbr.rel }\n"
+  text += " 0x3   :  { y }\n 0x4   : > { sbr.rel (!%p) }\n 0x5   :  { z }\n"
+  assert tpu_static_cost.straight_runs(text, 6) == [(0, 2), (2, 4), (4, 6)]
+  columns, rows = tpu_static_cost.utilization(
+    "== A\nMXU, VSTORE:SPILL\n 4 1\n== B\n0 1\n2 0\n0 1\n"
+  )
+  assert (columns, rows) == (["MXU", "VSTORE:SPILL"], [[0, 1], [2, 0], [0, 1]])
+  assert tpu_static_cost.body(columns, rows) == {
+    "bundles": 3,
+    "mxu_span": 1,
+    "spills": 2,
+    "slots": {"MXU": 2, "VSTORE:SPILL": 2},
   }

@@ -9,8 +9,12 @@ never padded in HBM, nor copied. A head's lanes are singled out by zeroing the o
 of a product, which costs the matrix unit nothing: it is 128 lanes deep either way.
 
 Orientation. Scores are held transposed, keys by queries (s, q): the sums of the softmax then run
-over sublanes, which are plain additions of registers; the statistics of a query are one row, not a
-register of 128 equal lanes; and three of the backward pass's products need no transposition.
+over sublanes, which are plain additions of registers, and the statistics of a query are one row,
+not a register of 128 equal lanes. Outputs and gradients are summed transposed too, lanes by tokens,
+where a lane block holds several heads: a head's product is then its own rows alone.
+
+Factors. What all pairs share is kept out of the square: the scale goes into the exponential's
+argument, which is multiplied anyway, and with dropout's 1 / (1 - rate) into the sums at the end.
 
 What is hidden. For every block of queries there is a list of the blocks of keys it sees, made
 before the kernel runs and prefetched: hidden blocks are neither fetched nor computed, and only
@@ -100,7 +104,7 @@ class PallasTpu:
           break
       else:
         raise NotImplementedError(
-          f"{'the backward' if backward else 'the forward'} pass in blocks of "
+          f"the {'backward' if backward else 'forward'} pass in blocks of "
           f"{layout.block_q} queries by {layout.block_kv} keys needs "
           f"{layout.vmem_bytes(backward) >> 20} MiB of vector memory, {_VMEM_BYTES >> 20} are safe"
         )
@@ -127,23 +131,29 @@ class PallasTpu:
 
 
 _SIDES = ("block_q", "block_kv", "block_q_backward", "block_kv_backward")
-# Blocks (queries, keys) in order of preference, by generation (the start of `device_kind`). From the
-# static cost of the kernels, benchmarks/README.md: a lane block of one head gains from two strips
-# of queries that overlap, one of two heads has two already, and twice the block doubles its code.
-_ONE_HEAD, _MORE_HEADS = ((1024, 512), (512, 512)), ((512, 512),)
+# Blocks (queries, keys) in order of preference, ranked by the kernels' static cost
+# (`python -m benchmarks.tpu_static_cost`). Two strips of queries overlap: a lane block of one head
+# needs a larger block for that, one of two heads has two already. Larger ones still gain up to a
+# tenth where the matrix unit is 256 deep and wide, so that it waits for the vector unit; elsewhere
+# it is a fiftieth, not worth twice the code.
+_SMALL, _LARGE = (512, 512), (1024, 512)
 _SMALLER = ((256, 512), (256, 256), (128, 256), (128, 128))
+# By the start of `device_kind`: for lane blocks of one head and of more; first the default.
 _PREFERRED = {
-  "TPU v5 lite": (_ONE_HEAD, _MORE_HEADS),
+  "": ((_LARGE, _SMALL), (_SMALL,)),
+  "TPU v6": ((_LARGE, _SMALL), (_LARGE, _SMALL)),
+  "TPU7": ((_LARGE, _SMALL), (_LARGE, _SMALL)),
 }
 
 
 def _preferred(call: Call) -> tuple[tuple[int, int], ...]:
   _, T, _, N, _, H = call.sizes
-  one, more = next(
-    (blocks for kind, blocks in _PREFERRED.items() if _device_kind().startswith(kind)),
-    (_ONE_HEAD, _MORE_HEADS),
-  )
+  kinds = [kind for kind in _PREFERRED if _device_kind().startswith(kind)]
+  one, more = _PREFERRED[kinds[-1]]
   blocks = more if H <= _LANES // 2 and N > 1 else one
+  if call.q_BTNH.dtype == jnp.float32 or H > _LANES:
+    # Their products are many instructions as it is.
+    blocks = (_SMALL,)
   if call.window != (None, None):
     # A larger share of large blocks is computed only to be masked.
     blocks = [block for block in blocks if block[0] <= max(512, T // 8)]
@@ -426,10 +436,10 @@ class _Kernel(_Layout):
     query, key = self._indices(at, cols)
     left, right = self._call.window
     terms = []
-    if (left, right) != (None, None):
-      distance = key - (query + refs.offset[0])
-      terms += [distance >= -left] if left is not None else []
-      terms += [distance <= right] if right is not None else []
+    # Sums of a row of numbers, not of a square of them; longer windows reach as far.
+    position = query + refs.offset[0]
+    terms += [key >= position - min(left, 2**30)] if left is not None else []
+    terms += [key <= position + min(right, 2**30)] if right is not None else []
     if self._call.kv_lengths is not None:
       terms.append(key < refs.lengths[at.b])
     if self._call.q_segment_ids is not None:
@@ -490,7 +500,9 @@ class _Kernel(_Layout):
       jnp.concatenate([square(row, column) for column in range(columns)], axis=1)
       for row in range(rows)
     ]
-    return jnp.concatenate(bits, axis=0) >= jnp.uint32(round(self._call.dropout_rate * 2**32))
+    return jnp.concatenate(bits, axis=0) >= jnp.uint32(
+      min(round(self._call.dropout_rate * 2**32), 2**32 - 1)
+    )
 
   def _exp(self, x):
     """exp(unit x)."""
