@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from magneto_jax.kernels import dropout
 from magneto_jax.kernels.bias import RelativeBias, toeplitz
-from magneto_jax.kernels.call import Call, varying
+from magneto_jax.kernels.call import Call, vary, varying
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,14 +309,7 @@ class _Blocks:
     return _add_at(dbias, dlogits.sum(axes, keepdims=True), start)
 
   def _like_inputs(self, tree):
-    """Marked as varying over the mesh axes that the inputs vary over: loops in shard_map ask it."""
-    axes = frozenset().union(*map(varying, jax.tree.leaves(self._call)))
-
-    def vary(x):
-      missing = tuple(axes - varying(x))
-      return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-    return jax.tree.map(vary, tree)
+    return vary(tree, varying(self._call))
 
   def _loop(self, first, end, count, step, carry):
     """`step(index, carry)` over first .. end - 1, of which there are at most `count`."""
