@@ -474,15 +474,12 @@ class _Kernel(_Layout):
       return refs.bias[h, :, cols].astype(jnp.float32)
     return refs.bias[h, cols if rows > 1 else slice(None)].astype(jnp.float32).T
 
-  def _dropped(self, refs, at, strip, weights):
-    """Weights [s, q] of a strip with those that dropout takes set to 0, the others as they are."""
+  def _kept(self, refs, at, strip):
+    """Whether the weights [s, q] of a strip stay; None without dropout."""
     if self._call.dropout_rate == 0:
-      return weights
-    return jnp.where(self._kept(refs, at, strip.h, strip.cols), weights, 0.0)
-
-  def _kept(self, refs, at, h, cols):
-    """Whether the weights [s, q] of a strip stay."""
-    head_key = refs.head_keys[at.b * self._N + at.j * self._P + h]
+      return None
+    cols = strip.cols
+    head_key = refs.head_keys[at.b * self._N + at.j * self._P + strip.h]
     query, key = self._indices(at, cols)
     if self._random == "hash":
       return dropout.keep(head_key.astype(jnp.uint32), query, key, self._call.dropout_rate)
@@ -569,7 +566,7 @@ class _Kernel(_Layout):
           refs.top[h : h + 1, cols] = new_top
           total = refs.total[h : h + 1, cols]
           refs.total[h : h + 1, cols] = total * shrink + weights.sum(axis=0, keepdims=True)
-          weights = self._dropped(refs, at, strip, weights).astype(v_t.dtype)
+          weights = _drop(self._kept(refs, at, strip), weights).astype(v_t.dtype)
           own = self._own(h)
           summand = self._dot(v_t[own], weights, ((1,), (0,)))
           refs.acc[own, cols] = refs.acc[own, cols] * shrink + summand
@@ -775,9 +772,9 @@ class _Kernel(_Layout):
     row = slice(strip.h, strip.h + 1)
     logits, slope = self._scores(refs, at, strip, dot, near)
     weights = self._exp(logits - refs.lse[row, strip.cols])
-    dweights = self._dropped(refs, at, strip, dweights)
-    dlogits = weights * (dweights - refs.delta[row, strip.cols])
-    return self._dropped(refs, at, strip, weights), dlogits, slope
+    kept = self._kept(refs, at, strip)
+    dlogits = weights * (_drop(kept, dweights) - refs.delta[row, strip.cols])
+    return _drop(kept, weights), dlogits, slope
 
   def _dense_gradient(self, inputs, rest):
     """Of a dense bias, by a kernel of its own: what is not asked for is not computed.
@@ -934,6 +931,11 @@ def _overlapped(strips, first, second) -> None:
       second(*before)
     before = strip, products
   second(*before)
+
+
+def _drop(kept, weights):
+  """Zeros where they do not stay; the others as they are, without the factor 1 / (1 - rate)."""
+  return weights if kept is None else jnp.where(kept, weights, 0.0)
 
 
 def _split(length: int, block: int) -> tuple[int, int]:

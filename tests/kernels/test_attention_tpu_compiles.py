@@ -98,12 +98,15 @@ CASES = {
 
 
 def arguments(case: Case, sharding=None) -> dict:
-  """The shapes of all arrays of the call."""
+  """The shapes of all arrays of the call; q, k and v as projections leave them, [B, T, N H].
+
+  As arguments of a program, arrays of [B, T, N, 64] would be laid out otherwise, and copied.
+  """
   B, T, S, N, K, H = case.sizes
   array = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
   dtype = jnp.dtype(case.dtype)
-  arrays = {"q": array((B, T, N, H), dtype)}
-  arrays |= {name: array((B, S, K, H), dtype) for name in "kv"}
+  arrays = {"q": array((B, T, N * H), dtype)}
+  arrays |= {name: array((B, S, K * H), dtype) for name in "kv"}
   if case.bias is not None and len(case.bias) == 4:
     arrays["bias"] = array(case.bias, jnp.float32)
   elif case.bias is not None:
@@ -129,8 +132,10 @@ def passes(case: Case, arrays: dict) -> tuple:
 
   def attend(of):
     rest = {name: x for name, x in (arrays | of).items() if name not in "qkv"}
-    q, k, v = of["q"], of["k"], of["v"]
-    return kernels.dot_product_attention(q, k, v, implementation=record, **rest, **case.options)
+    B, T, _, _, _, H = case.sizes
+    q, k, v = (of[name].reshape(*of[name].shape[:2], -1, H) for name in "qkv")
+    options = case.options | {"implementation": record}
+    return kernels.dot_product_attention(q, k, v, **rest, **options).reshape(B, T, -1)
 
   out, vjp = jax.vjp(attend, {name: arrays[name] for name in asked})
   return out, vjp(out)
@@ -191,9 +196,15 @@ def test_compiles(topology, name):
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_nothing_is_copied_to_be_padded(topology):
-  """At head dim 64, half a register's lanes: no temporary is as large as the queries."""
+  """At head dim 64, half a register's lanes: no temporary is as large as the queries.
+
+  But for v5p, where XLA keeps the float32 product of output and cotangent, before their sum over a
+  head. Padded copies of queries, keys and values alone would be six times the queries.
+  """
   B, T, _, N, _, H = CASES["default"].sizes
-  assert compiled(topology)["default"]["temporaries"] < 2 * B * T * N * H
+  queries = 2 * B * T * N * H
+  bound = 2.5 * queries if topology == "v5:2x2x1" else queries
+  assert compiled(topology)["default"]["temporaries"] < bound
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
