@@ -201,7 +201,7 @@ def choose(
   implementation: str | Implementation | None = None,
   **options,
 ) -> Choice:
-  """What `dot_product_attention` would take for these arguments, without computing anything.
+  """What `dot_product_attention` would take for these arguments, without computing it.
 
   Arrays may be `jax.ShapeDtypeStruct`s.
 

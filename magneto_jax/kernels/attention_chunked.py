@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from magneto_jax.kernels import dropout
 from magneto_jax.kernels.bias import RelativeBias, toeplitz
-from magneto_jax.kernels.call import Call, varying
+from magneto_jax.kernels.call import Call, vary, varying
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,11 +66,15 @@ class XlaChunked:
 
   def _sides(self, call: Call) -> tuple[int, int]:
     B, T, S, N, _, _ = call.sizes
-    # Measured on CPUs: the scores of a block, of all heads, fit a core's cache of a MiB, down to
-    # where the products become too small. Where a mask hides no blocks a larger one wastes nothing.
-    side = 256 if B * N * 256**2 <= 2**18 else 128
-    pairs = side**2 if call.window != (None, None) else 4 * side**2
-    block_q, block_kv = (max(side, side**2 // length) for length in (S, T))
+    # Measured on CPUs. With many heads the scores of a block, of all heads, should stay in the
+    # cache, down to where products become too small. With few they do anyway, and XLA gives a
+    # product to several cores only from 512 x 256 on. One block has no loop, but skips nothing.
+    if B * N <= 4:
+      block_q, block_kv, pairs = 512, 256, 512**2
+    else:
+      block_q, block_kv, pairs = 128, 128, (256 if call.window == (None, None) else 128) ** 2
+    # Few queries, as in decoding, or few keys make a long block.
+    block_q, block_kv = max(block_q, pairs // S), max(block_kv, pairs // T)
     if self.block_q or self.block_kv:
       block_q, block_kv = self.block_q or block_q, self.block_kv or block_kv
       pairs = block_q * block_kv
@@ -305,14 +309,7 @@ class _Blocks:
     return _add_at(dbias, dlogits.sum(axes, keepdims=True), start)
 
   def _like_inputs(self, tree):
-    """Marked as varying over the mesh axes that the inputs vary over: loops in shard_map ask it."""
-    axes = frozenset().union(*map(varying, jax.tree.leaves(self._call)))
-
-    def vary(x):
-      missing = tuple(axes - varying(x))
-      return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-    return jax.tree.map(vary, tree)
+    return vary(tree, varying(self._call))
 
   def _loop(self, first, end, count, step, carry):
     """`step(index, carry)` over first .. end - 1, of which there are at most `count`."""

@@ -81,13 +81,7 @@ class Call:
     A gradient then varies as its array does; where the array did not vary before, what the devices
     send back is summed by JAX.
     """
-    axes = frozenset().union(*map(varying, jax.tree.leaves(self)))
-
-    def vary(x):
-      missing = tuple(axes - varying(x))
-      return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-    return jax.tree.map(vary, self)
+    return vary(self, varying(self))
 
   def visible(self, query: jax.Array, key: jax.Array) -> jax.Array:
     """Which keys a query sees, broadcastable to [B, N, query, key], where any may be hidden.
@@ -144,9 +138,20 @@ class Call:
     return seen.astype(np.int32) * (1 + whole.astype(np.int32))
 
 
-def varying(x: jax.Array) -> frozenset[str]:
-  """The mesh axes of an enclosing shard_map over which an array differs."""
-  return jax.typeof(x).manual_axis_type.varying
+def varying(tree) -> frozenset[str]:
+  """The mesh axes of an enclosing shard_map over which an array of the tree varies."""
+  leaves = jax.tree.leaves(tree)
+  return frozenset().union(*(jax.typeof(leaf).manual_axis_type.varying for leaf in leaves))
+
+
+def vary(tree, axes: frozenset[str]):
+  """The tree, its arrays marked as varying over the axes: what shard_map asks of a loop's start."""
+
+  def marked(leaf):
+    missing = tuple(axes - varying(leaf))
+    return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+  return jax.tree.map(marked, tree) if axes else tree
 
 
 def _ranges(ids: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:

@@ -156,7 +156,7 @@ def _of(implementation):
   def compute(call, dout, dlse):
     out, lse = implementation.forward(call)
     dq, dk, dv, dbias = implementation.backward(call, out, lse, dout, dlse)
-    return out, jnp.maximum(lse, -1e3), dq, dk, dv, dbias.table
+    return out, jnp.maximum(lse, -20), dq, dk, dv, dbias.table
 
   return compute
 
@@ -168,4 +168,4 @@ def _of_xla(call, dout, dlse):
 
   (out, lse), pull = jax.vjp(attend, call.q_BTNH, call.k_BSKH, call.v_BSKH, call.bias)
   dq, dk, dv, dbias = pull((dout, dlse))
-  return out, jnp.maximum(lse, -1e3), dq, dk, dv, dbias.table
+  return out, jnp.maximum(lse, -20), dq, dk, dv, dbias.table

@@ -46,15 +46,22 @@ ENTRIES = {
 }
 
 
-def _parameter(name: str, implementation: Implementation):
-  marks = [pytest.mark.slow] if ENTRIES[name].is_slow else []
-  return pytest.param(implementation, id=name, marks=marks)
+def _over(argument: str, values, slow=()):
+  """Parametrizes over the entries; what is slow is so for all tests."""
+  return pytest.mark.parametrize(
+    argument,
+    [
+      pytest.param(values(name), id=name, marks=[pytest.mark.slow] * (x.is_slow or name in slow))
+      for name, x in ENTRIES.items()
+    ],
+  )
 
 
 # For tests of single properties, at lengths below ten.
-ALL = pytest.mark.parametrize(
-  "implementation", [_parameter(name, entry.small) for name, entry in ENTRIES.items()]
-)
+ALL = _over("implementation", lambda name: ENTRIES[name].small)
+# For transformations: to the reference, which is plain jax.numpy, JAX gives them.
+TRANSFORMED = _over("implementation", lambda name: ENTRIES[name].small, slow=("xla",))
+TRANSFORMED_NAMES = _over("name", lambda name: name, slow=("xla",))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +90,11 @@ class Mistaken:
     if self.mistake == "does not compile":
       raise ValueError("unknown device\nand more")
     out, lse = attention_xla.attention(MISTAKES.get(self.mistake, lambda call: call)(call))
-    return (out * jnp.asarray(1.25, out.dtype) if self.mistake == "scales" else out), lse
+    if self.mistake == "scales":
+      out *= jnp.asarray(1.25, out.dtype)
+    if self.mistake == "shifts lse":
+      lse += 0.01
+    return out, lse
 
   def backward(self, call, out, lse, dout, dlse):
     def attend(q, k, v, bias):
@@ -113,6 +124,7 @@ MISTAKES = {
   "other dropout": lambda call: dataclasses.replace(call, head_keys=call.head_keys + 1),
   "scale": lambda call: dataclasses.replace(call, scale=call.scale * 1.2),
   "scales": lambda call: call,
+  "shifts lse": lambda call: call,
   "forgets lse": lambda call: call,
   "bias gradient": lambda call: call,
   "not a number": lambda call: call,

@@ -23,17 +23,28 @@ from magneto_jax.kernels import (
   dot_product_attention,
   use_implementation,
 )
-from tests.kernels.implementations import ALL, ENTRIES, Mistaken
+from tests.kernels.implementations import (
+  ALL,
+  ENTRIES,
+  TRANSFORMED,
+  TRANSFORMED_NAMES,
+  Mistaken,
+)
 
 INF = math.inf
 
 
 def attend(implementation, arrays, **options):
-  """A jitted call; masks and keys are its arguments."""
-  static = {k: v for k, v in options.items() if not isinstance(v, (np.ndarray, jax.Array))}
-  traced = {k: v for k, v in options.items() if k not in static}
-  call = functools.partial(dot_product_attention, implementation=implementation, **static)
-  return jax.jit(lambda arrays, traced: call(*arrays, **traced))(arrays, traced)
+  """A jitted call, compiled once for its shapes; masks and keys are its arguments."""
+  traced = {k: v for k, v in options.items() if isinstance(v, (np.ndarray, jax.Array))}
+  static = tuple((k, v) for k, v in options.items() if k not in traced)
+  return compiled(implementation, static)(arrays, traced)
+
+
+@functools.cache
+def compiled(implementation, static):
+  call = functools.partial(dot_product_attention, implementation=implementation, **dict(static))
+  return jax.jit(lambda arrays, traced: call(*arrays, **traced))
 
 
 def normal(seed: int, *shape: int) -> jax.Array:
@@ -53,12 +64,7 @@ def test_what_an_implementation_refuses_it_refuses_with_a_reason(name):
 
 
 NOTHING_SEEN = {
-  "segments": {
-    "q_segment_ids": jnp.array([[1, 1, 9, 1]]),
-    "kv_segment_ids": jnp.array([[1, 1, 1, 1]]),
-  },
   "offset": {"is_causal": True, "q_offset": -3, "window": (0, None)},
-  "bias": {"bias": jnp.array([0.0, 0.0, -INF, 0.0])[None, None, :, None]},
   "bias and lengths": {
     "bias": jnp.array([-INF, -INF, 0.0, 0.0])[None, None, None, :],
     "kv_lengths": jnp.array([2]),
@@ -107,15 +113,15 @@ def test_large_logits_do_not_overflow(implementation):
 
 @ALL
 def test_a_number_added_to_all_biases_is_not_felt(implementation):
-  """Also if exp of it overflows, and where blocks are padded: out and gradients to 1e-4.
+  """Also if exp of it overflows or vanishes, and where blocks are padded: to 1e-4.
 
-  The biases lose eps / 2 x 200, 1e-5, where the number is added.
+  One number a head. The biases lose eps / 2 x 200, 1e-5, where it is added.
   """
   q, k, v = normal(0, 3, 2, 5, 2, 4)
   table = normal(1, 8, 2)
 
   def out(number, q, k, v, table):
-    bias = RelativeBias(table + number, True, 6)
+    bias = RelativeBias(table + number * jnp.array([[1, -1]]), True, 6)
     return dot_product_attention(q, k, v, bias, implementation=implementation)
 
   found, expected = (
@@ -126,7 +132,7 @@ def test_a_number_added_to_all_biases_is_not_felt(implementation):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
-@ALL
+@TRANSFORMED
 def test_decoding_equals_full_causal_forward(implementation):
   """One query at a time over a cache whose unwritten part is wild; float32 to 1e-6."""
   B, T, N, H = 2, 7, 2, 4
@@ -179,7 +185,7 @@ def test_infinite_bias_masks(implementation):
   np.testing.assert_array_equal(pull(q)[0][hidden], 0)
 
 
-@ALL
+@TRANSFORMED
 def test_composes_with_transformations(implementation):
   """jit, vmap, scan and remat give what a call for each gives, with its gradients; to 1e-5.
 
@@ -215,7 +221,7 @@ def test_composes_with_transformations(implementation):
     return jax.lax.scan(body, None, arrays)[1]
 
   def looped(*arrays):
-    return jnp.stack([compiled(*x) for x in zip(*arrays, strict=True)])
+    return jnp.stack([jitted(*x) for x in zip(*arrays, strict=True)])
 
   def value_and_gradients(f):
     def loss(*arrays):
@@ -223,14 +229,14 @@ def test_composes_with_transformations(implementation):
 
     return jax.tree.leaves(jax.value_and_grad(loss, argnums=(0, 1, 2, 3))(q, k, v, tables))
 
-  compiled = jax.jit(one)
+  jitted = jax.jit(one)
   expected = value_and_gradients(looped)
   for f in (jax.jit(jax.vmap(one)), jax.jit(scanned)):
     for a, b in zip(value_and_gradients(f), expected, strict=True):
       np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
-@ALL
+@TRANSFORMED
 def test_vmap_over_one_argument_alone(implementation):
   """The others are shared: what is batched may differ from array to array; float32 to 1e-6."""
   q, k, v = normal(0, 3, 2, 5, 2, 4)
@@ -244,10 +250,7 @@ def test_vmap_over_one_argument_alone(implementation):
   np.testing.assert_allclose(by_bias[1], run(q, k, v, bias[1]), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-  "name",
-  [pytest.param(n, marks=[pytest.mark.slow] * entry.is_slow) for n, entry in ENTRIES.items()],
-)
+@TRANSFORMED_NAMES
 def test_shards_over_batch_and_heads(name):
   """On 2 and 4 virtual devices; see `sharded.py`."""
   environment = os.environ | {
@@ -257,6 +260,14 @@ def test_shards_over_batch_and_heads(name):
   command = [sys.executable, "-W", "error", "-m", "tests.kernels.sharded", name]
   result = subprocess.run(command, env=environment, capture_output=True, text=True)
   assert result.returncode == 0, result.stderr
+
+
+def test_a_short_call_is_one_block():
+  """At most block_q block_kv pairs, whatever their shape, are computed without a loop."""
+  run = functools.partial(dot_product_attention, is_causal=True, implementation=XlaChunked(4, 4))
+  for S, is_one_block in ((8, True), (9, False)):
+    q, k = jnp.ones((1, 2, 1, 4)), jnp.ones((1, S, 1, 4))
+    assert ("while" not in str(jax.make_jaxpr(run)(q, k, k))) == is_one_block
 
 
 def test_absent_masks_cost_nothing():

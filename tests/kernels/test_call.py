@@ -98,6 +98,13 @@ def test_block_states_are_known_while_tracing_if_nothing_is_traced():
   assert states.tolist() == [[[PARTIAL, SKIP], [FULL, PARTIAL]]]
 
 
+def test_the_padding_of_a_block_has_no_segment():
+  """So that a cut block is compared by the documents that it holds, and others are skipped."""
+  x, ids = jnp.zeros((1, 5, 1, 1)), jnp.array([[1, 1, 1, 1, 3]])
+  call = Call(q_BTNH=x, k_BSKH=x, v_BSKH=x, q_segment_ids=ids, kv_segment_ids=ids)
+  assert call.block_states(4, 4).tolist() == [[[FULL, SKIP], [SKIP, FULL]]]
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_visible_agrees_with_every_pair(seed):
   """Of any rectangle of queries and keys."""

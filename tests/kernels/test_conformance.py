@@ -111,7 +111,9 @@ def test_small_in_float64(case):
   passes(case, "xla")
 
 
-FEW = ("small, offset, negative", "small, hidden", "small, everything, dropout")
+FEW = [
+  f"small, {name}" for name in ("relative, cross", "bias per key", "hidden", "everything, dropout")
+]
 
 
 @by_name([case for case in SMALL_CASES if case.name in FEW])

@@ -82,6 +82,7 @@ DIFFERENCES = {
   "other dropout": "differs from xla in out by",
   "scale": "differs from xla in out by",
   "scales": "differs from xla in out by",
+  "shifts lse": "differs from xla in lse by",
   "forgets lse": "differs from xla in dq by",
   "bias gradient": "differs from xla in dbias by",
   "not a number": "differs from xla in dk by inf%",
@@ -139,13 +140,14 @@ def test_it_runs_once_for_a_kind_of_device_while_others_are_traced(monkeypatch, 
   assert "\n" not in message
 
 
-def test_the_next_in_the_table_is_taken(monkeypatch):
-  """For this platform; and the choice says why."""
+def test_the_next_in_the_table_is_taken(monkeypatch, caplog):
+  """For this platform; and the choice says why, and the warning which it is."""
   wrong, right = Mistaken("scales", ("cpu", "tpu")), Mistaken("", ("cpu",))
   put_first(monkeypatch, wrong, right)
   q = jax.ShapeDtypeStruct((1, 5, 2, 4), jnp.float32)
   choice = choose(q, q, q)
   assert choice.on("cpu") == right
+  assert "mistaken is used instead" in caplog.text
   # What this process does not have cannot be checked.
   assert choice.on("tpu") == wrong
   assert "differs from xla" in dict(choice.refusals)["number 0"]
