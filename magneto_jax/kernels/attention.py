@@ -31,7 +31,7 @@ class Implementation(Protocol):
 
   Attributes:
     name: in the table.
-    platforms: those it runs on, named as in `jax.lax.platform_dependent`; None for all.
+    platforms: those it runs on, of cpu, cuda, rocm and tpu; None for all.
   """
 
   name: str
@@ -109,10 +109,11 @@ def dot_product_attention(
     window: (left, right), hides the keys outside [t' - left, t' + right]; None on a side for no
       bound. Together with `is_causal` both hold.
     logits_soft_cap: c, positive; applied before the bias, so that it cannot soften a -inf.
-    scale: of the logits; H^-1/2 by default.
+    scale: of the logits, a number known while tracing; H^-1/2 by default.
     dropout_rate: in [0, 1), the fraction of P to drop; the rest is divided by 1 - rate.
     dropout_key: a typed key, needed when the rate is not 0. What is dropped is a function of
-      the key and of the places b, n, t, s alone, the same for every implementation.
+      the key and of the places b, n, t, s alone, the same for every implementation. Within a
+      shard_map those are a shard's own: fold `jax.lax.axis_index` into the key there.
     return_lse: whether to return lse too. It is taken before dropout.
     implementation: a name in the table of implementations, or a record with block sizes of one's
       own, as `kernels.XlaChunked(256, 256)`. None takes the first in the table that serves the call
@@ -155,6 +156,9 @@ def dot_product_attention(
     dropout_key=dropout_key,
   )
   choice = _choose(call, implementation)
+  if 0 in call.sizes:  # Nothing attends, or there is nothing to attend to.
+    lse_BTN = jnp.full(q_BTNH.shape[:3], jnp.finfo(call.dtype).min, call.dtype)
+    return (jnp.zeros_like(q_BTNH), lse_BTN) if return_lse else jnp.zeros_like(q_BTNH)
   _log_once(str(choice))
   if dropout_rate > 0:
     B, _, _, N, _, _ = call.sizes
@@ -166,14 +170,16 @@ def dot_product_attention(
   return (out_BTNH, lse_BTN) if return_lse else out_BTNH
 
 
+_PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
+
 @dataclasses.dataclass(frozen=True)
 class Choice:
   """What serves a call: on some platforms, and on all others.
 
   Attributes:
     default: the implementation.
-    by_platform: where another one is taken: (platform, implementation), as in
-      `jax.lax.platform_dependent`.
+    by_platform: where another one is taken: (platform, implementation).
     refusals: (name, reason) of those in the table that come first and cannot serve the call.
   """
 
@@ -182,8 +188,20 @@ class Choice:
   refusals: tuple[tuple[str, str], ...] = dataclasses.field(default=(), compare=False)
 
   def on(self, platform: str) -> Implementation:
-    """The implementation on one platform: cpu, tpu, cuda or rocm."""
-    return dict(self.by_platform).get(platform, self.default)
+    """The implementation on one platform: cpu, tpu, cuda or rocm.
+
+    Raises:
+      NotImplementedError: a named one does not run there.
+    """
+    if platform not in _PLATFORMS:
+      raise ValueError(f"{platform=} is not one of {_PLATFORMS}")
+    implementation = dict(self.by_platform).get(platform, self.default)
+    if implementation.platforms is not None and platform not in implementation.platforms:
+      raise NotImplementedError(
+        f"{implementation.name} runs on {' and '.join(implementation.platforms)}, and this is"
+        f" compiled for {platform}: name another implementation, or none"
+      )
+    return implementation
 
   def __str__(self):
     others = "".join(f"{implementation} on {name}, " for name, implementation in self.by_platform)
@@ -234,6 +252,9 @@ def use_implementation(implementation: str | Implementation | None) -> Iterator[
 def _choose(call: Call, implementation: str | Implementation | None) -> Choice:
   """Raises ValueError for an unknown name, NotImplementedError where a named one cannot serve."""
   named = _named(implementation if _implementation.value is None else _implementation.value)
+  if 0 in call.sizes or not all(isinstance(size, int) for size in call.sizes):
+    # Empty, or of sizes that are not known while tracing: there are no blocks to cut.
+    return Choice(named or Xla())
   if named is not None:
     try:
       return Choice(named.fitted(call))
@@ -263,10 +284,11 @@ def _choose(call: Call, implementation: str | Implementation | None) -> Choice:
 
 
 def _named(implementation: str | Implementation | None) -> Implementation | None:
-  if not isinstance(implementation, str):
+  if implementation is None or dataclasses.is_dataclass(type(implementation)):
     return implementation
-  if implementation not in IMPLEMENTATIONS:
-    raise ValueError(f"{implementation=} is not one of {list(IMPLEMENTATIONS)}")
+  if not isinstance(implementation, str) or implementation not in IMPLEMENTATIONS:
+    names = list(IMPLEMENTATIONS)
+    raise ValueError(f"{implementation=} is not one of {names}, nor a record of one")
   return IMPLEMENTATIONS[implementation]
 
 
@@ -280,33 +302,24 @@ def _warn_once(doubt: str, instead: str) -> None:
   _logger.warning("%s; %s is used instead. Please run %s", doubt, instead, self_check.COMMAND)
 
 
-def _dispatch(choice: Choice, method: str, call: Call, *arguments):
-  """The method of the implementation of the platform that is compiled for."""
-  default = getattr(choice.default, method)
-  others = {platform: getattr(other, method) for platform, other in choice.by_platform}
-  if others:
-    return jax.lax.platform_dependent(call, *arguments, default=default, **others)
-  if choice.default.platforms is not None:
-    named = {"name": choice.default.name, "platforms": choice.default.platforms}
-    call = dataclasses.replace(call, q_BTNH=platforms.only_on(call.q_BTNH, **named))
-  return default(call, *arguments)
-
-
 # Once for all implementations: what is kept for the backward pass (the arguments, the output and
 # lse) is the same, so that the platform need not be known before compilation.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(choice: Choice, call: Call) -> tuple[jax.Array, jax.Array]:
-  return _dispatch(choice, "forward", call)
+  lse_BTN = jax.ShapeDtypeStruct(call.q_BTNH.shape[:3], call.dtype)
+  return platforms.call(choice, "forward", (call,), (call.q_BTNH, lse_BTN))
 
 
 def _attend_forward(choice, call):
-  out_BTNH, lse_BTN = _dispatch(choice, "forward", call)
+  out_BTNH, lse_BTN = _attend(choice, call)
   return (out_BTNH, lse_BTN), (call, out_BTNH, lse_BTN)
 
 
 def _attend_backward(choice, kept, cotangents):
   call, out_BTNH, lse_BTN = kept
-  dq, dk, dv, dbias = _dispatch(choice, "backward", call, out_BTNH, lse_BTN, *cotangents)
+  arguments = call, out_BTNH, lse_BTN, *cotangents
+  like = call.q_BTNH, call.k_BSKH, call.v_BSKH, call.bias
+  dq, dk, dv, dbias = platforms.call(choice, "backward", arguments, like)
   nothing = dict.fromkeys(
     ("q_segment_ids", "kv_segment_ids", "kv_lengths", "traced_offset", "head_keys")
   )
@@ -337,9 +350,13 @@ def _checked(
   """The call that the arguments of `dot_product_attention` are, but for the keys of its dropout."""
   _check_arrays(q_BTNH, k_BSKH, v_BSKH, bias)
   _check_masks(q_BTNH, k_BSKH, q_segment_ids, kv_segment_ids, kv_lengths, q_offset, window)
+  scale = _number("scale", q_BTNH.shape[-1] ** -0.5 if scale is None else scale)
+  dropout_rate = _number("dropout_rate", dropout_rate)
   _check_dropout(dropout_rate, dropout_key)
-  if logits_soft_cap is not None and not logits_soft_cap > 0:
-    raise ValueError(f"{logits_soft_cap=} must be positive, or None")
+  if logits_soft_cap is not None:
+    logits_soft_cap = _number("logits_soft_cap", logits_soft_cap)
+    if not logits_soft_cap > 0:
+      raise ValueError(f"{logits_soft_cap=} must be positive, or None")
   left, right = (None, None) if window is None else window
   if is_causal:
     right = 0  # right >= 0: the causal bound is the closer one.
@@ -351,14 +368,31 @@ def _checked(
     bias=bias,
     q_segment_ids=q_segment_ids,
     kv_segment_ids=kv_segment_ids,
-    kv_lengths=kv_lengths,
+    kv_lengths=_clipped(kv_lengths, k_BSKH.shape[1]),
     static_offset=int(q_offset) if is_static else 0,
-    traced_offset=None if is_static else q_offset,
+    traced_offset=None if is_static else jnp.asarray(q_offset, jnp.int32),
     window=(left, right),
     logits_soft_cap=logits_soft_cap,
-    scale=q_BTNH.shape[-1] ** -0.5 if scale is None else scale,
+    scale=scale,
     dropout_rate=dropout_rate,
   )
+
+
+def _number(name: str, value) -> float:
+  """A number that a program is compiled for."""
+  try:
+    return float(value)
+  except jax.errors.ConcretizationTypeError as error:
+    message = f"{name} must be known while tracing: a number, not the traced {jax.typeof(value)}"
+    raise ValueError(message) from error
+
+
+def _clipped(kv_lengths, S: int):
+  """int32, of any dtype's numbers: one that is larger than all keys says that none is padding."""
+  if kv_lengths is None or isinstance(kv_lengths, jax.ShapeDtypeStruct):
+    return kv_lengths
+  clip = jnp.clip if isinstance(kv_lengths, jax.Array) else np.clip
+  return jnp.asarray(clip(kv_lengths, 0, S), jnp.int32)
 
 
 def _check_arrays(q_BTNH, k_BSKH, v_BSKH, bias):
@@ -374,6 +408,8 @@ def _check_arrays(q_BTNH, k_BSKH, v_BSKH, bias):
   if isinstance(bias, RelativeBias):
     if len(bias.table.shape) != 2 or bias.table.shape[1] != q[2]:
       raise ValueError(f"{bias.table.shape=} is not [num_buckets, N={q[2]}]")
+    if not isinstance(bias.max_distance, int):
+      raise ValueError(f"{bias.max_distance=} must be an integer")
   elif bias is not None:
     full = (q[0], q[2], q[1], k[1])
     if len(bias.shape) != 4 or any(b not in (1, f) for b, f in zip(bias.shape, full, strict=True)):
@@ -401,7 +437,7 @@ def _check_masks(q_BTNH, k_BSKH, q_segment_ids, kv_segment_ids, kv_lengths, q_of
   if window is not None and (
     not isinstance(window, tuple)
     or len(window) != 2
-    or any(side is not None and side < 0 for side in window)
+    or not all(side is None or (isinstance(side, int) and side >= 0) for side in window)
   ):
     raise ValueError(f"{window=} is not (left, right), each a distance >= 0 or None")
 

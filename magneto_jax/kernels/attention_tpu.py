@@ -92,6 +92,8 @@ class PallasTpu:
     """With all block sizes filled in, if it can serve the call; else NotImplementedError."""
     if call.q_BTNH.dtype not in (jnp.bfloat16, jnp.float32):
       raise NotImplementedError(f"{call.q_BTNH.dtype} is neither bfloat16 nor float32")
+    if self.interpret and self.random == "hardware" and call.dropout_rate > 0:
+      raise NotImplementedError("the hardware's random bits cannot be interpreted")
     fitted = self
     for names in (_SIDES[:2], _SIDES[2:]):
       backward = names != _SIDES[:2]
@@ -278,7 +280,7 @@ class _Kernel(_Layout):
 
   def _tiles(self, bias: RelativeBias):
     """The tiles near the diagonal [J, P, tiles, s, q], the numbers far behind and ahead [N 2]."""
-    bias = jax.tree.map(lambda table: table.astype(jnp.float32) / self._unit, bias)
+    bias = jax.tree.map(self._in_units, bias)
     step, count, width = self._tile_step(), self._tile_count(), self.block_q + self.block_kv - 1
     start = self._phase() + self._first_tile() * step - self.block_q + 1
     strip = bias.strip(start, (count - 1) * step + width)[:, ::-1]
@@ -290,6 +292,12 @@ class _Kernel(_Layout):
     shape = (self._J, self._P, count, self.block_kv, self.block_q)
     return jnp.stack(tiles, axis=1).reshape(shape), jnp.concatenate(far, axis=1).reshape(-1)
 
+  def _in_units(self, table):
+    """Finite numbers stay finite: -inf forbids a pair, and the lowest number does not."""
+    table = table.astype(jnp.float32)
+    limits = jnp.finfo(jnp.float32)
+    return jnp.where(jnp.isinf(table), table, jnp.clip(table / self._unit, limits.min, limits.max))
+
   def _dense_bias(self, bias):
     """[B', N', T', S'] padded; a bias of one number a query lies along its last axis."""
     if bias.shape[3] == 1:
@@ -300,6 +308,15 @@ class _Kernel(_Layout):
 
   # The lists of blocks.
 
+  def _states(self):
+    """What a block hides, int32 [B or 1, rows, columns]: no more than scalar memory holds."""
+    states = self._call.block_states(self.block_q, self.block_kv)
+    if 4 * math.prod(states.shape) > _SMEM_BYTES:
+      # The same for the whole batch: what one row sees, all compute.
+      whole = jnp.where((states == FULL).all(0), FULL, PARTIAL)
+      states = jnp.where((states > 0).any(0), whole, 0)[None]
+    return states
+
   def _visits(self, of_keys: bool):
     """For each block of queries the blocks of keys that it sees; `of_keys` the other way round.
 
@@ -307,11 +324,7 @@ class _Kernel(_Layout):
       int32 [B or 1, blocks, steps], flat: 4 (index of the block) + its state, first those that are
       seen, in order; then the last one again with state SKIP, which fetches nothing. And strides.
     """
-    states = self._call.block_states(self.block_q, self.block_kv)
-    if states.shape[0] * states.shape[1] * states.shape[2] * 4 > _SMEM_BYTES:
-      # One list for the whole batch: what one row sees, all compute.
-      whole = jnp.where((states == FULL).all(0), FULL, PARTIAL)
-      states = jnp.where((states > 0).any(0), whole, 0)[None]
+    states = self._states()
     if of_keys:
       states = states.swapaxes(1, 2)
     xp = np if isinstance(states, np.ndarray) else jnp
@@ -782,8 +795,8 @@ class _Kernel(_Layout):
     Its blocks are the outer loop, and what it broadcasts over the inner one, so that no array is
     larger than the bias.
     """
-    call, bq, bk = self._call, self.block_q, self.block_kv
-    states = jnp.asarray(call.block_states(bq, bk)).astype(jnp.int32)
+    call = self._call
+    states = jnp.asarray(self._states(), jnp.int32)
     batch_stride = self._rows * self._columns if states.shape[0] > 1 else 0
     sizes = {"b": self._B, "j": self._J, "i": self._rows, "kv": self._columns}
     broadcast = dict(zip(sizes, (size == 1 for size in call.bias.shape), strict=True))

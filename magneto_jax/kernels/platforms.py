@@ -1,31 +1,140 @@
-"""An array that may be compiled for some platforms only, with an error in words for the others."""
+"""A function whose program is chosen when it is lowered, by the platform that is compiled for.
+
+`jax.lax.platform_dependent` traces the programs of all platforms in any case and, in an export for
+several of them, lowers each for all: a kernel for one platform alone cannot be a branch of it. Here
+a program is traced when its platform asks for it.
+"""
+
+import dataclasses
+import functools
+import logging
+from typing import Any
 
 import jax
 from jax.extend import core
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
+
+_logger = logging.getLogger(__name__)
 
 
-@jax.jit(static_argnames=("name", "platforms"))
-def only_on(x: jax.Array, *, name: str, platforms: tuple[str, ...]) -> jax.Array:
-  """x itself.
+@dataclasses.dataclass(frozen=True)
+class _Program:
+  """What is static of a call.
 
-  Which platform a program is compiled for is known when it is lowered, and not before: what `name`
-  does not run on is refused then, by NotImplementedError.
+  Attributes:
+    choice: has `on(platform)`, the record of a platform, which raises NotImplementedError where
+      there is none, and `default`, which runs everywhere that `on` allows.
+    method: of the record; a function of arrays.
+    structure: of its arguments.
+    results: (shape, dtype) of all its results.
+    batches: (size, in_axes) of each enclosing vmap, the innermost first.
   """
-  return _only_on.bind(x, name=name, platforms=platforms)
+
+  choice: Any
+  method: str
+  structure: jax.tree_util.PyTreeDef
+  results: tuple[tuple[tuple[int, ...], jax.typing.DTypeLike], ...]
+  batches: tuple[tuple[int, tuple[int | None, ...]], ...] = ()
+
+  def function(self, record):
+    """The program of one of the choice's records: arrays to arrays."""
+
+    def run(*leaves):
+      arguments = jax.tree.unflatten(self.structure, leaves)
+      return jax.tree.leaves(getattr(record, self.method)(*arguments))
+
+    for _, in_axes in self.batches:
+      run = jax.vmap(run, in_axes)
+    return run
 
 
-def _lower(context, x, *, name, platforms):
-  for platform in context.module_context.platforms:
-    if platform not in platforms:
-      raise NotImplementedError(
-        f"{name} runs on {' and '.join(platforms)}, and this is compiled for {platform}: name"
-        " another implementation, or none"
-      )
-  return [x]
+def call(choice, method: str, arguments: tuple, results):
+  """`getattr(choice.on(platform), method)(*arguments)` for the platform that is compiled for.
+
+  Args:
+    choice: hashable; see `_Program`.
+    results: a pytree of what comes out, as arrays or `jax.ShapeDtypeStruct`s.
+  """
+  leaves, structure = jax.tree.flatten(arguments)
+  outs, out_structure = jax.tree.flatten(results)
+  shapes = tuple((out.shape, out.dtype) for out in outs)
+  found = _call(*leaves, program=_Program(choice, method, structure, shapes))
+  return jax.tree.unflatten(out_structure, found)
 
 
-_only_on = core.Primitive("only_on")
-_only_on.def_abstract_eval(lambda x, **_: x)
-batching.defvectorized(_only_on)
-mlir.register_lowering(_only_on, _lower)
+@functools.partial(jax.jit, static_argnames="program")
+def _call(*leaves, program: _Program):
+  return _call_p.bind(*leaves, program=program)
+
+
+_call_p = core.Primitive("by_platform")
+_call_p.multiple_results = True
+
+
+@_call_p.def_abstract_eval
+def _(*avals, program):
+  axes = frozenset().union(*(aval.manual_axis_type.varying for aval in avals))
+  sizes = tuple(size for size, _ in reversed(program.batches))
+
+  def result(shape, dtype):
+    spec = jax.sharding.PartitionSpec(*[None] * (len(sizes) + len(shape)))
+    return jax.core.ShapedArray(
+      (*sizes, *shape),
+      dtype,
+      sharding=jax.sharding.NamedSharding(avals[0].sharding.mesh, spec),
+      manual_axis_type=jax.sharding.ManualAxisType(varying=axes),
+    )
+
+  return [result(*each) for each in program.results]
+
+
+def _batch(leaves, in_axes, *, program):
+  sizes = (x.shape[axis] for x, axis in zip(leaves, in_axes, strict=True) if axis is not None)
+  program = dataclasses.replace(program, batches=(*program.batches, (next(sizes), tuple(in_axes))))
+  outs = _call(*leaves, program=program)
+  return outs, [0] * len(outs)
+
+
+batching.primitive_batchers[_call_p] = _batch
+
+
+def _differentiate(primals, tangents, *, program):
+  raise NotImplementedError(
+    f"{program.choice}: differentiable once, in reverse mode. For more name implementation='xla',"
+    " or use kernels.use_implementation('xla')"
+  )
+
+
+ad.primitive_jvps[_call_p] = _differentiate
+
+
+def _lower(platform, context, *leaves, program):
+  platform = platform or context.module_context.platforms[0]
+  record, default = program.choice.on(platform), program.choice.default
+  # The programs are of one device each, and know nothing of an enclosing shard_map's axes.
+  alone = jax.sharding.ManualAxisType()
+  avals = [aval.update(manual_axis_type=alone) for aval in context.avals_in]
+  context = context.replace(avals_in=avals)
+  lower = lambda record: mlir.lower_fun(program.function(record))(context, *leaves)
+  try:
+    return lower(record)
+  except NotImplementedError as error:
+    if record == default or "automatically partitioned" not in str(error):
+      raise
+    _warn_once(record.name, default.name)
+    return lower(default)
+
+
+@functools.cache
+def _warn_once(name: str, instead: str) -> None:
+  _logger.warning(
+    "XLA cannot divide %s among several devices: %s serves instead. Call attention within"
+    " jax.shard_map, batch and heads sharded, to have the kernel",
+    name,
+    instead,
+  )
+
+
+for _platform in ("cpu", "cuda", "rocm", "tpu"):
+  mlir.register_lowering(_call_p, functools.partial(_lower, _platform), platform=_platform)
+mlir.register_lowering(_call_p, functools.partial(_lower, None))

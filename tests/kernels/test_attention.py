@@ -267,7 +267,7 @@ def test_a_short_call_is_one_block():
   run = functools.partial(dot_product_attention, is_causal=True, implementation=XlaChunked(4, 4))
   for S, is_one_block in ((8, True), (9, False)):
     q, k = jnp.ones((1, 2, 1, 4)), jnp.ones((1, S, 1, 4))
-    assert ("while" not in str(jax.make_jaxpr(run)(q, k, k))) == is_one_block
+    assert ("while" not in jax.jit(run).lower(q, k, k).as_text()) == is_one_block
 
 
 def test_absent_masks_cost_nothing():
@@ -283,6 +283,9 @@ def test_absent_masks_cost_nothing():
 Q, KV = jnp.ones((2, 3, 4, 8)), jnp.ones((2, 5, 2, 8))
 IDS = jnp.ones((2, 3), jnp.int32), jnp.ones((2, 5), jnp.int32)
 ERRORS = {
+  "window_float": ((Q, KV, KV), {"window": (2.5, None)}, r"window=\(2.5, None\)"),
+  "max_distance": ((Q, KV, KV, RelativeBias(jnp.ones((8, 4)), True, 16.0)), {}, "an integer"),
+  "class": ((Q, KV, KV), {"implementation": XlaChunked}, "nor a record"),
   "rank": ((Q[0], KV, KV), {}, r"queries \(3, 4, 8\), keys \(2, 5, 2, 8\)"),
   "keys_values": ((Q, KV, KV[:, :4]), {}, r"values \(2, 4, 2, 8\)"),
   "batch": ((Q[:1], KV, KV), {}, r"queries \(1, 3, 4, 8\)"),
@@ -374,11 +377,84 @@ def test_the_choice_follows_the_platform_compiled_for(monkeypatch):
   with_table(monkeypatch, first=first, second=second)
   choice = choose(Q4, Q4, Q4)
   assert (choice.on("tpu"), choice.on("cuda")) == (first, second)
-  assert choice.on("cpu") == choice.on("rocm") == choice.default == XlaChunked()
+  assert choice.on("cpu") == choice.on("rocm") == choice.default == XlaChunked(4, 4)
   traced = jax.jit(dot_product_attention).trace(Q4, Q4, Q4)
   for platform, is_there in (("tpu", True), ("cpu", False)):
     text = traced.lower(lowering_platforms=(platform,)).as_text()
     assert ("1.250000e+00" in text) == is_there, platform
+
+
+@pytest.mark.parametrize("platforms", [("cpu", "tpu"), ("tpu",), ("cpu",), ("cuda", "cpu")])
+def test_one_export_holds_the_program_of_each_platform(platforms):
+  """With the kernel for TPUs among them, in both passes, and nothing of it where there is none."""
+  q = jnp.ones((1, 256, 2, 64))
+  loss = lambda q: dot_product_attention(q, q, q, is_causal=True).sum()
+  exported = jax.export.export(jax.jit(jax.value_and_grad(loss)), platforms=platforms)(q)
+  assert exported.mlir_module().count("tpu_custom_call") == 2 * ("tpu" in platforms)
+  if "cpu" in platforms:
+    for a, b in zip(exported.call(q), jax.value_and_grad(loss)(q), strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_sizes_that_are_not_known_while_tracing():
+  """Are served by the reference, as one program for all of them."""
+  B, T = jax.export.symbolic_shape("B, T")
+  run = functools.partial(dot_product_attention, is_causal=True)
+  q = jax.ShapeDtypeStruct((B, T, 2, 8), jnp.float32)
+  exported = jax.export.export(jax.jit(run))(q, q, q)
+  for x in (normal(0, 2, 5, 2, 8), normal(1, 1, 9, 2, 8)):
+    np.testing.assert_allclose(exported.call(x, x, x), run(x, x, x), rtol=1e-5, atol=1e-6)
+
+
+@ALL
+@pytest.mark.parametrize("sizes", [(0, 3, 3), (2, 0, 3), (2, 3, 0)], ids=str)
+def test_nothing_to_attend_to(implementation, sizes):
+  """Empty arrays give empty ones; without keys, all queries see none."""
+  B, T, S = sizes
+  arrays = normal(0, B, T, 2, 4), normal(1, B, S, 2, 4), normal(2, B, S, 2, 4)
+  bias = RelativeBias(normal(3, 8, 2), True, 6)
+  run = functools.partial(dot_product_attention, return_lse=True, implementation=implementation)
+  (out, lse), pull = jax.vjp(run, *arrays, bias)
+  assert (out.shape, lse.shape) == ((B, T, 2, 4), (B, T, 2))
+  assert (out == 0).all() and (lse == jnp.finfo(jnp.float32).min).all()
+  gradients = jax.tree.leaves(pull((jnp.ones_like(out), jnp.ones_like(lse))))
+  assert all((gradient == 0).all() for gradient in gradients)
+
+
+@ALL
+def test_integers_of_any_dtype(implementation):
+  """An offset of few bits does not wrap; a length beyond all numbers hides nothing."""
+  q, k, v = normal(0, 3, 2, 150, 2, 8)
+  run = functools.partial(
+    dot_product_attention,
+    q,
+    k,
+    v,
+    RelativeBias(normal(1, 8, 2), True, 20),
+    implementation=implementation,
+  )
+  for offset in (jnp.uint8(200), jnp.int8(100)):
+    np.testing.assert_allclose(run(q_offset=offset), run(q_offset=int(offset)), rtol=1e-6)
+  for lengths in (np.full(2, np.iinfo(np.int64).max), np.full(2, np.iinfo(np.uint32).max)):
+    np.testing.assert_array_equal(run(kv_lengths=lengths), run())
+
+
+@ALL
+def test_a_bias_of_the_lowest_number_forbids_nothing(implementation):
+  """All pairs at the lowest finite number: the mean of all values, whatever the scale."""
+  q, k, v = 1e-3 * normal(0, 3, 1, 5, 2, 8)
+  table = jnp.full((8, 2), jnp.finfo(jnp.float32).min)
+  out = dot_product_attention(q, k, v, RelativeBias(table), implementation=implementation)
+  np.testing.assert_allclose(out, jnp.broadcast_to(v.mean(1, keepdims=True), v.shape), atol=1e-5)
+
+
+def test_second_derivatives_say_what_to_do():
+  q = normal(0, 1, 300, 2, 8)
+  slope = jax.grad(lambda s: dot_product_attention(s * q, q, q).sum())
+  with pytest.raises(NotImplementedError, match="differentiable once.*implementation='xla'"):
+    jax.grad(slope)(1.0)
+  with use_implementation("xla"):
+    assert np.isfinite(jax.grad(slope)(1.0))
 
 
 def test_choose_takes_shapes_and_all_options():
@@ -401,7 +477,9 @@ def test_what_was_chosen_is_logged_once(monkeypatch, caplog):
     dot_product_attention(2 * q, q, q)
   (record,) = caplog.records
   assert record.levelno == logging.INFO
-  assert record.getMessage() == f"attention by {XlaChunked()}; not picky: it needs a head dim of 77"
+  assert (
+    record.getMessage() == f"attention by {XlaChunked(4, 4)}; not picky: it needs a head dim of 77"
+  )
 
 
 def test_use_implementation_reaches_through_jit():
@@ -431,7 +509,7 @@ def test_use_implementation_reaches_through_jit():
 def test_use_implementation_ends_with_an_error_too():
   with pytest.raises(KeyError), use_implementation("xla"):
     raise KeyError
-  assert choose(Q4, Q4, Q4).default == XlaChunked()
+  assert choose(Q4, Q4, Q4).default.name == "xla_chunked"
 
 
 def test_use_implementation_allows_forward_mode():
@@ -449,10 +527,20 @@ def test_use_implementation_allows_forward_mode():
 def test_use_implementation_of_an_unknown_name():
   with pytest.raises(ValueError, match="'cuda' is not one of .*'xla'"), use_implementation("cuda"):
     pass
-  assert choose(Q4, Q4, Q4).default == XlaChunked()
+  assert choose(Q4, Q4, Q4).default.name == "xla_chunked"
 
 
 @pytest.mark.parametrize("sides", [(0, 3), (3, -1), (2.0, 3)])
 def test_blocks_are_positive_integers(sides):
   with pytest.raises(ValueError, match="must be a positive integer"):
     XlaChunked(*sides)
+
+
+@pytest.mark.parametrize("name", ["scale", "logits_soft_cap", "dropout_rate"])
+def test_numbers_are_known_while_tracing(name):
+  """A JAX scalar is a number outside of jit, and an error within, which says so."""
+  options = {"dropout_key": jax.random.key(0)} if name == "dropout_rate" else {}
+  run = lambda x: dot_product_attention(Q, KV, KV, **{name: x}, **options)
+  np.testing.assert_array_equal(run(jnp.float32(0.5)), run(0.5))
+  with pytest.raises(ValueError, match=f"{name} must be known while tracing"):
+    jax.jit(run)(0.5)
