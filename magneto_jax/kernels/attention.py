@@ -170,9 +170,6 @@ def dot_product_attention(
   return (out_BTNH, lse_BTN) if return_lse else out_BTNH
 
 
-_PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
-
-
 @dataclasses.dataclass(frozen=True)
 class Choice:
   """What serves a call: on some platforms, and on all others.
@@ -193,8 +190,8 @@ class Choice:
     Raises:
       NotImplementedError: a named one does not run there.
     """
-    if platform not in _PLATFORMS:
-      raise ValueError(f"{platform=} is not one of {_PLATFORMS}")
+    if platform not in platforms.PLATFORMS:
+      raise ValueError(f"{platform=} is not one of {platforms.PLATFORMS}")
     implementation = dict(self.by_platform).get(platform, self.default)
     if implementation.platforms is not None and platform not in implementation.platforms:
       raise NotImplementedError(

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import jax
 
-from magneto_jax.kernels import attention, conformance, self_check
+from magneto_jax.kernels import attention, conformance, platforms, self_check
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   names = options.implementation or [
     name
     for name, implementation in table.items()
-    if implementation.platforms is None or any(map(self_check.is_here, implementation.platforms))
+    if implementation.platforms is None or platforms.here() in implementation.platforms
   ]
   device = jax.local_devices()[0]
   suite = conformance.QUICK if options.quick else conformance.SUITE

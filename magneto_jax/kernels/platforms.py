@@ -16,6 +16,16 @@ from jax.interpreters import ad, batching, mlir
 
 _logger = logging.getLogger(__name__)
 
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
+
+def here() -> str:
+  """The one of PLATFORMS that is this process's default."""
+  backend = jax.default_backend()
+  if backend != "gpu":
+    return backend
+  return "rocm" if "rocm" in jax.devices()[0].client.platform_version.lower() else "cuda"
+
 
 @dataclasses.dataclass(frozen=True)
 class _Program:
@@ -135,6 +145,6 @@ def _warn_once(name: str, instead: str) -> None:
   )
 
 
-for _platform in ("cpu", "cuda", "rocm", "tpu"):
+for _platform in PLATFORMS:
   mlir.register_lowering(_call_p, functools.partial(_lower, _platform), platform=_platform)
 mlir.register_lowering(_call_p, functools.partial(_lower, None))

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from magneto_jax.kernels import attention_xla
+from magneto_jax.kernels import attention_xla, platforms
 from magneto_jax.kernels.bias import RelativeBias
 from magneto_jax.kernels.call import Call
 
@@ -37,14 +37,8 @@ class Recorded:
 
 
 # To add an entry, run the command on the device; its last line says what to write here. No TPU has
-# one so far: there, the first use checks itself.
-RECORDED = (Recorded("xla_chunked", "cpu", "0.10.2", "2026-11-27"),)
-
-
-def is_here(platform: str) -> bool:
-  """Whether this process's default backend is a platform, named as in `platform_dependent`."""
-  backend = jax.default_backend()
-  return platform in (("cuda", "rocm") if backend == "gpu" else (backend,))
+# one so far: there, the first use checks itself. (What runs everywhere is never checked.)
+RECORDED: tuple[Recorded, ...] = ()
 
 
 def doubt(implementation, platform: str) -> str | None:
@@ -54,7 +48,7 @@ def doubt(implementation, platform: str) -> str | None:
   `self_check` finds no difference. On a platform that this process does not have nothing can be
   checked.
   """
-  if not is_here(platform):
+  if platform != platforms.here():
     return None
   (device, *_) = jax.local_devices()
   recorded = {(entry.implementation, entry.device_kind) for entry in RECORDED}

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 
 import jax
 
+from magneto_jax.kernels import platforms
 from magneto_jax.kernels.attention import IMPLEMENTATIONS, choose, dot_product_attention
 from magneto_jax.kernels.bias import RelativeBias
 
@@ -78,10 +79,11 @@ def _call(args: argparse.Namespace, *, shapes_only: bool = False) -> tuple[list,
     table = jax.random.normal(keys[4], (32, args.heads))
     arrays.append(RelativeBias(table, bidirectional=not args.causal))
   if args.implementation is None:
-    serving = choose(*arrays, **options).on(jax.default_backend()).name
+    serving = choose(*arrays, **options).on(platforms.here()).name
     if serving not in _SIDES:
       raise ValueError(f"{serving} serves this call, which has no blocks to tune")
     args.implementation = serving
+  choose(*arrays, implementation=args.implementation, **options).on(platforms.here())
   return arrays, options
 
 

@@ -16,6 +16,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.experimental import topologies
 
@@ -157,6 +158,24 @@ def compile_all(topology: str) -> None:
     except Exception as error:  # Whatever it is: the case's own test shows it.
       found = {"error": f"{type(error).__name__}: {error}"}
     print(json.dumps({"name": name} | found), flush=True)
+  for name, lines in compiled_for_several(devices).items():
+    print(json.dumps({"name": name} | lines), flush=True)
+
+
+def compiled_for_several(devices) -> dict[str, dict]:
+  """Attention of a batch on two chips: divided by XLA, and within a shard_map."""
+  mesh = jax.sharding.Mesh(np.array(devices[:2]), ("data",))
+  rows = jax.sharding.PartitionSpec("data")
+  sharding = jax.sharding.NamedSharding(mesh, rows)
+  x = jax.ShapeDtypeStruct((4, 512, 2, 64), jnp.bfloat16, sharding=sharding)
+  attend = functools.partial(kernels.dot_product_attention, is_causal=True)
+  mapped = jax.shard_map(attend, mesh=mesh, in_specs=(rows,) * 3, out_specs=rows)
+  found = {}
+  for name, function in (("by XLA", attend), ("by shard_map", mapped)):
+    gradient = jax.grad(lambda q, k, v, function=function: function(q, k, v).sum(), (0, 1, 2))
+    text = jax.jit(gradient).lower(x, x, x).compile().as_text()
+    found[name] = {"kernels": text.count('"tpu_custom_call"'), "gathers": "all-gather" in text}
+  return found
 
 
 @functools.cache
@@ -212,6 +231,14 @@ def test_relative_bias_is_never_expanded(topology):
   _, T, S, N, _, _ = CASES["default_long"].sizes
   # Even one byte a pair of one head would be this much.
   assert compiled(topology)["default_long"]["temporaries"] < T * S
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_several_chips_share_a_batch(topology):
+  """Each by its kernel within a shard_map; and without one by a program that XLA can divide."""
+  found = compiled(topology)
+  assert found["by shard_map"] == {"kernels": 2, "gathers": False}
+  assert found["by XLA"] == {"kernels": 0, "gathers": False}
 
 
 def test_platform_compiled_for_decides():
