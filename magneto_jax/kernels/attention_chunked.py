@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from magneto_jax.kernels import dropout
 from magneto_jax.kernels.bias import RelativeBias, toeplitz
-from magneto_jax.kernels.call import Call, vary, varying
+from magneto_jax.kernels.call import Call, pad
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,9 +90,9 @@ class _Blocks:
     self._B, self._T, self._S, self._N, self._K, self._H = call.sizes
     self._block_q, self._block_kv = block_q, block_kv
     self._rows, self._columns = -(-self._T // block_q), -(-self._S // block_kv)
-    self._q = _pad(call.q_BTNH.swapaxes(1, 2), 2, block_q)
-    self._k = _pad(call.k_BSKH.swapaxes(1, 2), 2, block_kv)
-    self._v = _pad(call.v_BSKH.swapaxes(1, 2), 2, block_kv)
+    self._q = pad(call.q_BTNH.swapaxes(1, 2), 2, block_q)
+    self._k = pad(call.k_BSKH.swapaxes(1, 2), 2, block_kv)
+    self._v = pad(call.v_BSKH.swapaxes(1, 2), 2, block_kv)
     self._bias = self._cut_bias(call.bias)
     # Padded queries are cut off in the end; padded keys are hidden as keys past the length are.
     hidden = {}
@@ -100,8 +100,8 @@ class _Blocks:
       lengths = self._S if call.kv_lengths is None else jnp.minimum(call.kv_lengths, self._S)
       hidden["kv_lengths"] = jnp.broadcast_to(jnp.int32(lengths), (self._B,))
     if call.q_segment_ids is not None:
-      hidden["q_segment_ids"] = _pad(call.q_segment_ids, 1, block_q)
-      hidden["kv_segment_ids"] = _pad(call.kv_segment_ids, 1, block_kv)
+      hidden["q_segment_ids"] = pad(call.q_segment_ids, 1, block_q)
+      hidden["kv_segment_ids"] = pad(call.kv_segment_ids, 1, block_kv)
     self._masked = dataclasses.replace(call, **hidden)
 
   def _cut_bias(self, bias) -> jax.Array | None:
@@ -113,7 +113,7 @@ class _Blocks:
     if isinstance(bias, RelativeBias):
       return bias.strip(1 - T - self._call.q_offset, T + S - 1)
     for axis, block in ((2, self._block_q), (3, self._block_kv)):
-      bias = _pad(bias, axis, block) if bias.shape[axis] > 1 else bias
+      bias = pad(bias, axis, block) if bias.shape[axis] > 1 else bias
     return bias
 
   def map_queries(self, attend):
@@ -154,12 +154,10 @@ class _Blocks:
       return product if self._columns == 1 else acc * shrink + product, total, new_top
 
     rows = (self._B, self._N, self._block_q)
-    start = self._like_inputs(
-      (
-        jnp.zeros((*rows, self._H), dtype),
-        jnp.zeros((*rows, 1), dtype),
-        jnp.full((*rows, 1), lowest, dtype),
-      )
+    start = (
+      jnp.zeros((*rows, self._H), dtype),
+      jnp.zeros((*rows, 1), dtype),
+      jnp.full((*rows, 1), lowest, dtype),
     )
     acc, total, top = self._loop(first, end, self._columns, step, start)
     empty = total == 0
@@ -176,8 +174,8 @@ class _Blocks:
     """
     call, dtype = self._call, self._call.dtype
     # Padded queries have the weights exp(-inf) = 0: a relative bias reaches them, however large.
-    lse = _pad(lse, 2, self._block_q, jnp.inf)
-    delta, dout = (_pad(x, 2, self._block_q) for x in (delta, dout))
+    lse = pad(lse, 2, self._block_q, jnp.inf)
+    delta, dout = (pad(x, 2, self._block_q) for x in (delta, dout))
     dbias = None if self._bias is None else jnp.zeros(self._bias.shape, dtype)
     dq = jnp.zeros((self._B, self._N, self._rows * self._block_q, self._H), dtype)
     q_HR, dout_HR = self._transposed(self._q), self._transposed(dout)
@@ -204,12 +202,11 @@ class _Blocks:
         return dq, dbias, dk, dv
 
       keys = (self._B, self._K, self._H, self._block_kv)
-      start = self._like_inputs((jnp.zeros(keys, dtype), jnp.zeros(keys, dtype)))
-      dq, dbias, dk, dv = self._loop(first, end, self._rows, step, (*carry, *start))
+      start = *carry, jnp.zeros(keys, dtype), jnp.zeros(keys, dtype)
+      dq, dbias, dk, dv = self._loop(first, end, self._rows, step, start)
       return (dq, dbias), tuple(x.astype(k.dtype).swapaxes(2, 3) for x in (dk, dv))
 
-    carry = self._like_inputs((dq, dbias))
-    (dq, dbias), dkv = _scan(column, carry, self._columns, self._seen_from(axis=1))
+    (dq, dbias), dkv = _scan(column, (dq, dbias), self._columns, self._seen_from(axis=1))
     dk, dv = (self.join(x)[:, :, : self._S].swapaxes(1, 2) for x in dkv)
     dq = dq[:, :, : self._T].swapaxes(1, 2).astype(call.q_BTNH.dtype)
     if dbias is not None:
@@ -297,15 +294,12 @@ class _Blocks:
       return None
     if isinstance(self._call.bias, RelativeBias):
       length = self._block_q + self._block_kv - 1
-      tile = self._like_inputs(jnp.zeros((self._N, length), dlogits.dtype))
+      tile = jnp.zeros((self._N, length), dlogits.dtype)
       along = jax.linear_transpose(lambda s: toeplitz(s, self._block_q, self._block_kv), tile)
       return _add_at(dbias, along(dlogits.sum(0))[0], (0, self._strip_start(i, j)))
     start, sizes = self._bias_slices(i, j)
     axes = tuple(a for a, size in enumerate(sizes) if size == 1 and dlogits.shape[a] > 1)
     return _add_at(dbias, dlogits.sum(axes, keepdims=True), start)
-
-  def _like_inputs(self, tree):
-    return vary(tree, varying(self._call))
 
   def _loop(self, first, end, count, step, carry):
     """`step(index, carry)` over first .. end - 1, of which there are at most `count`."""
@@ -318,15 +312,6 @@ def _scan(body, carry, count, bounds):
     carry, y = body(carry, (0, *(x[0] for x in bounds)))
     return carry, jax.tree.map(lambda x: x[None], y)
   return jax.lax.scan(body, carry, (jnp.arange(count, dtype=jnp.int32), *bounds))
-
-
-def _pad(x, axis, block, value=0):
-  """One value to the next multiple of the block."""
-  missing = -x.shape[axis] % block
-  if missing == 0:
-    return x
-  widths = [(0, missing if a == axis else 0) for a in range(x.ndim)]
-  return jnp.pad(x, widths, constant_values=value)
 
 
 def _add_at(total, update, start):

@@ -40,7 +40,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from magneto_jax.kernels import dropout
 from magneto_jax.kernels.bias import RelativeBias, toeplitz
-from magneto_jax.kernels.call import FULL, PARTIAL, Call
+from magneto_jax.kernels.call import FULL, PARTIAL, Call, pad
 
 _LANES = 128
 # Queries that go through the softmax together: a matrix unit each for 128 of them, and scores that
@@ -254,12 +254,12 @@ class _Kernel(_Layout):
 
   def _queries(self, x_BTNH):
     """[B, T, N, H] as [B, padded T, J L]."""
-    x = _pad(_pad(x_BTNH, 3, self._width), 1, self.block_q)
+    x = pad(pad(x_BTNH, 3, self._width), 1, self.block_q)
     return x.reshape(self._B, -1, self._J * self._L)
 
   def _keys(self, x_BSKH):
     """[B, S, K, H] as [B, padded S, J / shared L]."""
-    x = _pad(_pad(x_BSKH, 3, self._width), 1, self.block_kv)
+    x = pad(pad(x_BSKH, 3, self._width), 1, self.block_kv)
     group = self._N // self._K
     copies = self._P if group % self._P == 0 and group > 1 else group
     if copies > 1:
@@ -274,7 +274,7 @@ class _Kernel(_Layout):
 
   def _ids(self, ids, block):
     """[B, length] as [B, 1, padded length]."""
-    return _pad(ids.astype(jnp.int32), 1, block)[:, None]
+    return pad(ids.astype(jnp.int32), 1, block)[:, None]
 
   # The bias.
 
@@ -302,9 +302,9 @@ class _Kernel(_Layout):
     """[B', N', T', S'] padded; a bias of one number a query lies along its last axis."""
     if bias.shape[3] == 1:
       bias = jnp.broadcast_to(bias, (*bias.shape[:2], self._T, 1)).swapaxes(2, 3)
-      return _pad(bias, 3, self.block_q)
-    bias = _pad(bias, 2, self.block_q) if bias.shape[2] > 1 else bias
-    return _pad(bias, 3, self.block_kv)
+      return pad(bias, 3, self.block_q)
+    bias = pad(bias, 2, self.block_q) if bias.shape[2] > 1 else bias
+    return pad(bias, 3, self.block_kv)
 
   # The lists of blocks.
 
@@ -510,9 +510,7 @@ class _Kernel(_Layout):
       jnp.concatenate([square(row, column) for column in range(columns)], axis=1)
       for row in range(rows)
     ]
-    return jnp.concatenate(bits, axis=0) >= jnp.uint32(
-      min(round(self._call.dropout_rate * 2**32), 2**32 - 1)
-    )
+    return dropout.kept(jnp.concatenate(bits, axis=0), self._call.dropout_rate)
 
   def _exp(self, x):
     """exp(unit x)."""
@@ -873,7 +871,6 @@ class _Kernel(_Layout):
       return pl.BlockSpec(block, index_map)
 
     arrays = [*scalars.values(), *(array for array, _, _ in inputs.values())]
-    varying = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in arrays))
     names = [*scalars, *inputs, *outputs, *scratch]
     kernel = pl.pallas_call(
       lambda *refs: body(_Refs(zip(names, refs, strict=True))),
@@ -884,7 +881,7 @@ class _Kernel(_Layout):
         out_specs=[spec(block, index) for _, _, block, index in outputs.values()],
         scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch.values()],
       ),
-      out_shape=[_shape(shape, dtype, varying) for shape, dtype, _, _ in outputs.values()],
+      out_shape=[jax.ShapeDtypeStruct(*output[:2]) for output in outputs.values()],
       compiler_params=pltpu.CompilerParams(
         dimension_semantics=("parallel",) * parallel + ("arbitrary",) * (len(grid) - parallel),
         vmem_limit_bytes=_VMEM_LIMIT,
@@ -956,17 +953,3 @@ def _split(length: int, block: int) -> tuple[int, int]:
   count = -(-length // block)
   side = -(-length // (count * _LANES)) * _LANES
   return side, -(-length // side)
-
-
-def _pad(x, axis, multiple):
-  """Zeros to the next multiple."""
-  missing = -x.shape[axis] % multiple
-  if missing == 0:
-    return x
-  return jnp.pad(x, [(0, missing if a == axis else 0) for a in range(x.ndim)])
-
-
-def _shape(shape, dtype, varying):
-  """Of an output that differs over the mesh axes of an enclosing shard_map that the inputs do."""
-  axes = jax.sharding.ManualAxisType(varying=varying)
-  return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=axes)

@@ -81,7 +81,13 @@ class Call:
     A gradient then varies as its array does; where the array did not vary before, what the devices
     send back is summed by JAX.
     """
-    return vary(self, varying(self))
+    axes = frozenset().union(*map(_varying, jax.tree.leaves(self)))
+
+    def vary(x):
+      missing = tuple(axes - _varying(x))
+      return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(vary, self)
 
   def visible(self, query: jax.Array, key: jax.Array) -> jax.Array:
     """Which keys a query sees, broadcastable to [B, N, query, key], where any may be hidden.
@@ -138,20 +144,18 @@ class Call:
     return seen.astype(np.int32) * (1 + whole.astype(np.int32))
 
 
-def varying(tree) -> frozenset[str]:
-  """The mesh axes of an enclosing shard_map over which an array of the tree varies."""
-  leaves = jax.tree.leaves(tree)
-  return frozenset().union(*(jax.typeof(leaf).manual_axis_type.varying for leaf in leaves))
+def pad(x: jax.Array, axis: int, multiple: int, value: float = 0) -> jax.Array:
+  """With one value behind the others along an axis, up to the next multiple of a length."""
+  missing = -x.shape[axis] % multiple
+  if missing == 0:
+    return x
+  widths = [(0, missing if a == axis else 0) for a in range(x.ndim)]
+  return jnp.pad(x, widths, constant_values=value)
 
 
-def vary(tree, axes: frozenset[str]):
-  """The tree, its arrays marked as varying over the axes: what shard_map asks of a loop's start."""
-
-  def marked(leaf):
-    missing = tuple(axes - varying(leaf))
-    return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
-
-  return jax.tree.map(marked, tree) if axes else tree
+def _varying(x: jax.Array) -> frozenset[str]:
+  """The mesh axes of an enclosing shard_map over which an array differs."""
+  return jax.typeof(x).manual_axis_type.varying
 
 
 def _ranges(ids: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:

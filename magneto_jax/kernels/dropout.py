@@ -37,10 +37,15 @@ def bits(head_key: jax.Array, query: jax.Array, key: jax.Array) -> jax.Array:
   return _mix(row ^ _spread(key))
 
 
-def keep(head_key: jax.Array, query: jax.Array, key: jax.Array, rate: float) -> jax.Array:
-  """Whether the probability of a query and a key stays: bits >= rate 2^32, for a rate in [0, 1)."""
+def kept(drawn: jax.Array, rate: float) -> jax.Array:
+  """Which uniform uint32 say that a probability stays: those >= rate 2^32, for a rate in [0, 1)."""
   # The least number of 32 bits drops nothing, the largest keeps one in 2^32.
-  return bits(head_key, query, key) >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
+  return drawn >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
+
+
+def keep(head_key: jax.Array, query: jax.Array, key: jax.Array, rate: float) -> jax.Array:
+  """Whether the probability of a query and a key stays, by `bits`."""
+  return kept(bits(head_key, query, key), rate)
 
 
 def _spread(index: jax.Array) -> jax.Array:
