@@ -881,7 +881,11 @@ class _Kernel(_Layout):
         out_specs=[spec(block, index) for _, _, block, index in outputs.values()],
         scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch.values()],
       ),
-      out_shape=[jax.ShapeDtypeStruct(*output[:2]) for output in outputs.values()],
+      # The program is one device's, whatever shard_map it is part of; see `platforms`.
+      out_shape=[
+        jax.ShapeDtypeStruct(*output[:2], manual_axis_type=jax.sharding.ManualAxisType())
+        for output in outputs.values()
+      ],
       compiler_params=pltpu.CompilerParams(
         dimension_semantics=("parallel",) * parallel + ("arbitrary",) * (len(grid) - parallel),
         vmem_limit_bytes=_VMEM_LIMIT,
