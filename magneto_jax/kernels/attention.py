@@ -18,7 +18,7 @@ from magneto_jax.kernels import attention_xla, dropout, platforms, self_check
 from magneto_jax.kernels.attention_chunked import XlaChunked
 from magneto_jax.kernels.attention_tpu import PallasTpu
 from magneto_jax.kernels.attention_xla import Xla
-from magneto_jax.kernels.bias import RelativeBias
+from magneto_jax.kernels.bias import RelativeBias, check_buckets
 from magneto_jax.kernels.call import Call
 
 _logger = logging.getLogger(__name__)
@@ -405,8 +405,7 @@ def _check_arrays(q_BTNH, k_BSKH, v_BSKH, bias):
   if isinstance(bias, RelativeBias):
     if len(bias.table.shape) != 2 or bias.table.shape[1] != q[2]:
       raise ValueError(f"{bias.table.shape=} is not [num_buckets, N={q[2]}]")
-    if not isinstance(bias.max_distance, int):
-      raise ValueError(f"{bias.max_distance=} must be an integer")
+    check_buckets(bias.table.shape[0], bias.bidirectional, bias.max_distance)
   elif bias is not None:
     full = (q[0], q[2], q[1], k[1])
     if len(bias.shape) != 4 or any(b not in (1, f) for b, f in zip(bias.shape, full, strict=True)):

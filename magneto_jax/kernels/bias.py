@@ -45,12 +45,9 @@ def relative_buckets(
   Differs from T5's code, which takes the logarithm on the device: here it is taken once, on the
   host, in float32, so that an approximate device logarithm cannot move a bucket's edge.
   """
+  check_buckets(num_buckets, bidirectional, max_distance)
   directional = num_buckets // 2 if bidirectional else num_buckets
   exact = directional // 2
-  if exact < 1:
-    raise ValueError(f"{num_buckets=} leaves no exact bucket ({bidirectional=})")
-  if max_distance <= exact:
-    raise ValueError(f"{max_distance=} must exceed the {exact} exact buckets ({num_buckets=})")
   distance = np.arange(max_distance + 1)
   log_ratio = np.log(np.maximum(distance, exact).astype(np.float32) / np.float32(exact))
   log_range = np.float32(math.log(max_distance / exact))
@@ -59,6 +56,17 @@ def relative_buckets(
   behind = jnp.abs(relative_position) if bidirectional else jnp.maximum(-relative_position, 0)
   buckets = jnp.asarray(bucket_of_distance, jnp.int32)[jnp.minimum(behind, max_distance)]
   return buckets + directional * (relative_position > 0) if bidirectional else buckets
+
+
+def check_buckets(num_buckets: int, bidirectional: bool, max_distance: int) -> None:
+  """Raises ValueError where `relative_buckets` does."""
+  exact = (num_buckets // 2 if bidirectional else num_buckets) // 2
+  if exact < 1:
+    raise ValueError(f"{num_buckets=} leaves no exact bucket ({bidirectional=})")
+  if not isinstance(max_distance, int) or max_distance <= exact:
+    raise ValueError(
+      f"{max_distance=} must be an integer beyond the {exact} exact buckets ({num_buckets=})"
+    )
 
 
 @functools.partial(
