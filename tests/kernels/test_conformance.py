@@ -83,7 +83,11 @@ def passes(case, implementation):
 
 
 @by_name(conformance.EACH)
-@pytest.mark.parametrize("implementation", ["xla", XlaChunked(128, 128)], ids=str)
+@pytest.mark.parametrize(
+  "implementation",
+  [pytest.param("xla", marks=pytest.mark.slow), XlaChunked(128, 128)],
+  ids=str,
+)
 def test_every_feature(implementation, case):
   passes(case, implementation)
 
@@ -117,7 +121,11 @@ FEW = [
 
 
 @by_name([case for case in SMALL_CASES if case.name in FEW])
-@pytest.mark.parametrize("implementation", ["xla_chunked", XlaChunked(2, 3)], ids=str)
+@pytest.mark.parametrize(
+  "implementation",
+  [pytest.param("xla_chunked", marks=pytest.mark.slow), XlaChunked(2, 3)],
+  ids=str,
+)
 def test_small_blocks_in_float64(implementation, case):
   passes(case, implementation)
 
