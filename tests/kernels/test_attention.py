@@ -396,6 +396,17 @@ def test_one_export_holds_the_program_of_each_platform(platforms):
       np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+def test_vmap_within_vmap():
+  """Over axes of different sizes, with gradients: as a call for each; float32 to 1e-5."""
+  q, k = normal(0, 2, 3, 1, 5, 2, 4), normal(1, 3, 1, 5, 2, 4)
+  loss = lambda q, k: dot_product_attention(q, k, k, is_causal=True).var()
+  gradient = jax.grad(loss, (0, 1))
+  found = jax.vmap(jax.vmap(gradient), (0, None))(q, k)
+  for i, j in np.ndindex(2, 3):
+    for a, b in zip(found, gradient(q[i, j], k[j]), strict=True):
+      np.testing.assert_allclose(a[i, j], b, rtol=1e-5, atol=1e-6)
+
+
 def test_sizes_that_are_not_known_while_tracing():
   """Are served by the reference, as one program for all of them."""
   B, T = jax.export.symbolic_shape("B, T")
