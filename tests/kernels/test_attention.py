@@ -396,6 +396,24 @@ def test_one_export_holds_the_program_of_each_platform(platforms):
       np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+def test_a_named_one_is_refused_where_it_does_not_run():
+  """When the platform is known: asked for it, called, and lowered; elsewhere it is served."""
+  q = jax.ShapeDtypeStruct((1, 128, 2, 64), jnp.float32)
+  run = jax.jit(functools.partial(dot_product_attention, implementation="pallas_tpu"))
+  choice = choose(q, q, q, implementation="pallas_tpu")
+  for refused in (
+    lambda: choice.on("cpu"),
+    lambda: run.trace(q, q, q).lower(lowering_platforms=("cpu",)),
+    lambda: jax.export.export(run, platforms=("tpu", "cpu"))(q, q, q),
+  ):
+    with pytest.raises(NotImplementedError, match="pallas_tpu runs on tpu, and .* for cpu: name"):
+      refused()
+  assert choice.on("tpu").name == "pallas_tpu"
+  assert "tpu_custom_call" in run.trace(q, q, q).lower(lowering_platforms=("tpu",)).as_text()
+  with pytest.raises(ValueError, match="platform='gpu' is not one of"):
+    choice.on("gpu")
+
+
 def test_vmap_within_vmap():
   """Over axes of different sizes, with gradients: as a call for each; float32 to 1e-5."""
   q, k = normal(0, 2, 3, 1, 5, 2, 4), normal(1, 3, 1, 5, 2, 4)
