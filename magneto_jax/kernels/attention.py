@@ -16,6 +16,7 @@ import numpy as np
 
 from magneto_jax.kernels import attention_xla, dropout, platforms, self_check
 from magneto_jax.kernels.attention_chunked import XlaChunked
+from magneto_jax.kernels.attention_gpu import PallasGpu
 from magneto_jax.kernels.attention_tpu import PallasTpu
 from magneto_jax.kernels.attention_xla import Xla
 from magneto_jax.kernels.bias import RelativeBias, check_buckets
@@ -51,10 +52,11 @@ class Implementation(Protocol):
 
 
 # Tried in this order, those of the platform that is compiled for: the first that does not raise
-# NotImplementedError serves the call. (`pallas_gpu` and `cudnn` belong before `xla_chunked`, which
-# serves everything; `xla` is there to be named.)
+# NotImplementedError serves the call. (`xla_chunked` serves everything; `xla` is there to be
+# named.)
 IMPLEMENTATIONS: dict[str, Implementation] = {
   "pallas_tpu": PallasTpu(),
+  "pallas_gpu": PallasGpu(),
   "xla_chunked": XlaChunked(),
   "xla": Xla(),
 }

@@ -28,7 +28,9 @@ Reference: Dao et al., 2022, arXiv 2205.14135; Dao, 2023, arXiv 2307.08691.
 
 import dataclasses
 import functools
+import json
 import math
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -36,12 +38,14 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from magneto_jax.kernels import dropout
+from magneto_jax.kernels import dropout, platforms
 from magneto_jax.kernels.bias import RelativeBias, toeplitz
 from magneto_jax.kernels.call import FULL, SKIP, Call, pad
 
 _LOG2E = math.log2(math.e)
 _LOWEST = float(jnp.finfo(jnp.float32).min)
+KERNELS = ("out", "dkv", "dq", "dbias")
+TABLE = pathlib.Path(__file__).with_name("attention_gpu_blocks.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,17 +79,17 @@ class PallasGpu:
   float32 is not rounded to a format of the tensor cores, and so is not fast.
 
   Attributes:
-    forward_blocks: how the kernel of the output is cut; None for what suits the call.
-    dkv_blocks: that of the gradients of keys and values.
-    dq_blocks: that of the gradient of the queries.
-    dbias_blocks: that of the gradient of a bias; square, if the bias is relative.
+    out: how the kernel of the output is cut; None for what suits the call.
+    dkv: that of the gradients of keys and values.
+    dq: that of the gradient of the queries.
+    dbias: that of the gradient of a bias; square, if the bias is relative.
     interpret: runs the kernels on any platform, slowly, as JAX programs.
   """
 
-  forward_blocks: Blocks | None = None
-  dkv_blocks: Blocks | None = None
-  dq_blocks: Blocks | None = None
-  dbias_blocks: Blocks | None = None
+  out: Blocks | None = None
+  dkv: Blocks | None = None
+  dq: Blocks | None = None
+  dbias: Blocks | None = None
   interpret: bool = False
 
   name = "pallas_gpu"
@@ -106,7 +110,7 @@ class PallasGpu:
     for name, preferred in _preferred(call).items():
       blocks = getattr(self, name) or preferred
       q, kv = min(blocks.q, _power(T)), min(blocks.kv, _power(S))
-      if name == "dbias_blocks" and isinstance(call.bias, RelativeBias):
+      if name == "dbias" and isinstance(call.bias, RelativeBias):
         q = kv = max(q, kv)  # Its tiles slide along the diagonal.
       fitted[name] = dataclasses.replace(blocks, q=q, kv=kv)
     return dataclasses.replace(self, **fitted)
@@ -118,25 +122,31 @@ class PallasGpu:
 
   def forward(self, call: Call) -> tuple[jax.Array, jax.Array]:
     """(out_BTNH, lse_BTN)."""
-    return _Kernel(call, self.fitted(call).forward_blocks, self.interpret).forward()
+    return self.kernel("out", call)()
 
   def backward(self, call: Call, out_BTNH, lse_BTN, dout_BTNH, dlse_BTN) -> tuple:
     """(dq_BTNH, dk_BSKH, dv_BSKH, dbias)."""
-    fitted = self.fitted(call)
     dot_BTN = jnp.einsum("BTNH,BTNH->BTN", out_BTNH, dout_BTNH, preferred_element_type=jnp.float32)
     given = lse_BTN, dot_BTN - dlse_BTN, dout_BTNH
-    kernel = functools.partial(_Kernel, call, interpret=self.interpret)
-    dk, dv, by_key = kernel(fitted.dkv_blocks, of_keys=True).key_gradients(*given)
-    dq, by_query = kernel(fitted.dq_blocks).query_gradient(*given)
+    dk, dv, by_key = self.kernel("dkv", call)(*given)
+    dq, by_query = self.kernel("dq", call)(*given)
     if call.bias is None:
       return dq, dk, dv, None
     if isinstance(call.bias, RelativeBias):
-      return dq, dk, dv, kernel(fitted.dbias_blocks).relative_gradient(*given, by_query)
+      return dq, dk, dv, self.kernel("dbias", call)(*given, by_query)
     if call.bias.shape[3] == 1:
       return dq, dk, dv, _summed(by_query[..., None], call.bias)
     if call.bias.shape[2] == 1:
       return dq, dk, dv, _summed(by_key[..., None, :], call.bias)
-    return dq, dk, dv, kernel(fitted.dbias_blocks).dense_gradient(*given)
+    return dq, dk, dv, self.kernel("dbias", call)(*given)
+
+  def kernel(self, name: str, call: Call):
+    """One of `KERNELS` for a call, a function of what the backward pass is given."""
+    kernel = _Kernel(call, getattr(self.fitted(call), name), self.interpret, name == "dkv")
+    if name == "dbias":
+      relative = isinstance(call.bias, RelativeBias)
+      return kernel.relative_gradient if relative else kernel.dense_gradient
+    return {"out": kernel.forward, "dkv": kernel.key_gradients, "dq": kernel.query_gradient}[name]
 
 
 def _power(length: int) -> int:
@@ -144,21 +154,38 @@ def _power(length: int) -> int:
   return max(16, 1 << (length - 1).bit_length())
 
 
+def feature(call: Call) -> str:
+  """What of a call decides how kernels are best cut: its bias."""
+  if call.bias is None:
+    return "none"
+  return "relative" if isinstance(call.bias, RelativeBias) else "dense"
+
+
 def _preferred(call: Call) -> dict[str, Blocks]:
+  """By kernel: what was measured, on the kind of device if there is an entry for it."""
   W = _power(call.sizes[-1])
   if call.q_BTNH.dtype == jnp.float32:
-    side = 32 if W <= 128 else 16
-    return dict.fromkeys(_KERNELS, Blocks(side, side, 4, 1))
-  if W <= 64:
-    sizes = Blocks(128, 64, 4, 3), Blocks(64, 128, 8, 2), Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2)
-  elif W <= 128:
-    sizes = Blocks(128, 64, 8, 3), Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2), Blocks(64, 64, 4, 2)
-  else:
-    sizes = Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 1), Blocks(32, 32, 4, 1), Blocks(32, 32, 4, 1)
-  return dict(zip(_KERNELS, sizes, strict=True))
+    return dict.fromkeys(KERNELS, Blocks(32, 32, 4, 1) if W <= 128 else Blocks(16, 16, 4, 1))
+  table = blocks_table()
+  found = table.get(_capability(), table[""])[str(max(64, W))][feature(call)]
+  return {name: Blocks(*found[name]) for name in KERNELS if name in found}
 
 
-_KERNELS = ("forward_blocks", "dkv_blocks", "dq_blocks", "dbias_blocks")
+@functools.cache
+def blocks_table() -> dict:
+  """{compute capability, or "" for all others: {width of a head: {feature: {kernel: Blocks}}}}.
+
+  A file, as it is written by a program: `python -m magneto_jax.kernels.tune --write`.
+  """
+  return json.loads(TABLE.read_text(encoding="utf-8"))
+
+
+@functools.cache
+def _capability() -> str:
+  """Of the GPU that is used; "" where it is compiled for from elsewhere, and not known here."""
+  return str(jax.local_devices()[0].compute_capability) if platforms.here() == "cuda" else ""
+
+
 # Programs that keep every multiprocessor of a large GPU busy.
 _PROGRAMS = 512
 
@@ -260,6 +287,7 @@ class _Kernel:
     # exp(logits - fill) is 0 for the queries of the padding.
     fill = float(jnp.finfo(jnp.float32).max)
     kept = 1 - self._call.dropout_rate
+
     def rows(x_BTN, value=0.0):
       return pad(x_BTN.swapaxes(1, 2), 2, self._blocks.q, value)
 
@@ -430,7 +458,7 @@ class _Kernel:
     if call.q_segment_ids is not None:
       own = self._of_query(refs.q_ids[b, rows]), self._of_key(refs.kv_ids[b, columns])
       terms.append(own[0] == own[1])
-    shape = (self._blocks.kv, self._blocks.q) if self._of_keys else (self._blocks.q, self._blocks.kv)
+    shape = jnp.broadcast_shapes(query.shape, key.shape)
     return functools.reduce(jnp.logical_and, (jnp.broadcast_to(x, shape) for x in terms))
 
   def _exp(self, logits, minus):
@@ -546,7 +574,7 @@ class _Kernel:
     return _drop(kept, weights), dlogits, dlogits if slope is None else dlogits * slope
 
   def key_gradients(self, lse_BTN, delta_BTN, dout_BTNH):
-    """(dk_BSKH, dv_BSKH, sum_t of the logits' gradient [B, N, S] if a dense bias has no queries)."""
+    """(dk_BSKH, dv_BSKH, sums of the logits' gradient over queries, for a bias without them)."""
     call, bk, W = self._call, self._blocks.kv, self._W
     rest = 1 / (1 - call.dropout_rate)
     is_summed = self._dense and call.bias.shape[2] == 1 and call.bias.shape[3] > 1
@@ -647,7 +675,8 @@ class _Kernel:
   def dense_gradient(self, lse_BTN, delta_BTN, dout_BTNH):
     """Of a bias that has queries and keys, [B or 1, N or 1, T, S]."""
     bias = self._call.bias
-    over_b, over_n = (size if own == 1 else 1 for size, own in zip(self._sizes, bias.shape))
+    over_b = self._B if bias.shape[0] == 1 else 1
+    over_n = self._N if bias.shape[1] == 1 else 1
     tiles = self._rows * self._columns * bias.shape[0] * bias.shape[1]
     parts = _parts(over_b * over_n, tiles)
     length = -(-over_b * over_n // parts)
@@ -679,12 +708,8 @@ class _Kernel:
     )
     return dbias.sum(0)[:, :, : self._T, : self._S].astype(bias.dtype)
 
-  @property
-  def _sizes(self):
-    return self._B, self._N
-
   def _tile_sum(self, refs, first, end, length, place):
-    """The gradient at the logits of the blocks place(first), .. of which there are `length`, summed.
+    """The gradient at the logits, summed over the blocks place(first) .. place(first + length - 1).
 
     Those from `end` on do not exist, nor those that `place` puts outside.
     """

@@ -5,7 +5,12 @@ FAILED. The exit status is 1 if a case failed, 2 if the command line is wrong.
 """
 
 import argparse
+import concurrent.futures
+import contextlib
 import datetime
+import functools
+import multiprocessing
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -30,7 +35,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
   parser.add_argument(
     "--quick", action="store_true", help="a few cases that show every feature once"
   )
+  parser.add_argument(
+    "--jobs",
+    type=int,
+    default=1,
+    help="processes that share the device, as on a GPU they can: what takes time is compiling",
+  )
   options = parser.parse_args(arguments)
+  if options.jobs < 1:
+    print(f"--jobs={options.jobs} must be at least 1", file=sys.stderr)
+    return 2
   table = attention.IMPLEMENTATIONS
   unknown = [name for name in options.implementation or () if name not in table]
   if unknown:
@@ -41,15 +55,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, implementation in table.items()
     if implementation.platforms is None or platforms.here() in implementation.platforms
   ]
+  if options.jobs > 1:
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
   device = jax.local_devices()[0]
   suite = conformance.QUICK if options.quick else conformance.SUITE
   failed = []
   for name in names:
     print(f"{name} on {device.device_kind}: {len(suite)} cases")
     start, outcomes = time.perf_counter(), []
-    for case in suite:
-      outcomes.append(_run(case, name))
-      print(f"  {case.name}: {outcomes[-1]}", flush=True)
+    with _mapped(options.jobs) as mapped:
+      for outcome in mapped(functools.partial(_run, name=name), suite):
+        outcomes.append(outcome)
+        print(f"  {outcome.name}: {outcome}", flush=True)
     counts = {
       "passed": sum(outcome.passed for outcome in outcomes),
       "refused": sum(bool(outcome.refused) for outcome in outcomes),
@@ -64,6 +81,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
       today = datetime.date.today().isoformat()
       print(f"to record it: {(name, device.device_kind, jax.__version__, today)}")
   return 1 if failed else 0
+
+
+@contextlib.contextmanager
+def _mapped(jobs: int):
+  """`map`, by so many processes."""
+  if jobs == 1:
+    yield map
+    return
+  context = multiprocessing.get_context("spawn")
+  with concurrent.futures.ProcessPoolExecutor(jobs, context) as pool:
+    yield pool.map
 
 
 def _run(case: conformance.Case, name: str) -> conformance.Outcome:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 
 import jax
 
-from magneto_jax.kernels import platforms
+from magneto_jax.kernels import attention_gpu, platforms, tune_gpu
 from magneto_jax.kernels.attention import IMPLEMENTATIONS, choose, dot_product_attention
 from magneto_jax.kernels.bias import RelativeBias
 
@@ -23,6 +23,8 @@ _DTYPES = ("bfloat16", "float16", "float32")
 # The sides of a block that are tried, by implementation: those of the forward pass.
 _SIDES = {"xla_chunked": (64, 128, 256, 512, 1024), "pallas_tpu": (128, 256, 512, 1024)}
 _PASSES = ("forward", "both")
+# What is cut kernel by kernel, each in its own way.
+_BY_KERNEL = "pallas_gpu"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -48,11 +50,23 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
   parser.add_argument("--causal", action="store_true")
   parser.add_argument("--relative", action="store_true", help="with a relative position bias")
   parser.add_argument("--dropout", type=float, default=0.0, help="rate, default: 0")
-  parser.add_argument("--implementation", choices=tuple(_SIDES), help="default: the device's own")
+  names = (*_SIDES, _BY_KERNEL)
+  parser.add_argument("--implementation", choices=names, help="default: the device's own")
   parser.add_argument("--sides", help="of blocks, separated by commas; default: by implementation")
   parser.add_argument("--rounds", type=_positive, default=5, help="default: 5")
   parser.add_argument("--output", type=pathlib.Path, help="a JSON file")
+  parser.add_argument("--jobs", type=_positive, default=4, help="processes that compile, on a GPU")
+  parser.add_argument(
+    "--write",
+    action="store_true",
+    help="measures the standard shapes instead, and puts the fastest blocks into the table that "
+    "pallas_gpu reads, under this device's compute capability",
+  )
   args = parser.parse_args(argv)
+  if args.write and platforms.here() != "cuda":
+    parser.error(f"--write needs an NVIDIA GPU, and this is a {platforms.here()}")
+  if args.write:
+    args.implementation = _BY_KERNEL
   args.kv_heads = args.kv_heads or args.heads
   args.dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
   try:
@@ -80,7 +94,7 @@ def _call(args: argparse.Namespace, *, shapes_only: bool = False) -> tuple[list,
     arrays.append(RelativeBias(table, bidirectional=not args.causal))
   if args.implementation is None:
     serving = choose(*arrays, **options).on(platforms.here()).name
-    if serving not in _SIDES:
+    if serving not in (*_SIDES, _BY_KERNEL):
       raise ValueError(f"{serving} serves this call, which has no blocks to tune")
     args.implementation = serving
   choose(*arrays, implementation=args.implementation, **options).on(platforms.here())
@@ -166,8 +180,54 @@ def _spread(milliseconds: Sequence[float]) -> str:
   return f"{middle:9.2f} ({min(milliseconds):.2f}-{max(milliseconds):.2f})"
 
 
+def _tune_kernels(args: argparse.Namespace) -> None:
+  """Of a GPU: every kernel by itself, at the shape that is asked for or the standard ones."""
+  shapes = tune_gpu.STANDARD
+  if not args.write:
+    shapes = [
+      tune_gpu.Shape(
+        batch=args.batch,
+        length=args.length,
+        heads=args.heads,
+        kv_heads=args.kv_heads,
+        head_dim=args.head_dim,
+        dtype=args.dtype,
+        is_causal=args.causal,
+        feature="relative" if args.relative else "none",
+        dropout_rate=args.dropout,
+      )
+    ]
+  results = tune_gpu.tune(shapes, args.rounds, args.jobs)
+  device = jax.local_devices()[0]
+  print(f"pallas_gpu on {device.device_kind}, {args.rounds} rounds, ms: median (least-largest)")
+  for shape, kernels in results.items():
+    print(shape)
+    chosen = {}
+    for kernel, found in kernels.items():
+      ranked = tune_gpu.fastest(found)
+      chosen |= {kernel: ranked[0]} if ranked else {}
+      for blocks in ranked[:3]:
+        print(f"  {kernel:>6}  {_spread(found[blocks])}  {blocks}")
+      refused = [(blocks, ms) for blocks, ms in found.items() if isinstance(ms, str)]
+      for blocks, why in refused[:3]:
+        print(f"  {kernel:>6}  not timed: {blocks}: {why[:200]}")
+    cut = ", ".join(f"{kernel}=Blocks{dataclasses.astuple(b)}" for kernel, b in chosen.items())
+    print(f"implementation=kernels.PallasGpu({cut})")
+  if args.output:
+    head = {"device": device.device_kind, "jax": jax.__version__, "rounds": args.rounds}
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(head | {"results": tune_gpu.as_json(results)}, indent=1)
+    args.output.write_text(text + "\n", encoding="utf-8")
+  if args.write:
+    tune_gpu.write(results, str(device.compute_capability), attention_gpu.TABLE)
+    print(f"written to {attention_gpu.TABLE}")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
   args = _arguments(argv)
+  if args.implementation == _BY_KERNEL:
+    _tune_kernels(args)
+    return
   arrays, options = _call(args)
   records, refused = _records(args, arrays, options)
   times, uncompiled = tune(records, arrays, options, args.rounds)
