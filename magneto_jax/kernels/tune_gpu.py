@@ -1,7 +1,7 @@
 """Times how the kernels of `pallas_gpu` may be cut, each kernel by itself, and writes the table.
 
-Called by `python -m magneto_jax.kernels.tune`. Candidates are compiled by several processes at once;
-one at a time is timed.
+Called by `python -m magneto_jax.kernels.tune`. Candidates are compiled by several processes at
+once; one at a time is timed.
 """
 
 import concurrent.futures
