@@ -7,11 +7,13 @@ from magneto_jax.kernels.attention import (
   use_implementation,
 )
 from magneto_jax.kernels.attention_chunked import XlaChunked
+from magneto_jax.kernels.attention_cudnn import Cudnn
 from magneto_jax.kernels.attention_tpu import PallasTpu
 from magneto_jax.kernels.bias import RelativeBias, relative_buckets
 
 __all__ = [
   "Choice",
+  "Cudnn",
   "PallasTpu",
   "RelativeBias",
   "XlaChunked",
