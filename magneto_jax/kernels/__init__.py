@@ -7,6 +7,7 @@ from magneto_jax.kernels.attention import (
   use_implementation,
 )
 from magneto_jax.kernels.attention_chunked import XlaChunked
+from magneto_jax.kernels.attention_cudnn import Cudnn
 from magneto_jax.kernels.attention_gpu import Blocks, PallasGpu
 from magneto_jax.kernels.attention_tpu import PallasTpu
 from magneto_jax.kernels.bias import RelativeBias, relative_buckets
@@ -14,6 +15,7 @@ from magneto_jax.kernels.bias import RelativeBias, relative_buckets
 __all__ = [
   "Blocks",
   "Choice",
+  "Cudnn",
   "PallasGpu",
   "PallasTpu",
   "RelativeBias",

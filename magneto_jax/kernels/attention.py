@@ -16,6 +16,7 @@ import numpy as np
 
 from magneto_jax.kernels import attention_xla, dropout, platforms, self_check
 from magneto_jax.kernels.attention_chunked import XlaChunked
+from magneto_jax.kernels.attention_cudnn import Cudnn
 from magneto_jax.kernels.attention_gpu import PallasGpu
 from magneto_jax.kernels.attention_tpu import PallasTpu
 from magneto_jax.kernels.attention_xla import Xla
@@ -33,6 +34,7 @@ class Implementation(Protocol):
   Attributes:
     name: in the table.
     platforms: those it runs on, of cpu, cuda, rocm and tpu; None for all.
+    is_exportable: False where `jax.export` refuses its program; need not be there otherwise.
   """
 
   name: str
@@ -56,6 +58,7 @@ class Implementation(Protocol):
 # named.)
 IMPLEMENTATIONS: dict[str, Implementation] = {
   "pallas_tpu": PallasTpu(),
+  "cudnn": Cudnn(),
   "pallas_gpu": PallasGpu(),
   "xla_chunked": XlaChunked(),
   "xla": Xla(),
@@ -156,6 +159,7 @@ def dot_product_attention(
     scale=scale,
     dropout_rate=dropout_rate,
     dropout_key=dropout_key,
+    return_lse=return_lse,
   )
   choice = _choose(call, implementation)
   if 0 in call.sizes:  # Nothing attends, or there is nothing to attend to.
@@ -227,7 +231,6 @@ def choose(
     >>> choose(x, x, x, is_causal=True).on("cpu").name
     'xla_chunked'
   """
-  options.pop("return_lse", None)
   return _choose(_checked(q_BTNH, k_BSKH, v_BSKH, bias, **options), implementation)
 
 
@@ -345,6 +348,7 @@ def _checked(
   scale=None,
   dropout_rate=0.0,
   dropout_key=None,
+  return_lse=False,
 ) -> Call:
   """The call that the arguments of `dot_product_attention` are, but for the keys of its dropout."""
   _check_arrays(q_BTNH, k_BSKH, v_BSKH, bias)
@@ -374,6 +378,7 @@ def _checked(
     logits_soft_cap=logits_soft_cap,
     scale=scale,
     dropout_rate=dropout_rate,
+    return_lse=return_lse,
   )
 
 

@@ -29,7 +29,14 @@ SKIP, PARTIAL, FULL = 0, 1, 2
     "traced_offset",
     "head_keys",
   ],
-  meta_fields=["static_offset", "window", "logits_soft_cap", "scale", "dropout_rate"],
+  meta_fields=[
+    "static_offset",
+    "window",
+    "logits_soft_cap",
+    "scale",
+    "dropout_rate",
+    "return_lse",
+  ],
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Call:
@@ -37,7 +44,8 @@ class Call:
 
   A pytree: its arrays are leaves, the rest is static. The offset of the queries is an array or,
   where it is known while tracing, static. Of the dropout's key it holds the `dropout.head_keys`,
-  uint32 [B, N], which can be cut along batch and heads as the queries are.
+  uint32 [B, N], which can be cut along batch and heads as the queries are. Without `return_lse` the
+  cotangent of lse is zero.
   """
 
   q_BTNH: jax.Array
@@ -54,6 +62,7 @@ class Call:
   logits_soft_cap: float | None = None
   scale: float = 1.0
   dropout_rate: float = 0.0
+  return_lse: bool = False
 
   @property
   def sizes(self) -> tuple[int, int, int, int, int, int]:

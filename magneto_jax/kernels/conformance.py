@@ -388,28 +388,39 @@ def run(case: Case, implementation: str | Implementation) -> Outcome:
   """Computes a case, jitted, on the default device, and compares it with the reference.
 
   Products of float32 are asked for in full precision: a device may round their factors otherwise.
+  An implementation that serves the case only without lse is compared without it.
   """
   with (
     jax.enable_x64(case.dtype == "float64"),
     jax.default_matmul_precision("highest"),
   ):
-    arrays, (static, traced), cotangents = case.arrays(), case.options(), case.cotangents()
-    try:
-      choose(*arrays, implementation=implementation, **static, **traced)
-    except NotImplementedError as error:
-      return Outcome(case.name, refused=str(error))
+    arrays, (static, traced), (dout, dlse) = case.arrays(), case.options(), case.cotangents()
+    for return_lse in (True, False):
+      asked = {"return_lse": return_lse, "implementation": implementation}
+      try:
+        choose(*arrays, **static, **traced, **asked)
+      except NotImplementedError as error:
+        refused = str(error)
+      else:
+        break
+    else:
+      return Outcome(case.name, refused=refused)
 
     @jax.jit
     def compute(arrays, traced, cotangents):
       def attend(arrays):
-        options = static | traced | {"return_lse": True, "implementation": implementation}
-        return dot_product_attention(*arrays, **options)
+        return dot_product_attention(*arrays, **static, **traced, **asked)
 
       results, pull = jax.vjp(attend, arrays)
-      return *results, *pull(cotangents)[0]
+      (gradients,) = pull(cotangents)
+      return *(results if return_lse else (results, None)), *gradients
 
-    found = jax.tree.map(np.asarray, compute(arrays, traced, cotangents))
+    found = compute(arrays, traced, (dout, dlse) if return_lse else dout)
+    found = jax.tree.map(np.asarray, found)
+  cotangents = dout, dlse * return_lse
   expected, logit_size = reference(*arrays, cotangents=cotangents, **static, **traced)
+  if not return_lse:
+    del expected["lse"]
   return Outcome(case.name, _errors(case, arrays, found, expected, logit_size))
 
 
@@ -516,15 +527,27 @@ def covering(levels: Sequence[int], strength: int) -> list[tuple[int, ...]]:
   return rows
 
 
-def _cases(strength: int) -> Iterator[Case]:
-  for row in covering([len(levels) for levels in FEATURES.values()], strength):
-    names = [list(levels)[i] for levels, i in zip(FEATURES.values(), row, strict=True)]
-    yield combine(dict(zip(FEATURES, names, strict=True)))
+# What kernels of few features serve too.
+FEW_FEATURES = {
+  "dtype": {name: FEATURES["dtype"][name] for name in ("bfloat16", "float16")},
+  **{feature: FEATURES[feature] for feature in ("lengths", "heads", "head dim")},
+  "visible": {
+    "causal window": {"is_causal": True, "window": (70, None)},
+    "causal and lengths": lambda T, S: {"is_causal": True, "kv_lengths": (0, -(-2 * S // 3))},
+    **{name: FEATURES["mask"][name] for name in ("causal", "lengths", "none")},
+  },
+}
 
 
-def combine(names: Mapping[str, str]) -> Case:
+def _cases(strength: int, features: Mapping[str, Mapping] = FEATURES) -> Iterator[Case]:
+  for row in covering([len(levels) for levels in features.values()], strength):
+    names = [list(levels)[i] for levels, i in zip(features.values(), row, strict=True)]
+    yield combine(dict(zip(features, names, strict=True)), features)
+
+
+def combine(names: Mapping[str, str], features: Mapping[str, Mapping] = FEATURES) -> Case:
   """The case of one level of each feature."""
-  said = {feature: FEATURES[feature][name] for feature, name in names.items()}
+  said = {feature: features[feature][name] for feature, name in names.items()}
   lengths = said["lengths"]
   fields = [x(**lengths) if callable(x) else x for x in said.values()]
   name = ", ".join(
@@ -536,6 +559,8 @@ def combine(names: Mapping[str, str]) -> Case:
 # Every level of every feature, and every pair of them.
 EACH = tuple(_cases(1))
 PAIRWISE = tuple(_cases(2))
+FEW_EACH = tuple(_cases(1, FEW_FEATURES))
+FEW_PAIRWISE = tuple(_cases(2, FEW_FEATURES))
 
 # What the features do not say.
 SPECIAL = (
@@ -577,5 +602,5 @@ SPECIAL = (
     dropout_rate=0.1,
   ),
 )
-SUITE = PAIRWISE + SPECIAL
-QUICK = EACH
+SUITE = PAIRWISE + FEW_PAIRWISE + SPECIAL
+QUICK = EACH + FEW_EACH

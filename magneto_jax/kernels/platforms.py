@@ -33,7 +33,8 @@ class _Program:
 
   Attributes:
     choice: has `on(platform)`, the record of a platform, which raises NotImplementedError where
-      there is none, and `default`, which runs everywhere that `on` allows.
+      there is none, and `default`, which runs everywhere that `on` allows. The `platforms` of a
+      record are None where XLA compiles all of it, and can do so anywhere.
     method: of the record; a function of arrays.
     structure: of its arguments.
     results: (shape, dtype) of all its results.
@@ -125,24 +126,40 @@ def _lower(platform, context, *leaves, program):
   alone = jax.sharding.ManualAxisType()
   avals = [aval.update(manual_axis_type=alone) for aval in context.avals_in]
   context = context.replace(avals_in=avals)
-  lower = lambda record: mlir.lower_fun(program.function(record))(context, *leaves)
-  try:
-    return lower(record)
-  except NotImplementedError as error:
-    if record == default or "automatically partitioned" not in str(error):
-      raise
-    _warn_once(record.name, default.name)
-    return lower(default)
+  obstacle = None if record.platforms is None else _obstacle(record, context.module_context)
+  if obstacle is not None:
+    if record == default:
+      raise NotImplementedError(obstacle)
+    _warn_once(obstacle, default.name)
+    record = default
+  return mlir.lower_fun(program.function(record))(context, *leaves)
+
+
+def _obstacle(record, context: mlir.ModuleContext) -> str | None:
+  """Why a kernel cannot be part of a module, or None."""
+  if _is_divided(context.axis_context):
+    return (
+      f"XLA cannot divide {record.name} among several devices: call attention within jax.shard_map,"
+      " batch and heads sharded, to have the kernel"
+    )
+  if context.lowering_parameters.for_export and not getattr(record, "is_exportable", True):
+    return f"JAX cannot export {record.name}"
+  return None
+
+
+def _is_divided(axes) -> bool:
+  """Whether XLA is left to divide a program among several devices, at least in part."""
+  if isinstance(axes, mlir.ShardingContext):
+    return axes.num_devices > 1
+  if isinstance(axes, mlir.SPMDAxisContext):
+    manual = axes.manual_axes | set(axes.mesh.manual_axes)
+    return bool(axes.manual_axes) and manual != set(axes.mesh.axis_names)
+  return False
 
 
 @functools.cache
-def _warn_once(name: str, instead: str) -> None:
-  _logger.warning(
-    "XLA cannot divide %s among several devices: %s serves instead. Call attention within"
-    " jax.shard_map, batch and heads sharded, to have the kernel",
-    name,
-    instead,
-  )
+def _warn_once(obstacle: str, instead: str) -> None:
+  _logger.warning("%s; %s serves instead", obstacle, instead)
 
 
 for _platform in PLATFORMS:
