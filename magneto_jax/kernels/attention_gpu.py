@@ -166,9 +166,10 @@ def _preferred(call: Call) -> dict[str, Blocks]:
   W = _power(call.sizes[-1])
   if call.q_BTNH.dtype == jnp.float32:
     return dict.fromkeys(KERNELS, Blocks(32, 32, 4, 1) if W <= 128 else Blocks(16, 16, 4, 1))
-  table = blocks_table()
-  found = table.get(_capability(), table[""])[str(max(64, W))][feature(call)]
-  return {name: Blocks(*found[name]) for name in KERNELS if name in found}
+  table, width, kind = blocks_table(), str(max(64, W)), feature(call)
+  measured = table.get(_capability(), {}).get(width, {}).get(kind, {})
+  found = table[""][width][kind] | measured
+  return {name: Blocks(*blocks) for name, blocks in found.items()}
 
 
 @functools.cache
@@ -241,7 +242,7 @@ class _Kernel:
     # On which sides of a relative bias there are whole blocks far away: 0 behind, 1 ahead.
     self._far_sides = ()
     if self._relative:
-      near = [x is not None and x < call.bias.max_distance for x in call.window]
+      near = [x is not None and x < self._reach for x in call.window]
       self._far_sides = tuple(side for side in (0, 1) if not near[side])
 
   # The arrays.
@@ -263,10 +264,10 @@ class _Kernel:
     if call.dropout_rate > 0:
       inputs["head_keys"] = call.head_keys
     if self._relative:
-      T, S, D = self._padded_T, self._padded_S, call.bias.max_distance
+      T, S = self._padded_T, self._padded_S
       strip = functools.partial(self._strip, call.bias)
       inputs["strip"] = strip(1 - T - call.q_offset, T + S - 1)
-      inputs["far"] = jnp.concatenate([strip(-D, 1), strip(D, 1)], axis=1)
+      inputs["far"] = jnp.concatenate([strip(-self._reach, 1), strip(self._reach, 1)], axis=1)
     if self._dense:
       bias = call.bias
       for axis, block in ((2, bq), (3, bk)):
@@ -327,8 +328,8 @@ class _Kernel:
       first_q, first_k = np.arange(self._rows)[:, None] * bq, np.arange(self._columns) * bk
       nearest, farthest = first_k - (first_q + bq - 1), first_k + bk - 1 - first_q
       far = (
-        farthest - call.q_offset <= -call.bias.max_distance,
-        nearest - call.q_offset >= call.bias.max_distance,
+        farthest - call.q_offset <= -self._reach,
+        nearest - call.q_offset >= self._reach,
       )
       runs = [runs[0] & far[side] for side in self._runs]
     seen = states > SKIP
@@ -423,9 +424,31 @@ class _Kernel:
       dot = jnp.where(self._visible(refs, b, i, j), dot, -jnp.inf)
     return (dot, factor, shift), slope
 
-  def _relative_bias(self, refs, n, i, j):
+  @property
+  def _reach(self) -> int:
+    """The distance from which on a relative bias is the same."""
+    return self._call.bias.max_distance
+
+  def _distance(self, refs, i, j):
+    """Key minus query of the pairs of a block."""
     query, key = self._indices(i, j)
-    return refs.strip[n, key - query + (self._padded_T - 1)]
+    return key - query - self._offset(refs)
+
+  def _relative_bias(self, refs, n, i, j):
+    """Of a block that may be anywhere: what is seen in part is not sorted by distance."""
+    bq, bk = self._blocks.q, self._blocks.kv
+    query, key = self._indices(i, j)
+    nearest = j * bk - i * bq - (bq - 1) - self._offset(refs)
+    is_ahead = nearest >= self._reach
+    is_near = (nearest + bq + bk - 2 > -self._reach) & ~is_ahead
+    shape = jnp.broadcast_shapes(query.shape, key.shape)
+    # A branch also keeps the compiler from fetching the numbers ahead, one by one: they would take
+    # the shared memory that keys and values need.
+    return jax.lax.cond(
+      is_near,
+      lambda: refs.strip[n, key - query + (self._padded_T - 1)],
+      lambda: jnp.broadcast_to(refs.far[n, is_ahead.astype(jnp.int32)], shape),
+    )
 
   def _dense_bias(self, refs, b, n, i, j):
     rows, columns = self._slices(i, j)
@@ -625,11 +648,12 @@ class _Kernel:
     """(dq_BTNH, sums of the logits' gradient over keys, for a bias).
 
     The sums are [B, N, T] over all keys, if a dense bias has no keys; for a relative bias those
-    over the keys far behind and far ahead, [2, B, N, T].
+    over the keys of each of the far sides, [sides, B, N, T]; else None.
     """
     call, bq, W = self._call, self._blocks.q, self._W
     rest = 1 / (1 - call.dropout_rate)
-    count = 2 if self._relative else int(self._dense and call.bias.shape[3] == 1)
+    is_summed = self._dense and call.bias.shape[3] == 1
+    count = len(self._far_sides) if self._relative else int(is_summed)
 
     def body(refs):
       i, n, b = self._own_block(), pl.program_id(1), pl.program_id(2)
@@ -643,21 +667,23 @@ class _Kernel:
         dot, dweights = self._pairs(q, k), self._pairs(dout, v)
         _, dlogits, sloped = self._gradient(refs, b, n, i, j, tile, dot, dweights)
         dq += self._dot(sloped.astype(k.dtype), k)
-        if self._relative and tile.side is None:
-          query, key = self._indices(i, j)
-          distance, D = key - query - self._offset(refs), call.bias.max_distance
-          for side, is_far in enumerate((distance <= -D, distance >= D)):
-            sums[side] += jnp.where(is_far, dlogits, 0.0).sum(axis=1)
+        if is_summed:
+          sums[0] += dlogits.sum(axis=1)
+        elif tile.side is not None:
+          sums[self._far_sides.index(tile.side)] += dlogits.sum(axis=1)
         elif sums:
-          sums[tile.side or 0] += dlogits.sum(axis=1)
+          distance = self._distance(refs, i, j)
+          for number, side in enumerate(self._far_sides):
+            is_far = distance >= self._reach if side else distance <= -self._reach
+            sums[number] += jnp.where(is_far, dlogits, 0.0).sum(axis=1)
         return dq, *sums
 
       sums = [jnp.zeros(bq, jnp.float32)] * count
       carry = jnp.zeros((bq, W), jnp.float32), *sums
       dq, *sums = self._visit(refs, b, i, gather, carry)
       refs.dq[b, rows, n, :] = (dq * (call.scale * rest)).astype(refs.dq.dtype)
-      for side, x in enumerate(sums):
-        refs.by_query[side, b, n, rows] = x * rest
+      for number, x in enumerate(sums):
+        refs.by_query[number, b, n, rows] = x * rest
 
     outputs = {"dq": ((self._B, self._padded_T, self._N, W), call.q_BTNH.dtype)}
     if count:
@@ -670,7 +696,7 @@ class _Kernel:
       outputs=outputs,
     )
     by_query = sums[0][..., : self._T] if sums else None
-    return dq[:, : self._T, :, : self._H], by_query if count != 1 else by_query[0]
+    return dq[:, : self._T, :, : self._H], by_query[0] if is_summed else by_query
 
   def dense_gradient(self, lse_BTN, delta_BTN, dout_BTNH):
     """Of a bias that has queries and keys, [B or 1, N or 1, T, S]."""
@@ -734,11 +760,8 @@ class _Kernel:
   def relative_gradient(self, lse_BTN, delta_BTN, dout_BTNH, far_sums):
     """Of a relative bias, given `query_gradient`'s sums: a RelativeBias, as that of the call."""
     call, bias, step = self._call, self._call.bias, self._blocks.q
-    left, right = call.window
-    D = bias.max_distance
     # Distances behind and ahead at which pairs are near, and may be visible.
-    behind = D if left is None else min(D, left + 1)
-    ahead = D if right is None else min(D, right + 1)
+    behind, ahead = (self._reach if x is None else min(self._reach, x + 1) for x in call.window)
     # The corner of tile n lies at distance n step - offset; its pairs, less than a step around it.
     reach = behind + step - 1
     first_tile = -((reach - call.q_offset - 1) // step)
@@ -770,15 +793,16 @@ class _Kernel:
     (dstrips,) = skew(dtiles.sum(0))
 
     def spread(bias):
-      """What the sums are of: the near distances of all tiles, and both far sides [N, 2]."""
+      """What the sums are of: the near distances of all tiles; a number of each far side."""
       starts = (first_tile + np.arange(count)) * step - call.q_offset - step + 1
       near = jnp.stack([bias.strip(start, width) for start in starts], axis=1)
       distance = starts[:, None] + np.arange(width)
-      near = jnp.where(abs(distance) < D, near, 0.0)
-      return near, jnp.concatenate([bias.strip(-D, 1), bias.strip(D, 1)], axis=1)
+      near = jnp.where(abs(distance) < self._reach, near, 0.0)
+      return near, [bias.strip((-self._reach, self._reach)[x], 1) for x in self._far_sides]
 
+    far = [] if far_sums is None else [x[:, None] for x in far_sums.sum((1, 3))]
     wide = dataclasses.replace(bias, table=bias.table.astype(jnp.float32))
-    (dbias,) = jax.vjp(spread, wide)[1]((dstrips, far_sums.sum((1, 3)).T))
+    (dbias,) = jax.vjp(spread, wide)[1]((dstrips, far))
     return dataclasses.replace(dbias, table=dbias.table.astype(bias.table.dtype))
 
   def _pallas(self, body, name, *, grid, inputs, outputs):

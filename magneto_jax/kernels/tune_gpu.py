@@ -87,7 +87,8 @@ class Shape:
     out, lse = jax.jit(PallasGpu().forward)(self.call)
     dout = jax.random.normal(jax.random.key(1), out.shape, out.dtype)
     delta = jnp.einsum("BTNH,BTNH->BTN", out, dout, preferred_element_type=jnp.float32)
-    far = jnp.zeros((2, self.batch, self.heads, self.length), jnp.float32)
+    sides = 1 if self.is_causal else 2
+    far = jnp.zeros((sides, self.batch, self.heads, self.length), jnp.float32)
     return lse, delta, dout, far
 
 
