@@ -264,10 +264,7 @@ class _Kernel:
     if call.dropout_rate > 0:
       inputs["head_keys"] = call.head_keys
     if self._relative:
-      T, S = self._padded_T, self._padded_S
-      strip = functools.partial(self._strip, call.bias)
-      inputs["strip"] = strip(1 - T - call.q_offset, T + S - 1)
-      inputs["far"] = jnp.concatenate([strip(-self._reach, 1), strip(self._reach, 1)], axis=1)
+      inputs["strip"] = self._strip(call.bias)
     if self._dense:
       bias = call.bias
       for axis, block in ((2, bq), (3, bk)):
@@ -275,13 +272,24 @@ class _Kernel:
       inputs["bias"] = bias
     return inputs
 
-  def _strip(self, bias: RelativeBias, start, length):
-    """In units; finite numbers stay finite: -inf forbids a pair, and the lowest does not."""
+  def _strip(self, bias: RelativeBias):
+    """Of all distances and, at the end, of those far behind and far ahead: [N, T + S - 1 + 2].
+
+    In units; finite numbers stay finite: -inf forbids a pair, and the lowest number does not.
+    """
+    first = 1 - self._padded_T - self._call.q_offset
+    distance = np.arange(self._far_at) + first
+    far = np.array([-self._reach, self._reach])
     table = bias.table.astype(jnp.float32)
     limits = jnp.finfo(jnp.float32)
     scaled = jnp.clip(table / self._unit, limits.min, limits.max)
     table = jnp.where(jnp.isinf(table), table, scaled)
-    return dataclasses.replace(bias, table=table).strip(start, length)
+    return table[bias.buckets(jnp.concatenate([distance, far]))].T
+
+  @property
+  def _far_at(self) -> int:
+    """Where the far numbers are in the strip."""
+    return self._padded_T + self._padded_S - 1
 
   def _gradient_inputs(self, lse_BTN, delta_BTN, dout_BTNH) -> dict[str, jax.Array]:
     """Of the backward pass, given lse and delta = sum_h out dout - dlse."""
@@ -413,7 +421,7 @@ class _Kernel:
       slope = 1 - dot * dot
     factor, shift = self._multiple, 0.0
     if tile.side is not None:
-      shift = refs.far[n, tile.side]
+      shift = refs.strip[n, self._far_at + tile.side]
     elif self._relative:
       dot, factor = self._fma(dot, factor, self._relative_bias(refs, n, i, j)), 1.0
     elif self._dense:
@@ -447,7 +455,7 @@ class _Kernel:
     return jax.lax.cond(
       is_near,
       lambda: refs.strip[n, key - query + (self._padded_T - 1)],
-      lambda: jnp.broadcast_to(refs.far[n, is_ahead.astype(jnp.int32)], shape),
+      lambda: jnp.broadcast_to(refs.strip[n, self._far_at + is_ahead.astype(jnp.int32)], shape),
     )
 
   def _dense_bias(self, refs, b, n, i, j):
@@ -792,18 +800,20 @@ class _Kernel:
     skew = jax.linear_transpose(lambda x: toeplitz(x, step, step), strips)
     (dstrips,) = skew(dtiles.sum(0))
 
-    def spread(bias):
-      """What the sums are of: the near distances of all tiles; a number of each far side."""
-      starts = (first_tile + np.arange(count)) * step - call.q_offset - step + 1
-      near = jnp.stack([bias.strip(start, width) for start in starts], axis=1)
-      distance = starts[:, None] + np.arange(width)
-      near = jnp.where(abs(distance) < self._reach, near, 0.0)
-      return near, [bias.strip((-self._reach, self._reach)[x], 1) for x in self._far_sides]
-
-    far = [] if far_sums is None else [x[:, None] for x in far_sums.sum((1, 3))]
-    wide = dataclasses.replace(bias, table=bias.table.astype(jnp.float32))
-    (dbias,) = jax.vjp(spread, wide)[1]((dstrips, far))
-    return dataclasses.replace(dbias, table=dbias.table.astype(bias.table.dtype))
+    # From distances to buckets by a product, which has a fixed order; a scatter has none on a GPU.
+    starts = (first_tile + np.arange(count)) * step - call.q_offset - step + 1
+    distance = starts[:, None] + np.arange(width)
+    near = jnp.where(abs(distance) < self._reach, bias.buckets(distance), -1)
+    sums = dstrips.reshape(self._N, -1)
+    places = near.reshape(-1)
+    if far_sums is not None:
+      far = bias.buckets(np.array([-self._reach, self._reach])[list(self._far_sides)])
+      sums = jnp.concatenate([sums, far_sums.sum((1, 3)).T], axis=1)
+      places = jnp.concatenate([places, far])
+    table = bias.table
+    members = (places == np.arange(table.shape[0])[:, None]).astype(jnp.float32)
+    dtable = jnp.einsum("kd,nd->kn", members, sums, precision=jax.lax.Precision.HIGHEST)
+    return dataclasses.replace(bias, table=dtable.astype(table.dtype))
 
   def _pallas(self, body, name, *, grid, inputs, outputs):
     """One kernel: `body(refs)` sees all arrays, whole, by name.

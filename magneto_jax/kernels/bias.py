@@ -93,13 +93,15 @@ class RelativeBias:
   bidirectional: bool = True
   max_distance: int = 128
 
-  def strip(self, start: int | jax.Array, length: int) -> jax.Array:
-    """The bias [N, length] of the relative positions start, start + 1, ...; start may be traced."""
-    relative_position = jnp.arange(length) + start
-    buckets = relative_buckets(
+  def buckets(self, relative_position: jax.Array) -> jax.Array:
+    """The row of the table of each relative position."""
+    return relative_buckets(
       relative_position, self.table.shape[0], self.bidirectional, self.max_distance
     )
-    return jnp.asarray(self.table)[buckets].T
+
+  def strip(self, start: int | jax.Array, length: int) -> jax.Array:
+    """The bias [N, length] of the relative positions start, start + 1, ...; start may be traced."""
+    return jnp.asarray(self.table)[self.buckets(jnp.arange(length) + start)].T
 
   def materialize(self, T: int, S: int, q_offset: int | jax.Array = 0) -> jax.Array:
     """The bias [1, N, T, S] of queries q_offset .. q_offset + T - 1 and keys 0 .. S - 1."""
