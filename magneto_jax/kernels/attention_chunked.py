@@ -94,6 +94,14 @@ class _Blocks:
     self._k = pad(call.k_BSKH.swapaxes(1, 2), 2, block_kv)
     self._v = pad(call.v_BSKH.swapaxes(1, 2), 2, block_kv)
     self._bias = self._cut_bias(call.bias)
+    if call.dropout_rate > 0:
+      # Before the loops, or XLA hashes them again for every pair. [B, N, blocks, q or s]: the start
+      # of a slice would go into each pair's address, which keeps XLA from vectorising it.
+      head_keys = call.head_keys[:, :, None, None]
+      query = jnp.arange(self._rows * block_q).reshape(1, 1, -1, block_q)
+      key = jnp.arange(self._columns * block_kv).reshape(1, 1, -1, block_kv)
+      self._of_queries = dropout.of_queries(head_keys, query)
+      self._of_keys = dropout.of_keys(head_keys, key)
     # Padded queries are cut off in the end; padded keys are hidden as keys past the length are.
     hidden = {}
     if self._S % block_kv:
@@ -260,13 +268,9 @@ class _Blocks:
     rate = self._call.dropout_rate
     if rate == 0:
       return weights
-    query, key = self._indices(i, j)
-    kept = dropout.keep(
-      self._call.head_keys[:, :, None, None],
-      query[None, None, :, None],
-      key[None, None, None, :],
-      rate,
-    )
+    of_queries = [x[:, :, i, :, None] for x in self._of_queries]
+    of_keys = [x[:, :, j, None] for x in self._of_keys]
+    kept = dropout.kept(dropout.bits(of_queries, of_keys), rate)
     return jnp.where(kept, weights / (1 - rate), 0)
 
   def _strip_start(self, i, j):

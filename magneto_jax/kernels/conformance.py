@@ -233,7 +233,9 @@ def dropout_mask(key: jax.Array, B: int, N: int, T: int, S: int, rate: float) ->
   b, n, t, s = (i.astype(np.uint32) * np.uint32(0x9E3779B9) for i in np.ogrid[0:B, 0:N, 0:T, 0:S])
   first, second = np.asarray(jax.random.bits(key, (2,), jnp.uint32))
   head = mix(mix(first ^ b) ^ (second + n))
-  return mix(mix(head + t) ^ s) >= round(rate * 2**32)
+  query, key, two = mix(head + t), mix(mix(head) + s), np.uint32(2)
+  bits = (query + key) * (two * mix(query) + two * mix(key) + np.uint32(1))
+  return bits >= round(rate * 2**32)
 
 
 def reference(
