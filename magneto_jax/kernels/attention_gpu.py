@@ -204,10 +204,12 @@ class _Tile:
   Attributes:
     is_whole: whether all its pairs are visible.
     side: of a relative bias, that all its pairs are far on: 0 behind, 1 ahead; None if not known.
+    bias: of a dense bias, its part, if it has been fetched.
   """
 
   is_whole: bool
   side: int | None = None
+  bias: jax.Array | None = None
 
 
 class _Refs:
@@ -269,7 +271,8 @@ class _Kernel:
       bias = call.bias
       for axis, block in ((2, bq), (3, bk)):
         bias = pad(bias, axis, block) if bias.shape[axis] > 1 else bias
-      inputs["bias"] = bias
+      # As the scores lie: turning it round in every block would cost more.
+      inputs["bias"] = bias.swapaxes(2, 3) if self._of_keys else bias
     return inputs
 
   def _strip(self, bias: RelativeBias):
@@ -425,7 +428,8 @@ class _Kernel:
     elif self._relative:
       dot, factor = self._fma(dot, factor, self._relative_bias(refs, n, i, j)), 1.0
     elif self._dense:
-      dot, factor = self._fma(dot, factor, self._dense_bias(refs, b, n, i, j)), 1.0
+      bias = self._dense_bias(refs, b, n, i, j) if tile.bias is None else tile.bias
+      dot, factor = self._fma(dot, factor, bias.astype(jnp.float32)), 1.0
     if factor <= 0:
       dot, factor = dot * factor, 1.0
     if not tile.is_whole:
@@ -463,9 +467,9 @@ class _Kernel:
     shape = self._call.bias.shape
     b, n = b if shape[0] > 1 else 0, n if shape[1] > 1 else 0
     at = rows if shape[2] > 1 else 0, columns if shape[3] > 1 else 0
-    bias = refs.bias[b, n, *at].astype(jnp.float32)
+    bias = refs.bias[b, n, *(at[::-1] if self._of_keys else at)]
     if shape[2] > 1 and shape[3] > 1:
-      return bias.T if self._of_keys else bias
+      return bias
     if shape[2] > 1:
       return self._of_query(bias)
     return self._of_key(bias) if shape[3] > 1 else bias
@@ -716,15 +720,17 @@ class _Kernel:
     length = -(-over_b * over_n // parts)
 
     def body(refs):
-      tile, head, part = (pl.program_id(axis) for axis in range(3))
-      i, j = _divmod(tile, self._columns)
+      number, head, part = (pl.program_id(axis) for axis in range(3))
+      i, j = _divmod(number, self._columns)
       own_b, own_n = _divmod(head, bias.shape[1])
 
       def place(m):
         b, n = _divmod(m, over_n)
         return own_b + b, own_n + n, i, j
 
-      total = self._tile_sum(refs, part * length, over_b * over_n, length, place)
+      # The same for all that it is broadcast over.
+      tile = _Tile(self._call.hides_nothing, bias=self._dense_bias(refs, own_b, own_n, i, j))
+      total = self._tile_sum(refs, tile, part * length, over_b * over_n, length, place)
       rows, columns = self._slices(i, j)
       refs.dbias[part, own_b, own_n, rows, columns] = total.astype(refs.dbias.dtype)
 
@@ -742,7 +748,7 @@ class _Kernel:
     )
     return dbias.sum(0)[:, :, : self._T, : self._S].astype(bias.dtype)
 
-  def _tile_sum(self, refs, first, end, length, place):
+  def _tile_sum(self, refs, tile, first, end, length, place):
     """The gradient at the logits, summed over the blocks place(first) .. place(first + length - 1).
 
     Those from `end` on do not exist, nor those that `place` puts outside.
@@ -757,7 +763,6 @@ class _Kernel:
       kv_head = self._key_head(n)
       dot = self._pairs(refs.q[b, rows, n, :], refs.k[b, columns, kv_head, :])
       dweights = self._pairs(refs.dout[b, rows, n, :], refs.v[b, columns, kv_head, :])
-      tile = _Tile(self._call.hides_nothing)
       _, dlogits, _ = self._gradient(refs, b, n, i, j, tile, dot, dweights)
       return total + jnp.where(is_there, dlogits, 0.0)
 
@@ -785,7 +790,8 @@ class _Kernel:
         b, i = _divmod(m, self._rows)
         return b, n, i, i + number + refs.first_tile[0]
 
-      refs.dtiles[part, n, number] = self._tile_sum(refs, part * length, every, length, place)
+      tile = _Tile(self._call.hides_nothing)
+      refs.dtiles[part, n, number] = self._tile_sum(refs, tile, part * length, every, length, place)
 
     inputs = self._gradient_inputs(lse_BTN, delta_BTN, dout_BTNH)
     (dtiles,) = self._pallas(
