@@ -45,6 +45,8 @@ from magneto_jax.kernels.call import FULL, SKIP, Call, pad
 _LOG2E = math.log2(math.e)
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 KERNELS = ("out", "dkv", "dq", "dbias")
+# The arrays that dropout's bits are made of.
+_OF_QUERIES, _OF_KEYS = ("drop_q", "drop_q_factor"), ("drop_k", "drop_k_summand")
 TABLE = pathlib.Path(__file__).with_name("attention_gpu_blocks.json")
 
 
@@ -264,7 +266,11 @@ class _Kernel:
     if call.traced_offset is not None:
       inputs["offset"] = call.traced_offset.reshape(1)
     if call.dropout_rate > 0:
-      inputs["head_keys"] = call.head_keys
+      # What is mixed is a query's or a key's own: made once, outside of the square.
+      query, key = (jax.lax.iota(jnp.int32, n) for n in (self._padded_T, self._padded_S))
+      head_keys = call.head_keys[:, :, None]
+      inputs |= dict(zip(_OF_QUERIES, dropout.of_queries(head_keys, query), strict=True))
+      inputs |= dict(zip(_OF_KEYS, dropout.of_keys(head_keys, key), strict=True))
     if self._relative:
       inputs["strip"] = self._strip(call.bias)
     if self._dense:
@@ -523,18 +529,33 @@ class _Kernel:
     (result,) = plt.elementwise_inline_asm(
       text,
       args=args,
-      constraints=",".join(["=f", *["f"] * len(args)]),
+      constraints=",".join(["=f", *("f" if x.dtype == jnp.float32 else "r" for x in args)]),
       pack=1,
       result_shape_dtypes=[jax.ShapeDtypeStruct(args[0].shape, jnp.float32)],
     )
     return result
 
-  def _kept(self, refs, b, n, i, j):
-    """Whether the weights of a block stay; None without dropout."""
+  def _random_bits(self, refs, b, n, i, j):
+    """uint32, of a block; None without dropout."""
     if self._call.dropout_rate == 0:
       return None
-    query, key = self._indices(i, j)
-    return dropout.keep(refs.head_keys[b, n], query, key, self._call.dropout_rate)
+    rows, columns = self._slices(i, j)
+    queries = [self._of_query(getattr(refs, name)[b, n, rows]) for name in _OF_QUERIES]
+    keys = [self._of_key(getattr(refs, name)[b, n, columns]) for name in _OF_KEYS]
+    return dropout.bits(queries, keys)
+
+  def _drop(self, bits, weights):
+    """Zeros where they do not stay; the others as they are, without the factor 1 / (1 - rate)."""
+    if bits is None:
+      return weights
+    # One instruction of two: a comparison by itself is packed into bytes and unpacked again.
+    threshold = dropout.threshold(self._call.dropout_rate)
+    text = (
+      "{ .reg .pred stays; "
+      f"setp.hs.u32 stays, $2, 0x{threshold:08X}; selp.f32 $0, $1, 0f00000000, stays; }}"
+    )
+    choose = lambda weights, bits: jnp.where(bits >= jnp.uint32(threshold), weights, 0.0)
+    return self._instruction(text, choose, weights, bits)
 
   def _key_head(self, n):
     return jax.lax.div(n, jnp.int32(self._N // self._K))
@@ -561,7 +582,7 @@ class _Kernel:
         weights = self._exp(logits, new_top[:, None])
         shrink = self._exp2((top - new_top) * (self._unit * _LOG2E))
         total = total * shrink + weights.sum(axis=1)
-        weights = _drop(self._kept(refs, b, n, i, j), weights)
+        weights = self._drop(self._random_bits(refs, b, n, i, j), weights)
         v = refs.v[b, columns, kv_head, :]
         acc = acc * shrink[:, None] + self._dot(weights.astype(v.dtype), v)
         return acc, total, new_top
@@ -603,10 +624,10 @@ class _Kernel:
     logits, slope = self._scores(refs, b, n, i, j, tile, dot)
     rows = self._slices(i, j)[0]
     weights = self._exp(logits, self._of_query(refs.lse[b, n, rows]))
-    kept = self._kept(refs, b, n, i, j)
+    bits = self._random_bits(refs, b, n, i, j)
     delta = self._of_query(refs.delta[b, n, rows])
-    dlogits = weights * (_drop(kept, dweights) - delta)
-    return _drop(kept, weights), dlogits, dlogits if slope is None else dlogits * slope
+    dlogits = weights * (self._drop(bits, dweights) - delta)
+    return self._drop(bits, weights), dlogits, dlogits if slope is None else dlogits * slope
 
   def key_gradients(self, lse_BTN, delta_BTN, dout_BTNH):
     """(dk_BSKH, dv_BSKH, sums of the logits' gradient over queries, for a bias without them)."""
@@ -849,11 +870,6 @@ class _Kernel:
 
 # Windows wider than this hide nothing, and positions plus this stay in 32 bits.
 _FAR = 2**30
-
-
-def _drop(kept, weights):
-  """Zeros where they do not stay; the others as they are, without the factor 1 / (1 - rate)."""
-  return weights if kept is None else jnp.where(kept, weights, 0.0)
 
 
 def _divmod(x, divisor: int):

@@ -234,7 +234,7 @@ def dropout_mask(key: jax.Array, B: int, N: int, T: int, S: int, rate: float) ->
   first, second = np.asarray(jax.random.bits(key, (2,), jnp.uint32))
   head = mix(mix(first ^ b) ^ (second + n))
   query, key, two = mix(head + t), mix(mix(head) + s), np.uint32(2)
-  bits = (query + key) * (two * mix(query) + two * mix(key) + np.uint32(1))
+  bits = (two * mix(query) + np.uint32(1)) * key + query + mix(key)
   return bits >= round(rate * 2**32)
 
 

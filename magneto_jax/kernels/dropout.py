@@ -31,40 +31,45 @@ def of_queries(head_key: jax.Array, query: jax.Array) -> tuple[jax.Array, jax.Ar
 
 
 def of_keys(head_key: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """(k, 2 mix(k)), what `bits` needs to know of keys, as in `of_queries`."""
+  """(k, mix(k)), what `bits` needs to know of keys, as in `of_queries`."""
   # Keys have a sequence of their own: on that of the queries, heads whose keys lie close would drop
   # alike, but for a shift along the diagonal.
   k = _mix(_mix(head_key) + _spread(key))
-  return k, 2 * _mix(k)
+  return k, _mix(k)
 
 
 def bits(of_queries: tuple, of_keys: tuple) -> jax.Array:
-  """uint32, uniform, for each query and key: two sums and one product a pair.
+  """uint32, uniform, for each query and key: two sums and one product a pair, or fewer.
 
     r = mix(head_key + query c),   k = mix(mix(head_key) + key c)
-    bits = (r + k) (2 mix(r) + 2 mix(k) + 1)
+    bits = (2 mix(r) + 1) k + r + mix(k)
 
-  modulo 2^32, with c an odd constant and mix a bijection of 32 bits. The second factor is odd, so
-  a uniform first one makes uniform bits. Of products the lower bits depend on the lower ones of
-  the factors alone: the bits are to be compared, from the highest on, not taken apart.
+  modulo 2^32, with c an odd constant and mix a bijection of 32 bits. Whatever the product, a
+  uniform r makes uniform bits. Of products the lower bits depend on the lower ones of the factors
+  alone: the bits are to be compared, from the highest on, not taken apart.
 
-  Why sums: of products r k alone, two rows whose r stand in a small ratio are correlated (r' = 3 r:
-  by 1/3), as some pair of rows is in one head of 50 at 4096 queries. Of these products they are if
-  both r - r' and mix(r) - mix(r') are multiples of a high power of two, which does not happen.
+  Why the sums: of products r k alone, two rows whose r stand in a small ratio are correlated
+  (r' = 3 r: by 1/3), as some pair of rows is in one head of 50 at 4096 queries. With mix(k) two
+  rows are so only if the difference of their factors is a multiple of a high power of two, and
+  even then by no more than the rest of it leaves.
 
   Args:
     of_queries, of_keys: of the functions of these names; all broadcast together.
 
   Reference: the mix is "lowbias32", Chris Wellons, 2018, nullprogram.com/blog/2018/07/31.
   """
-  (r, r_odd), (k, k_even) = of_queries, of_keys
-  return (r + k) * (r_odd + k_even)
+  (r, factor), (k, summand) = of_queries, of_keys
+  return factor * k + (r + summand)
 
 
 def kept(drawn: jax.Array, rate: float) -> jax.Array:
-  """Which uniform uint32 say that a probability stays: those >= rate 2^32, for a rate in [0, 1)."""
-  # The least number of 32 bits drops nothing, the largest keeps one in 2^32.
-  return drawn >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
+  """Which uniform uint32 say that a probability stays: those of at least `threshold(rate)`."""
+  return drawn >= jnp.uint32(threshold(rate))
+
+
+def threshold(rate: float) -> int:
+  """rate 2^32, rounded, of a rate in [0, 1): 0 drops nothing, the largest keeps one in 2^32."""
+  return min(round(rate * 2**32), 2**32 - 1)
 
 
 def keep(head_key: jax.Array, query: jax.Array, key: jax.Array, rate: float) -> jax.Array:
