@@ -493,9 +493,14 @@ class _Kernel(_Layout):
       return None
     cols = strip.cols
     head_key = refs.head_keys[at.b * self._N + at.j * self._P + strip.h]
-    query, key = self._indices(at, cols)
+    query, _ = self._indices(at, cols)
     if self._random == "hash":
-      return dropout.keep(head_key.astype(jnp.uint32), query, key, self._call.dropout_rate)
+      head_key = head_key.astype(jnp.uint32)
+      # Keys are hashed along lanes: 128 a register, not 8 as in the column that they become.
+      key = jax.lax.broadcasted_iota(jnp.int32, (1, self.block_kv), 1) + at.kv * self.block_kv
+      of_keys = [x.T for x in dropout.of_keys(head_key, key)]
+      bits = dropout.bits(dropout.of_queries(head_key, query), of_keys)
+      return dropout.kept(bits, self._call.dropout_rate)
 
     # Seeded by squares of fixed size, so that blocks of all sizes draw the same.
     def square(row, column):
