@@ -70,8 +70,13 @@ class Process:
       raise RuntimeError(f"{request}: {answer['error']}")
     return answer
 
+  def kill(self) -> None:
+    """Ends the worker, whatever it does; a request that waits for it then fails."""
+    self._process.kill()
+
   def close(self) -> None:
-    self._process.stdin.close()
+    with contextlib.suppress(BrokenPipeError):  # It may have died with a request unread.
+      self._process.stdin.close()
     self._process.wait()
     self._process.stdout.close()
 

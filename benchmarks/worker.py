@@ -43,6 +43,22 @@ class Worker:
       self._subject = attention_jax.Library()
     return {"versions": self._subject.versions, "device": self._subject.device}
 
+  def load_device(self, *, library: str) -> dict:
+    """A library whose attention on a GPU is asked for: `jax` for all that build on it, or torch."""
+    if library == "torch":
+      from benchmarks import attention_gpu_torch
+
+      self._subject = attention_gpu_torch.Library()
+    else:
+      from benchmarks import attention_gpu_jax
+
+      self._subject = attention_gpu_jax.Library()
+    return {"versions": self._subject.versions, "device": self._subject.device}
+
+  def tell(self, *, method: str, options: dict) -> dict:
+    """What a method of the subject answers."""
+    return getattr(self._subject, method)(**options)
+
   def prepare(self, *, variant: str, case: dict, memory_gib: float) -> dict:
     """Compiles and calls once; the answer says what that took, or why the case is not run."""
     return self._subject.prepare(variant, Attention(**case), memory_gib)
