@@ -12,7 +12,6 @@ import pathlib
 import re
 import statistics
 import subprocess
-import threading
 
 from benchmarks import coordinator
 from benchmarks.shapes import Attention
@@ -70,6 +69,7 @@ PATIENCE_S = 240
 # A turn of one variant: enough calls to take about so long.
 TURN_MS = 30
 PRODUCT = 8192
+PEAK_IN_WORDS = f"the best rate of a product of {PRODUCT}^3, bfloat16, random, of all libraries"
 # How far norms of bfloat16 results may lie apart.
 TOLERANCE = 2e-2
 PICTURE = coordinator.ROOT / "docs" / "attention-gpu.png"
@@ -109,22 +109,12 @@ class Device:
 
   def start(self) -> None:
     """Raises RuntimeError if the library does not load."""
-    self._process = coordinator.Process(self._variables)
-    self.facts = self._patiently(do="load_device", library=self._name)
+    self._process = coordinator.Process(self._variables, patience_s=PATIENCE_S)
+    self.facts = self._process.ask(do="load_device", library=self._name)
 
   def ask(self, method: str, **options):
     """Raises RuntimeError if the process fails, dies or hangs; it must then be restarted."""
-    return self._patiently(do="tell", method=method, options=options)
-
-  def _patiently(self, **request):
-    timer = threading.Timer(PATIENCE_S, self._process.kill)
-    timer.start()
-    try:
-      return self._process.ask(**request)
-    except OSError as error:  # It has died before.
-      raise RuntimeError(f"the process of {self._name} is gone: {error}") from error
-    finally:
-      timer.cancel()
+    return self._process.ask(do="tell", method=method, options=options)
 
   def restart(self) -> None:
     self._process.kill()
@@ -137,6 +127,15 @@ class Device:
     self._process.close()
 
 
+def environment(platform: str) -> dict[str, str]:
+  """What every process is given: they share the device, and compile anew on all cores."""
+  return {
+    "JAX_ENABLE_COMPILATION_CACHE": "false",
+    "JAX_PLATFORMS": platform,
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+  }
+
+
 def start(names, variables) -> tuple[dict[str, Device], dict[str, str]]:
   """({library: its process}, {library: why there is none})."""
   devices, missing = {}, {}
@@ -146,7 +145,7 @@ def start(names, variables) -> tuple[dict[str, Device], dict[str, str]]:
     try:
       devices[name] = future.result()
     except RuntimeError as error:
-      missing[name] = _last_line(error)
+      missing[name] = last_line(error)
   return devices, missing
 
 
@@ -186,7 +185,7 @@ class Measurement:
           self.results[variant] |= answer
       except RuntimeError as error:
         for variant in own:
-          self.results[variant]["failed"] = _last_line(error)
+          self.results[variant]["failed"] = last_line(error)
         self._devices[name].restart()
 
   def _attempt(self, variant: str, method: str, **options) -> dict | None:
@@ -197,7 +196,7 @@ class Measurement:
     try:
       answer = device.ask(method, variant=variant, **options)
     except RuntimeError as error:
-      self.results[variant]["failed"] = _last_line(error)
+      self.results[variant]["failed"] = last_line(error)
       device.restart()
       self._compile([library(variant)])
       return None
@@ -228,9 +227,9 @@ def check_agreement(results: dict, case: Attention) -> None:
       result["failed"] = f"computes something else: norms {result['norms']}, not {middle}"
 
 
-def measure_product(devices: dict[str, Device], rounds: int, size: int) -> dict[str, float]:
+def measure_product(devices: dict[str, Device], rounds: int, platform: str) -> dict[str, float]:
   """{library: TFLOP a second of its square product of random bfloat16 matrices, the best}."""
-  rates = {}
+  size, rates = PRODUCT if platform == "cuda" else 256, {}
   for name, device in devices.items():
     turns = [device.ask("product", size=size, dtype="bfloat16", count=10) for _ in range(rounds)]
     rates[name] = 2 * size**3 / 1e9 / min(turn["wall_ms"] for turn in turns)
@@ -382,7 +381,8 @@ def driver() -> str | None:
     return None
 
 
-def _last_line(error: Exception) -> str:
+def last_line(error: Exception) -> str:
+  """What an error says, without how it came there."""
   return str(error).strip().splitlines()[-1][:300]
 
 
@@ -394,9 +394,7 @@ def run(args, cases=None, platform: str = "cuda") -> pathlib.Path:
     cases: others than CASES.
     platform: another one, to see the benchmark itself run.
   """
-  variables = coordinator.environment(args.threads, huge_pages=args.huge_pages, platform=platform)
-  # Processes share the device.
-  variables |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+  variables = environment(platform)
   cases = cases or (QUICK if args.quick else CASES)
   cases = [case for case in cases if re.search(args.cases, case.name)]
   wanted = args.variants.split(",") if args.variants else None
@@ -406,14 +404,14 @@ def run(args, cases=None, platform: str = "cuda") -> pathlib.Path:
   devices, missing = start(names, variables)
   try:
     facts = [device.facts for device in devices.values()]
-    products = measure_product(devices, args.rounds, PRODUCT if platform == "cuda" else 256)
+    products = measure_product(devices, args.rounds, platform)
     peak = max(products.values())
     device = facts[0]["device"]
     head |= {
       "device": device,
       "versions": {name: x.facts["versions"] for name, x in devices.items()},
       "missing": missing,
-      "peak": f"the best rate of a product of {PRODUCT}^3, bfloat16, random, of all libraries",
+      "peak": PEAK_IN_WORDS,
       "peak_tflop_per_second": products,
       "flops": "4 B N T T H forward, 3 times that with backward, of the pairs that are visible",
       "memory": "beside the inputs, results included",

@@ -12,6 +12,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 
 import rich.box
@@ -49,9 +50,16 @@ class Process:
   Args:
     variables: added to the environment.
     folder: the checkout whose code runs; this one by default.
+    patience_s: seconds after which a request is taken to hang, and the worker ended; None: never.
   """
 
-  def __init__(self, variables: Mapping[str, str], folder: pathlib.Path = ROOT):
+  def __init__(
+    self,
+    variables: Mapping[str, str],
+    folder: pathlib.Path = ROOT,
+    patience_s: float | None = None,
+  ):
+    self._patience_s = patience_s
     self._process = subprocess.Popen(
       [sys.executable, "-m", "benchmarks.worker"],
       cwd=folder,
@@ -62,16 +70,24 @@ class Process:
     )
 
   def ask(self, **request) -> dict:
-    """Raises RuntimeError if the worker fails."""
-    print(json.dumps(request), file=self._process.stdin, flush=True)
-    line = self._process.stdout.readline()
+    """Raises RuntimeError if the worker fails, has died, or is ended for its slowness."""
+    timer = threading.Timer(self._patience_s or threading.TIMEOUT_MAX, self.kill)
+    timer.daemon = True
+    timer.start()
+    try:
+      print(json.dumps(request), file=self._process.stdin, flush=True)
+      line = self._process.stdout.readline()
+    except BrokenPipeError:
+      line = ""
+    finally:
+      timer.cancel()
     answer = json.loads(line) if line else {"error": f"exit status {self._process.wait()}"}
     if "error" in answer:
       raise RuntimeError(f"{request}: {answer['error']}")
     return answer
 
   def kill(self) -> None:
-    """Ends the worker, whatever it does; a request that waits for it then fails."""
+    """Ends the worker, whatever it does; a request that waits for it fails."""
     self._process.kill()
 
   def close(self) -> None:
