@@ -1,7 +1,8 @@
 """Attention on one GPU, by case: what `python -m benchmarks.attention --platform=cuda` runs.
 
-A library is a process, so that one whose kernel takes its process down is started again and the
-others lose nothing; results are written after every case.
+Every implementation is a process, so that all are traced at the same time, and one whose kernel
+takes its process down is started again while the others lose nothing; results are written after
+every case.
 """
 
 import concurrent.futures
@@ -67,9 +68,11 @@ QUICK = tuple(
 # Seconds after which a call is taken to hang: the kernels of a case are compiled in less.
 PATIENCE_S = 240
 # A turn of one variant: enough calls to take about so long.
-TURN_MS = 30
+TURN_MS = 25
+# What a call may need beside its inputs: every process keeps what it has taken once.
+MEMORY_GIB = 16.0
 PRODUCT = 8192
-PEAK_IN_WORDS = f"the best rate of a product of {PRODUCT}^3, bfloat16, random, of all libraries"
+PEAK_IN_WORDS = f"the best rate of a product of {PRODUCT}^3, bfloat16, random, of both libraries"
 # How far norms of bfloat16 results may lie apart.
 TOLERANCE = 2e-2
 PICTURE = coordinator.ROOT / "docs" / "attention-gpu.png"
@@ -93,13 +96,13 @@ def variants(case: Attention) -> list[str]:
   return names
 
 
-def library(variant: str) -> str:
-  """`jax.nn-cudnn` is of `jax.nn`."""
-  return re.split("[-:]", variant)[0]
+def host(variant: str) -> str:
+  """The process of a variant: its implementation's, and one for all of torch's."""
+  return "torch" if variant.startswith("torch") else variant.partition(":")[0]
 
 
 class Device:
-  """A library's process, which is started again when a kernel has taken it down."""
+  """An implementation's process, which is started again when a kernel has taken it down."""
 
   def __init__(self, name: str, variables: dict[str, str]):
     # torch's side only reads tables with jax.
@@ -137,7 +140,7 @@ def environment(platform: str) -> dict[str, str]:
 
 
 def start(names, variables) -> tuple[dict[str, Device], dict[str, str]]:
-  """({library: its process}, {library: why there is none})."""
+  """({name: its process}, {name: why there is none})."""
   devices, missing = {}, {}
   with concurrent.futures.ThreadPoolExecutor() as pool:
     started = {name: pool.submit(Device, name, variables) for name in names}
@@ -158,7 +161,7 @@ class Measurement:
 
   def run(self, rounds: int) -> dict:
     """{variant: what it is, `rounds` of turns; or `refused` or `failed` and the reason}."""
-    self._compile(dict.fromkeys(map(library, self.results)))
+    self._compile(dict.fromkeys(map(host, self.results)))
     for variant in self._running():
       self._attempt(variant, "check")
     check_agreement({name: self.results[name] for name in self._running()}, self._case)
@@ -170,13 +173,13 @@ class Measurement:
   def _running(self) -> list[str]:
     return [name for name, x in self.results.items() if not {"refused", "failed"} & set(x)]
 
-  def _compile(self, libraries) -> None:
-    """Of several libraries at the same time."""
+  def _compile(self, hosts) -> None:
+    """In several processes at the same time."""
     case = dataclasses.asdict(self._case)
     futures = {}
     with concurrent.futures.ThreadPoolExecutor() as pool:
-      for name in libraries:
-        own = [variant for variant in self._running() if library(variant) == name]
+      for name in hosts:
+        own = [variant for variant in self._running() if host(variant) == name]
         options = {"variants": own, "case": case, "memory_gib": self._memory_gib}
         futures[name] = own, pool.submit(self._devices[name].ask, "compile", **options)
     for name, (own, future) in futures.items():
@@ -192,13 +195,13 @@ class Measurement:
     """What the variant's process answers; a failure costs that variant alone."""
     if variant not in self._running():
       return None
-    device = self._devices[library(variant)]
+    device = self._devices[host(variant)]
     try:
       answer = device.ask(method, variant=variant, **options)
     except RuntimeError as error:
       self.results[variant]["failed"] = last_line(error)
       device.restart()
-      self._compile([library(variant)])
+      self._compile([host(variant)])
       return None
     if method == "check":
       self.results[variant] |= answer
@@ -228,9 +231,10 @@ def check_agreement(results: dict, case: Attention) -> None:
 
 
 def measure_product(devices: dict[str, Device], rounds: int, platform: str) -> dict[str, float]:
-  """{library: TFLOP a second of its square product of random bfloat16 matrices, the best}."""
+  """{jax or torch: TFLOP a second of its product of random bfloat16 matrices, the best}."""
   size, rates = PRODUCT if platform == "cuda" else 256, {}
-  for name, device in devices.items():
+  libraries = {"torch" if name == "torch" else "jax": x for name, x in devices.items()}
+  for name, device in libraries.items():
     turns = [device.ask("product", size=size, dtype="bfloat16", count=10) for _ in range(rounds)]
     rates[name] = 2 * size**3 / 1e9 / min(turn["wall_ms"] for turn in turns)
   return rates
@@ -395,18 +399,18 @@ def run(args, cases=None, platform: str = "cuda") -> pathlib.Path:
     platform: another one, to see the benchmark itself run.
   """
   variables = environment(platform)
+  memory_gib = args.memory_gib or MEMORY_GIB
   cases = cases or (QUICK if args.quick else CASES)
   cases = [case for case in cases if re.search(args.cases, case.name)]
   wanted = args.variants.split(",") if args.variants else None
   chosen = {case: wanted or variants(case) for case in cases}
   head = coordinator.provenance("attention", variables) | {"driver": driver()}
-  names = dict.fromkeys(library(variant) for group in chosen.values() for variant in group)
+  names = dict.fromkeys(host(variant) for group in chosen.values() for variant in group)
   devices, missing = start(names, variables)
   try:
-    facts = [device.facts for device in devices.values()]
     products = measure_product(devices, args.rounds, platform)
     peak = max(products.values())
-    device = facts[0]["device"]
+    device = next(iter(devices.values())).facts["device"]
     head |= {
       "device": device,
       "versions": {name: x.facts["versions"] for name, x in devices.items()},
@@ -415,13 +419,13 @@ def run(args, cases=None, platform: str = "cuda") -> pathlib.Path:
       "peak_tflop_per_second": products,
       "flops": "4 B N T T H forward, 3 times that with backward, of the pairs that are visible",
       "memory": "beside the inputs, results included",
-      "memory_limit_gib": args.memory_gib,
+      "memory_limit_gib": memory_gib,
     }
     slug = re.sub(r"\W+", "-", device.lower()).strip("-")
     cells, measured, checked = [], [], []
     for case in cases:
-      own = [variant for variant in chosen[case] if library(variant) in devices]
-      results = Measurement(devices, case, own, args.memory_gib).run(args.rounds)
+      own = [variant for variant in chosen[case] if host(variant) in devices]
+      results = Measurement(devices, case, own, memory_gib).run(args.rounds)
       measured.append({"case": dataclasses.asdict(case), "name": case.name, "variants": results})
       found = summary(case, results, peak)
       show(found)

@@ -1,11 +1,11 @@
 """JAX's side of `benchmarks.attention` on a GPU: this library's attention, jax.nn's, tokamax's."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
-import functools
 import math
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from benchmarks.shapes import Attention, normals
 from magneto_jax import kernels
 
-# As many sets of inputs take turns, so that none lies in the cache when it is read.
-SETS = 3
+# As many sets of inputs take turns, so that none lies in the cache when it is read: the smallest
+# has 75 MiB of queries, keys and values, and caches hold 50.
+SETS = 2
 
 
 def _ours(case: Attention, implementation: str):
@@ -76,15 +77,6 @@ def _tokamax(case: Attention, implementation: str):
 ATTENTION = {"magneto_jax": _ours, "jax.nn": _jax_nn, "tokamax": _tokamax}
 
 
-def _program(variant: str, case: Attention):
-  """(attend, whether it takes the relative bias as a table) of a variant."""
-  name, _, how = variant.partition(":")
-  family, _, implementation = name.partition("-")
-  if case.dropout and family != "magneto_jax":
-    raise NotImplementedError(f"{family} has no dropout")
-  return ATTENTION[family](case, implementation), family == "magneto_jax" and how != "dense"
-
-
 def _gradient(attend, case: Attention):
   """The output, and the gradients at queries, keys, values and, where it is learned, the bias."""
 
@@ -103,19 +95,20 @@ class Library:
 
   def __init__(self):
     self.device = jax.devices()[0].device_kind
-    self.versions = {name: version(name) for name in ("jax", "jaxlib")}
-    self._calls, self._case, self._inputs = {}, None, {}
+    self.versions = {"platform": jax.devices()[0].client.platform_version}
+    for name in ("jax", "jaxlib", "tokamax"):
+      with contextlib.suppress(PackageNotFoundError):
+        self.versions[name] = version(name)
+    self._calls, self._case, self._arrays, self._biases = {}, None, [], {}
     self._normals = jnp.asarray(normals())
+    self._draw = jax.jit(_draw, static_argnames=("shape", "dtype"))
 
   def compile(self, variants: list[str], case: dict, memory_gib: float) -> dict:
     """{variant: what it is, seconds and MiB of its calls, or why it is not run}.
 
-    Programs are traced one after the other, and compiled on all cores.
+    Programs are traced one after the other, and compiled at the same time.
     """
-    case = Attention(**case)
-    if case != self._case:
-      self._case, self._inputs = case, {}
-    self._calls = {}
+    self._case, self._calls, self._arrays, self._biases = Attention(**case), {}, [], {}
     answers, running = {}, {}
     with concurrent.futures.ThreadPoolExecutor() as pool:
       for variant in variants:
@@ -125,6 +118,8 @@ class Library:
           answers[variant] = {"refused": first_line(error)}
         else:
           running[variant] = {call: pool.submit(_compiled, x) for call, x in lowered.items()}
+      if running:
+        self._make_inputs({self._program(variant)[2] for variant in running})
       for variant, futures in running.items():
         try:
           answers[variant] |= self._finish(variant, futures, memory_gib)
@@ -132,10 +127,21 @@ class Library:
           answers[variant] = {"refused": first_line(error)}
     return answers
 
+  def _program(self, variant: str):
+    """(attend, case, whether it takes the relative bias as a table) of a variant."""
+    name, _, how = variant.partition(":")
+    family, _, implementation = name.partition("-")
+    case = dataclasses.replace(self._case, dropout=0.0) if how == "no_dropout" else self._case
+    if case.dropout and family != "magneto_jax":
+      raise NotImplementedError(f"{family} has no dropout")
+    is_table = family == "magneto_jax" and how != "dense"
+    return ATTENTION[family](case, implementation), case, is_table
+
   def _lower(self, variant: str) -> tuple[dict, dict]:
-    case = self._case_of(variant)
-    attend, is_table = _program(variant, case)
-    arguments = jax.eval_shape(functools.partial(self._set, case, is_table), 0)
+    attend, case, is_table = self._program(variant)
+    shape = jax.ShapeDtypeStruct(_shape(case), jnp.dtype(case.dtype))
+    bias = jax.eval_shape(lambda: _bias(case, is_table))
+    arguments = self._arguments(case, (shape,) * 4, bias)
     lowered = {
       "forward": jax.jit(attend).lower(*arguments[:-1]),
       "gradient": jax.jit(_gradient(attend, case)).lower(*arguments),
@@ -176,7 +182,7 @@ class Library:
     """
     try:
       results = self._calls[variant]["gradient"](*self._sets(variant)[0])[:4]
-      norms = [float(jnp.linalg.norm(x.astype(jnp.float32))) for x in results]
+      norms = [float(x) for x in _norms(results)]
       milliseconds = {call: self.turn(variant, call, 3)["wall_ms"] for call in self._calls[variant]}
     except Exception as error:
       if "RESOURCE_EXHAUSTED" in str(error):
@@ -196,41 +202,56 @@ class Library:
 
   def product(self, size: int, dtype: str, count: int) -> dict:
     """Milliseconds of a square matrix product, as in `turn`."""
-    draw = jax.jit(lambda i: self._random(i, (size, size), dtype))
+    draw = lambda i: self._draw(self._normals, i, (size, size), dtype)
     sets = [(draw(2 * i), draw(2 * i + 1)) for i in range(SETS)]
     return _timed(jax.jit(jnp.matmul).lower(*sets[0]).compile(), sets, count)
 
-  def _case_of(self, variant: str) -> Attention:
-    is_without = variant.endswith(":no_dropout")
-    return dataclasses.replace(self._case, dropout=0.0) if is_without else self._case
+  def _make_inputs(self, kinds: set[bool]) -> None:
+    """Of the case: arrays in sets, and the bias as a table or dense or both, as `kinds` asks."""
+    case = self._case
+    for index in range(4 * SETS):
+      if index % 4 == 0:
+        self._arrays.append([])
+      array = self._draw(self._normals, index, _shape(case), case.dtype)
+      self._arrays[-1].append(array)
+    for is_table in kinds:
+      make = jax.jit(lambda is_table=is_table: _bias(case, is_table))
+      self._biases[is_table] = [make() for _ in range(SETS)]
 
   def _sets(self, variant: str) -> list[tuple]:
-    """The sets of arguments, shared by the variants that take the same ones."""
-    case = self._case_of(variant)
-    is_table = _program(variant, case)[1]
-    if (case.dropout, is_table) not in self._inputs:
-      make = jax.jit(functools.partial(self._set, case, is_table))
-      self._inputs[case.dropout, is_table] = [make(i) for i in range(SETS)]
-    return self._inputs[case.dropout, is_table]
+    """A variant's arguments; the arrays are shared by all."""
+    _, case, is_table = self._program(variant)
+    pairs = zip(self._arrays, self._biases[is_table], strict=True)
+    return [self._arguments(case, arrays, bias) for arrays, bias in pairs]
 
-  def _set(self, case: Attention, is_table: bool, index) -> tuple:
-    """(q, k, v, bias, lengths, key, dout) of one set."""
-    shape = (case.batch, case.length, case.heads, case.head_dim)
-    q, k, v, dout = (self._random(4 * index + i, shape, case.dtype) for i in range(4))
-    bias = None
-    if case.bias:
-      bias = kernels.RelativeBias(jnp.asarray(case.bias_table()), bidirectional=not case.causal)
-      if not is_table:
-        bias = bias.materialize(case.length, case.length).astype(case.dtype)
+  def _arguments(self, case: Attention, arrays, bias) -> tuple:
+    """(q, k, v, bias, lengths, key, dout)."""
+    q, k, v, dout = arrays
     lengths = jnp.asarray(case.lengths()) if case.padding else None
     key = jax.random.key(0) if case.dropout else None
     return q, k, v, bias, lengths, key, dout
 
-  def _random(self, index, shape, dtype):
-    """The index-th array: the normals from another place on."""
-    start = jnp.asarray(index, jnp.int32) * 65_537
-    places = (jnp.arange(math.prod(shape)) + start) % len(self._normals)
-    return self._normals[places].reshape(shape).astype(dtype)
+
+def _shape(case: Attention) -> tuple[int, ...]:
+  return case.batch, case.length, case.heads, case.head_dim
+
+
+def _bias(case: Attention, is_table: bool):
+  if not case.bias:
+    return None
+  bias = kernels.RelativeBias(jnp.asarray(case.bias_table()), bidirectional=not case.causal)
+  return bias if is_table else bias.materialize(case.length, case.length).astype(case.dtype)
+
+
+def _draw(normals, index, shape: tuple[int, ...], dtype: str):
+  """The index-th array: the normals from another place on, round and round."""
+  places = (jnp.arange(math.prod(shape)) + index * 65_537) % len(normals)
+  return normals[places].reshape(shape).astype(dtype)
+
+
+@jax.jit
+def _norms(arrays):
+  return [jnp.linalg.norm(x.astype(jnp.float32)) for x in arrays]
 
 
 def _timed(function, sets: list[tuple], count: int) -> dict:

@@ -225,7 +225,10 @@ def save(results: dict, args: argparse.Namespace, name: str | None = None) -> pa
   default = RESULTS / f"{results['benchmark']}-{name or args.shape}-{day}.json"
   path = args.output or default
   path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(results, indent=1) + "\n")
+  # Some benchmarks write after every case: what is there is always whole.
+  scratch = path.with_suffix(".tmp")
+  scratch.write_text(json.dumps(results, indent=1) + "\n")
+  scratch.replace(path)
   return path
 
 
