@@ -1,7 +1,7 @@
 """Attention on one GPU, by case: what `python -m benchmarks.attention --platform=cuda` runs.
 
 Every implementation is a process, so that all are traced at the same time, and one whose kernel
-takes its process down is started again while the others lose nothing; results are written after
+takes its process down is started again while the others lose nothing. Results are written after
 every case.
 """
 
@@ -97,8 +97,9 @@ def variants(case: Attention) -> list[str]:
 
 
 def host(variant: str) -> str:
-  """The process of a variant: its implementation's, and one for all of torch's."""
-  return "torch" if variant.startswith("torch") else variant.partition(":")[0]
+  """The process of a variant: its implementation's; one for all of torch's or tokamax's."""
+  name = variant.partition(":")[0]
+  return next((one for one in ("torch", "tokamax") if name.startswith(one)), name)
 
 
 class Device:

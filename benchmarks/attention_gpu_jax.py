@@ -240,7 +240,12 @@ def _bias(case: Attention, is_table: bool):
   if not case.bias:
     return None
   bias = kernels.RelativeBias(jnp.asarray(case.bias_table()), bidirectional=not case.causal)
-  return bias if is_table else bias.materialize(case.length, case.length).astype(case.dtype)
+  if is_table:
+    return bias
+  # Gathered, as that needs no more than what comes out; many processes do it at once.
+  strip = bias.strip(1 - case.length, 2 * case.length - 1).astype(case.dtype)
+  places = jnp.arange(case.length)
+  return strip[:, places[None, :] - places[:, None] + case.length - 1][None]
 
 
 def _draw(normals, index, shape: tuple[int, ...], dtype: str):
