@@ -32,6 +32,8 @@ ACCELERATOR_SIZES = (8, 16, 64, "bfloat16")
 # Sides of the square products whose rate is the peak.
 PRODUCT = {"cpu": 2048}
 ACCELERATOR_PRODUCT = 8192
+# Options of the measurement of one shape by length.
+OF_ONE_SHAPE = ("lengths", "batch", "heads", "head_dim", "dtype", "bidirectional", "plain")
 PICTURE = coordinator.ROOT / "docs" / "attention.png"
 
 
@@ -247,10 +249,13 @@ def main() -> None:
   parser.add_argument("--memory-gib", type=float, help="cases with larger temporaries are not run")
   parser.add_argument("--cases", default="", help="cuda: a pattern of the names of what is run")
   parser.add_argument("--quick", action="store_true", help="cuda: a few cases")
+  parser.add_argument("--seconds", type=float, help="cuda: after these no case is begun")
   args = parser.parse_args()
   if args.platform == "cuda":
+    coordinator.refuse(parser, args, OF_ONE_SHAPE, "--platform=cuda has cases of its own: --cases")
     attention_gpu.run(args)
     return
+  coordinator.refuse(parser, args, ("cases", "quick", "seconds"), "they go with --platform=cuda")
   sizes = SIZES.get(args.platform, ACCELERATOR_SIZES)
   for name, value in zip(("batch", "heads", "head_dim", "dtype"), sizes, strict=True):
     if getattr(args, name) is None:

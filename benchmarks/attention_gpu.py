@@ -13,6 +13,7 @@ import pathlib
 import re
 import statistics
 import subprocess
+import time
 
 from benchmarks import coordinator
 from benchmarks.shapes import Attention
@@ -402,7 +403,10 @@ def run(args, cases=None, platform: str = "cuda") -> pathlib.Path:
   variables = environment(platform)
   memory_gib = args.memory_gib or MEMORY_GIB
   cases = cases or (QUICK if args.quick else CASES)
+  names = [case.name for case in cases]
   cases = [case for case in cases if re.search(args.cases, case.name)]
+  if not cases:
+    raise SystemExit(f"--cases={args.cases!r} is in none of the names {', '.join(names)}")
   wanted = args.variants.split(",") if args.variants else None
   chosen = {case: wanted or variants(case) for case in cases}
   head = coordinator.provenance("attention", variables) | {"driver": driver()}
@@ -423,8 +427,12 @@ def run(args, cases=None, platform: str = "cuda") -> pathlib.Path:
       "memory_limit_gib": memory_gib,
     }
     slug = re.sub(r"\W+", "-", device.lower()).strip("-")
-    cells, measured, checked = [], [], []
+    cells, measured, checked, unseen = [], [], [], []
+    begin = time.monotonic()
     for case in cases:
+      if measured and args.seconds and time.monotonic() - begin > args.seconds:
+        unseen.append(case.name)
+        continue
       own = [variant for variant in chosen[case] if host(variant) in devices]
       results = Measurement(devices, case, own, memory_gib).run(args.rounds)
       measured.append({"case": dataclasses.asdict(case), "name": case.name, "variants": results})
@@ -442,6 +450,8 @@ def run(args, cases=None, platform: str = "cuda") -> pathlib.Path:
   draw(cells, picture, f"Attention on {device}: {TOKENS:,} tokens of {WIDTH:,}, bfloat16")
   rates = ", ".join(f"{name} {value:.0f}" for name, value in products.items())
   print(f"{device}; TFLOP a second of bfloat16 matrix products: {rates}")
+  if unseen:
+    print(f"not begun within {args.seconds:g} s: {', '.join(unseen)}")
   for name, reason in missing.items():
     print(f"not loaded: {name}: {reason}")
   if MARKED_DEVICE not in device:

@@ -175,6 +175,14 @@ def parser(doc: str, *, variants: Sequence[str], shape: str | None, rounds: int)
   return result
 
 
+def refuse(parser, args: argparse.Namespace, names: Sequence[str], why: str) -> None:
+  """Ends with one line if options are given that mean nothing here."""
+  given = [name for name in names if getattr(args, name) != parser.get_default(name)]
+  if given:
+    options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+    parser.error(f"{options} cannot be given here: {why}")
+
+
 def provenance(benchmark: str, variables: Mapping[str, str] | None = None) -> dict:
   """Where, when and how; `variables` are those added to the environment."""
   inherited = ("XLA_FLAGS", "LD_PRELOAD", "JAX_", "OMP_", "KMP_", "MKL_", "MALLOC_", "GLIBC_")

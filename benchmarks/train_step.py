@@ -96,6 +96,7 @@ def main() -> None:
   if args.platform == "cuda":
     train_step_gpu.run(args)
     return
+  coordinator.refuse(parser, args, train_step_gpu.OPTIONS, "they go with --platform=cuda")
   shape = SHAPES[args.shape]
   variables = coordinator.environment(args.threads, huge_pages=args.huge_pages)
   head = coordinator.record("train_step", args, shape, variables)

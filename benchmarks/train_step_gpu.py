@@ -13,6 +13,7 @@ from benchmarks.shapes import SHAPES, Attention, Shape
 
 VARIANTS = ("magneto_jax", "magneto_jax-pre_ln", "torchscale-compiled")
 OURS, PRE_LN = VARIANTS[:2]
+OPTIONS = ("batch", "torch_batch", "remat", "unroll", "segments", "implementation")
 # Seconds after which a step is taken to hang: torch compiles in less.
 PATIENCE_S = 280
 # The part of the device's memory that JAX may take.
@@ -20,7 +21,7 @@ MEMORY_FRACTION = "0.93"
 
 
 def add_options(parser) -> None:
-  """What only a GPU's run reads."""
+  """OPTIONS: what only a GPU's run reads."""
   group = parser.add_argument_group("with --platform=cuda")
   group.add_argument("--batch", type=int, help="rows of our batch; by default the shape's")
   group.add_argument(

@@ -111,7 +111,7 @@ def test_attention_refuses_another_computation():
 def options(tmp_path: pathlib.Path, **changed) -> argparse.Namespace:
   """The command lines of a GPU's benchmarks, short; `platform="cpu"` then runs them here."""
   given = dict(output=tmp_path / "results.json", rounds=2, threads=1, variants=None)
-  attend = dict(cases="", quick=False, memory_gib=1.0)
+  attend = dict(cases="", quick=False, memory_gib=1.0, seconds=None)
   train = dict(shape="smoke", steps=2, batch=None, torch_batch=None, remat="dots", unroll=1)
   train |= dict(segments=False, implementation=None)
   return argparse.Namespace(**given | attend | train | changed)
