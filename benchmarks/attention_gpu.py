@@ -151,6 +151,8 @@ def start(names, variables) -> tuple[dict[str, Device], dict[str, str]]:
       devices[name] = future.result()
     except RuntimeError as error:
       missing[name] = last_line(error)
+  if not devices:
+    raise SystemExit(f"nothing could be loaded: {missing}")
   return devices, missing
 
 
@@ -237,7 +239,13 @@ def measure_product(devices: dict[str, Device], rounds: int, platform: str) -> d
   size, rates = PRODUCT if platform == "cuda" else 256, {}
   libraries = {"torch" if name == "torch" else "jax": x for name, x in devices.items()}
   for name, device in libraries.items():
-    turns = [device.ask("product", size=size, dtype="bfloat16", count=10) for _ in range(rounds)]
+    request = {"size": size, "dtype": "bfloat16", "count": 10}
+    try:
+      turns = [device.ask("product", **request) for _ in range(rounds)]
+    except RuntimeError as error:  # The other's will do.
+      print(f"no product of {name}'s: {last_line(error)}")
+      device.restart()
+      continue
     rates[name] = 2 * size**3 / 1e9 / min(turn["wall_ms"] for turn in turns)
   return rates
 
