@@ -11,7 +11,7 @@ import os
 import pathlib
 import re
 
-from benchmarks import coordinator
+from benchmarks import attention_gpu, coordinator
 from benchmarks.shapes import Attention
 from benchmarks.stability import pictures
 from magneto_jax import reporting
@@ -19,20 +19,21 @@ from magneto_jax import reporting
 OURS = "magneto_jax"
 VARIANTS = {
   "cpu": (OURS, "jax.nn-xla", "torch", "torchscale"),
-  "cuda": (OURS, "jax.nn-xla", "jax.nn-cudnn", "torch", "torchscale"),
   "tpu": (OURS, "jax.nn-xla"),
 }
 CALLS = {"forward": "forward", "gradient": "forward and backward"}
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 DROPOUT = 0.1
 # The largest temporaries (and arrays of scores) that a case may need.
-MEMORY_GIB = {"cpu": 3.0, "cuda": 32.0, "tpu": 8.0}
+MEMORY_GIB = {"cpu": 3.0, "tpu": 8.0}
 # Batch, heads, head dim, dtype.
 SIZES = {"cpu": (1, 4, 64, "float32")}
 ACCELERATOR_SIZES = (8, 16, 64, "bfloat16")
 # Sides of the square products whose rate is the peak.
 PRODUCT = {"cpu": 2048}
 ACCELERATOR_PRODUCT = 8192
+# Options of the measurement of one shape by length.
+OF_ONE_SHAPE = ("lengths", "batch", "heads", "head_dim", "dtype", "bidirectional", "plain")
 PICTURE = coordinator.ROOT / "docs" / "attention.png"
 
 
@@ -237,7 +238,7 @@ def draw(cells: list[dict], path: pathlib.Path, title: str) -> None:
 def main() -> None:
   parser = coordinator.parser(__doc__, variants=(), shape=None, rounds=5)
   parser.set_defaults(variants=None)
-  parser.add_argument("--platform", default="cpu", choices=VARIANTS)
+  parser.add_argument("--platform", default="cpu", choices=(*VARIANTS, "cuda"))
   parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)), help="separated by commas")
   parser.add_argument("--batch", type=int)
   parser.add_argument("--heads", type=int)
@@ -246,7 +247,15 @@ def main() -> None:
   parser.add_argument("--bidirectional", action="store_true")
   parser.add_argument("--plain", action="store_true", help="neither bias nor dropout")
   parser.add_argument("--memory-gib", type=float, help="cases with larger temporaries are not run")
+  parser.add_argument("--cases", default="", help="cuda: a pattern of the names of what is run")
+  parser.add_argument("--quick", action="store_true", help="cuda: a few cases")
+  parser.add_argument("--seconds", type=float, help="cuda: after these no case is begun")
   args = parser.parse_args()
+  if args.platform == "cuda":
+    coordinator.refuse(parser, args, OF_ONE_SHAPE, "--platform=cuda has cases of its own: --cases")
+    attention_gpu.run(args)
+    return
+  coordinator.refuse(parser, args, ("cases", "quick", "seconds"), "they go with --platform=cuda")
   sizes = SIZES.get(args.platform, ACCELERATOR_SIZES)
   for name, value in zip(("batch", "heads", "head_dim", "dtype"), sizes, strict=True):
     if getattr(args, name) is None:
@@ -257,8 +266,6 @@ def main() -> None:
   variables = coordinator.environment(
     args.threads, huge_pages=args.huge_pages, platform=args.platform
   )
-  if args.platform == "cuda":  # Processes share the device.
-    variables["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
   head = coordinator.provenance("attention", variables)
 
   processes, answers = start(variants, args, variables)

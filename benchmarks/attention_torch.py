@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from benchmarks.shapes import Attention
 
 
-def _bias(case: Attention, device) -> torch.Tensor | None:
+def _bias(case: Attention) -> torch.Tensor | None:
   """[B N, T, T] of torchscale's own RelativePositionBias, with this case's table."""
   if not case.bias:
     return None
@@ -23,22 +23,22 @@ def _bias(case: Attention, device) -> torch.Tensor | None:
   with torch.no_grad():
     module.relative_attention_bias.weight.copy_(table)
     dense = module(case.batch, case.length, case.length)
-  return dense.to(device, getattr(torch, case.dtype))
+  return dense.to(getattr(torch, case.dtype))
 
 
-def _hidden(case: Attention, device) -> torch.Tensor:
+def _hidden(case: Attention) -> torch.Tensor:
   """[T, T], -inf where a key is ahead of the query."""
-  full = torch.full((case.length, case.length), -torch.inf, device=device)
+  full = torch.full((case.length, case.length), -torch.inf)
   return full.triu(1).to(getattr(torch, case.dtype))
 
 
-def _sdpa(case: Attention, device):
+def _sdpa(case: Attention):
   """torch's scaled_dot_product_attention on [B, T, N, H], viewed as it asks."""
-  bias = _bias(dataclasses.replace(case, batch=1), device)
+  bias = _bias(dataclasses.replace(case, batch=1))
   if bias is not None:
     bias = bias[None]
     if case.causal:  # It takes either a mask of its own or this one.
-      bias = bias + _hidden(case, device)
+      bias = bias + _hidden(case)
 
   def attend(q, k, v):
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -60,7 +60,7 @@ class _Projected(torch.nn.Module):
     return x.clone()
 
 
-def _torchscale(case: Attention, device):
+def _torchscale(case: Attention):
   """torchscale's own MultiheadAttention, its projections taken out."""
   from torchscale.component.multihead_attention import MultiheadAttention
 
@@ -69,8 +69,8 @@ def _torchscale(case: Attention, device):
   module = MultiheadAttention(options, width, case.heads, dropout=case.dropout, self_attention=True)
   module.q_proj, module.k_proj, module.v_proj = (_Projected() for _ in range(3))
   module.out_proj = torch.nn.Identity()
-  mask = _hidden(case, device) if case.causal else None
-  bias = _bias(case, device)
+  mask = _hidden(case) if case.causal else None
+  bias = _bias(case)
 
   def attend(q, k, v):
     q, k, v = (x.flatten(2) for x in (q, k, v))
@@ -94,8 +94,7 @@ class Library:
 
   def __init__(self, threads: int):
     torch.set_num_threads(threads)
-    self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    self.device = torch.cuda.get_device_name() if self._device.type == "cuda" else "cpu"
+    self.device = "cpu"
     self.versions = {name: version(name) for name in ("torch", "torchscale")}
     self._forward, self._gradient, self._products = {}, {}, {}
 
@@ -113,7 +112,7 @@ class Library:
         f"{count} arrays of T x T scores or more: {gib:.0f} GiB, more than {memory_gib:g} GiB"
       )
       return {"refused": reason}
-    *arrays, dout = torch.from_numpy(case.inputs()).to(self._device, dtype)
+    *arrays, dout = torch.from_numpy(case.inputs()).to(dtype)
     arrays = [x.requires_grad_() for x in arrays]
     torch.manual_seed(0)
 
@@ -126,7 +125,7 @@ class Library:
       return out, *torch.autograd.grad(out, arrays, dout.flatten(2))
 
     try:
-      attend = ATTENTION[variant](case, self._device)
+      attend = ATTENTION[variant](case)
       self._forward[variant], self._gradient[variant] = forward, gradient
       self.forward(variant)
       norms = [float(x.detach().float().norm()) for x in gradient()]
@@ -138,11 +137,6 @@ class Library:
 
   def _memory(self, call) -> float:
     """MiB more than before at the highest point of a call, its results included."""
-    if self._device.type == "cuda":
-      torch.cuda.reset_peak_memory_stats()
-      before = torch.cuda.memory_allocated()
-      call()
-      return (torch.cuda.max_memory_allocated() - before) / 2**20
     ctypes.CDLL(None).malloc_trim(0)  # Or what malloc has kept would be used again, uncounted.
     with open("/proc/self/clear_refs", "w") as file:
       file.write("5")  # VmHWM starts again from here.
@@ -161,14 +155,12 @@ class Library:
   def product(self, size: int, dtype: str) -> float:
     """A square matrix product."""
     if (size, dtype) not in self._products:
-      x = torch.ones((size, size), dtype=getattr(torch, dtype), device=self._device)
+      x = torch.ones((size, size), dtype=getattr(torch, dtype))
       self._products[size, dtype] = functools.partial(torch.matmul, x, x)
     return self._run(self._products[size, dtype])
 
   def _run(self, function) -> float:
     function()
-    if self._device.type == "cuda":
-      torch.cuda.synchronize()
     return 0.0
 
 

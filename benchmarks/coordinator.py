@@ -12,6 +12,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 
 import rich.box
@@ -49,9 +50,16 @@ class Process:
   Args:
     variables: added to the environment.
     folder: the checkout whose code runs; this one by default.
+    patience_s: seconds after which a request is taken to hang, and the worker ended; None: never.
   """
 
-  def __init__(self, variables: Mapping[str, str], folder: pathlib.Path = ROOT):
+  def __init__(
+    self,
+    variables: Mapping[str, str],
+    folder: pathlib.Path = ROOT,
+    patience_s: float | None = None,
+  ):
+    self._patience_s = patience_s
     self._process = subprocess.Popen(
       [sys.executable, "-m", "benchmarks.worker"],
       cwd=folder,
@@ -62,16 +70,29 @@ class Process:
     )
 
   def ask(self, **request) -> dict:
-    """Raises RuntimeError if the worker fails."""
-    print(json.dumps(request), file=self._process.stdin, flush=True)
-    line = self._process.stdout.readline()
+    """Raises RuntimeError if the worker fails, has died, or is ended for its slowness."""
+    timer = threading.Timer(self._patience_s or threading.TIMEOUT_MAX, self.kill)
+    timer.daemon = True
+    timer.start()
+    try:
+      print(json.dumps(request), file=self._process.stdin, flush=True)
+      line = self._process.stdout.readline()
+    except BrokenPipeError:
+      line = ""
+    finally:
+      timer.cancel()
     answer = json.loads(line) if line else {"error": f"exit status {self._process.wait()}"}
     if "error" in answer:
       raise RuntimeError(f"{request}: {answer['error']}")
     return answer
 
+  def kill(self) -> None:
+    """Ends the worker, whatever it does; a request that waits for it fails."""
+    self._process.kill()
+
   def close(self) -> None:
-    self._process.stdin.close()
+    with contextlib.suppress(BrokenPipeError):  # It may have died with a request unread.
+      self._process.stdin.close()
     self._process.wait()
     self._process.stdout.close()
 
@@ -154,6 +175,14 @@ def parser(doc: str, *, variants: Sequence[str], shape: str | None, rounds: int)
   return result
 
 
+def refuse(parser, args: argparse.Namespace, names: Sequence[str], why: str) -> None:
+  """Ends with one line if options are given that mean nothing here."""
+  given = [name for name in names if getattr(args, name) != parser.get_default(name)]
+  if given:
+    options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+    parser.error(f"{options} cannot be given here: {why}")
+
+
 def provenance(benchmark: str, variables: Mapping[str, str] | None = None) -> dict:
   """Where, when and how; `variables` are those added to the environment."""
   inherited = ("XLA_FLAGS", "LD_PRELOAD", "JAX_", "OMP_", "KMP_", "MKL_", "MALLOC_", "GLIBC_")
@@ -204,7 +233,10 @@ def save(results: dict, args: argparse.Namespace, name: str | None = None) -> pa
   default = RESULTS / f"{results['benchmark']}-{name or args.shape}-{day}.json"
   path = args.output or default
   path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(results, indent=1) + "\n")
+  # Some benchmarks write after every case: what is there is always whole.
+  scratch = path.with_suffix(".tmp")
+  scratch.write_text(json.dumps(results, indent=1) + "\n")
+  scratch.replace(path)
   return path
 
 

@@ -27,8 +27,14 @@ VARIANTS = {
 }
 
 
+# Attention knows no documents.
+_WHOLE = causal_lm.TASK._replace(
+  inputs=lambda batch: ((batch["inputs"],), {"positions_BT": batch["positions"]})
+)
+
+
 def build_model(shape: Shape, *, recipe: str = "magneto", **options) -> nn.Module:
-  """The shape's model; options are fields of the model (unroll, remat)."""
+  """The shape's model; options are fields of the model (unroll, remat, dtype by its name)."""
   kind = "decoder" if shape.causal else "encoder"
   record = recipes.RECIPES[recipe](
     records.Architecture(kind=kind, **{f"{kind}_layers": shape.layers}, width=shape.width)
@@ -42,6 +48,8 @@ def build_model(shape: Shape, *, recipe: str = "magneto", **options) -> nn.Modul
     "positions": "learned",
     "max_length": shape.max_length,
   }
+  if "dtype" in options:
+    sizes["dtype"] = jnp.dtype(options.pop("dtype"))
   if shape.causal:
     return CausalLM(**sizes, **options)
   return MaskedLM(encoder=Encoder(**sizes, **options), head="linear")
@@ -61,19 +69,35 @@ def _batch(shape: Shape) -> dict[str, np.ndarray]:
 
 
 class Library:
-  """A variant of this library, ready to be timed; the methods return when the work is done."""
+  """A variant of this library, ready to be timed; the methods return when the work is done.
 
-  def __init__(self, variant: str, shape: Shape):
+  Args:
+    variant, shape: what is built.
+    segments: whether attention is told the documents, as in training; if not, a row is one.
+    options: fields of the model.
+  """
+
+  def __init__(self, variant: str, shape: Shape, *, segments: bool = True, **options):
     self._shape, self._compiled = shape, {}
-    self._model = build_model(shape, **VARIANTS[variant])
+    self._model = build_model(shape, **VARIANTS[variant] | options)
     self._batch = jax.tree.map(jnp.asarray, _batch(shape))
-    init, step = _init_and_step(self._model, self._batch)
+    init, step = _init_and_step(self._model, self._batch, causal_lm.TASK if segments else _WHOLE)
     self._state = jax.jit(init)(jax.random.key(0))
     self._key = jax.random.key(1)
     self._step = jax.jit(step, donate_argnums=0)
     self._forward = jax.jit(functools.partial(causal_lm.TASK.loss, self._model))
     self.parameters = sum(leaf.size for leaf in jax.tree.leaves(self._state.params))
     self.versions = {name: version(name) for name in ("jax", "jaxlib", "flax", "optax")}
+
+  def compile(self) -> dict[str, float]:
+    """Compiles the step; seconds, and what it needs of the device, its state included."""
+    begin = time.perf_counter()
+    self._step = self._step.lower(self._state, self._batch, self._key).compile()
+    seconds = time.perf_counter() - begin
+    memory = self._step.memory_analysis()
+    needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    needed += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return {"compile_s": seconds, "memory_gib": needed / 2**30}
 
   def step(self) -> float:
     """One train step; returns the mean loss before it."""
@@ -159,16 +183,14 @@ def compile_step(variant: str, shape: Shape, **options) -> dict[str, float]:
   }
 
 
-def _init_and_step(model, batch):
+def _init_and_step(model, batch, task=causal_lm.TASK):
   """The functions `key -> state` and `(state, batch, key) -> (state, metrics)` of training."""
   optimizer = _optimizer()
   inputs = (batch["inputs"][:1],)
   init = functools.partial(
     training.init_state, model=model, inputs=inputs, optimizer=optimizer, ema=0.0
   )
-  step = functools.partial(
-    training.train_step, model=model, task=causal_lm.TASK, optimizer=optimizer
-  )
+  step = functools.partial(training.train_step, model=model, task=task, optimizer=optimizer)
   return init, step
 
 

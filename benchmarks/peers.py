@@ -19,17 +19,19 @@ class Torch:
 
   package = "torch"
 
-  def __init__(self, shape: Shape, threads: int):
+  def __init__(self, shape: Shape, threads: int, device: str = "cpu"):
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     self._shape = shape
-    batch = {name: torch.from_numpy(array).long() for name, array in shape.batch().items()}
+    arrays = shape.batch().items()
+    batch = {name: torch.from_numpy(array).long().to(device) for name, array in arrays}
     self._inputs, self._targets = batch["inputs"], batch["targets"]
     # True where there is padding; None where there is none.
-    is_padding = torch.arange(shape.seq_length)[None] >= batch["lengths"][:, None]
+    is_padding = torch.arange(shape.seq_length, device=device)[None] >= batch["lengths"][:, None]
     self._padding = None if shape.causal else is_padding
-    self.network = self.build(shape)
-    # fused: the fastest of torch's three AdamW on a CPU.
+    with torch.device(device):
+      self.network = self.build(shape)
+    # fused: the fastest of torch's three AdamW.
     self._optimizer = torch.optim.AdamW(
       self.network.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )
@@ -107,6 +109,33 @@ class Torchscale(Torch):
       state["is_first_step"] = False
       tokens = torch.cat([tokens, logits[:, -1:].argmax(-1)], dim=1)
     return tokens
+
+
+class CompiledTorchscale(Torchscale):
+  """The same on a GPU as torch's users train it: bfloat16 by autocast, float32 parameters.
+
+  Compiled are a layer, once for all, and the output with its loss.
+  """
+
+  def __init__(self, shape: Shape, threads: int):
+    self._device = "cuda" if torch.cuda.is_available() else "cpu"
+    super().__init__(shape, threads, self._device)
+    for layer in self.network.layers:
+      layer.compile(dynamic=False)
+    self._score = torch.compile(self._score, dynamic=False)
+
+  def _loss(self) -> torch.Tensor:
+    with torch.autocast(self._device, torch.bfloat16):
+      x_BTD = self.network(self._inputs, features_only=True)[0]
+      return self._score(x_BTD, self.network.output_projection.weight)
+
+  def _score(self, x_BTD, table_VD) -> torch.Tensor:
+    logits = F.linear(x_BTD, table_VD).flatten(0, 1)
+    return F.cross_entropy(logits.float(), self._targets.flatten())
+
+  def memory(self) -> dict[str, float]:
+    """GiB of the device at the highest point so far."""
+    return {"memory_gib": torch.cuda.max_memory_allocated() / 2**30}
 
 
 def _stand_in_for_timm() -> None:
@@ -198,4 +227,9 @@ class _TorchEncoderLM(torch.nn.Module):
     return F.linear(x, self.tokens.weight)
 
 
-VARIANTS = {"torchscale": Torchscale, "x-transformers": XTransformers, "torch": TorchEncoder}
+VARIANTS = {
+  "torchscale": Torchscale,
+  "torchscale-compiled": CompiledTorchscale,
+  "x-transformers": XTransformers,
+  "torch": TorchEncoder,
+}

@@ -9,7 +9,7 @@ from magneto_jax.theory.flops import train_step_flops
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-  """A language model and its batch, float32 throughout.
+  """A language model and its batch.
 
   Attributes:
     layers, width, heads, ffn_width, vocab_size: L, D, N, F, V.
@@ -67,6 +67,8 @@ class Attention:
     dtype: of queries, keys and values.
     bias: whether there is a relative position bias.
     dropout: the fraction of the probabilities to drop.
+    bias_gradient: whether the bias is learned.
+    padding: whether the rows are 50 to 100 % full.
   """
 
   batch: int
@@ -77,6 +79,17 @@ class Attention:
   dtype: str = "float32"
   bias: bool = False
   dropout: float = 0.0
+  bias_gradient: bool = False
+  padding: bool = False
+
+  @property
+  def name(self) -> str:
+    """`T1024 H64 B16 causal bias+padding`."""
+    flags = {"bias": self.bias, "gradient": self.bias_gradient}
+    flags |= {"padding": self.padding, "dropout": self.dropout > 0}
+    features = "+".join(name for name, has in flags.items() if has) or "plain"
+    kind = "causal" if self.causal else "full"
+    return f"T{self.length} H{self.head_dim} B{self.batch} {kind} {features}"
 
   @property
   def flops(self) -> dict[str, int]:
@@ -87,6 +100,19 @@ class Attention:
     """
     forward = 4 * self.batch * self.heads * self.length**2 * self.head_dim
     return {"forward": forward, "gradient": 3 * forward}
+
+  @property
+  def visible_share(self) -> float:
+    """The share of the T x T scores that neither the causal mask nor padding hides."""
+    keys = np.minimum(np.arange(self.length) + 1, self.lengths()[:, None])
+    if not self.causal:
+      keys = np.broadcast_to(self.lengths()[:, None], keys.shape)
+    return float(keys.mean() / self.length)
+
+  def lengths(self) -> np.ndarray:
+    """How many keys of each row are real [B], int32."""
+    fill = np.linspace(1.0, 0.5 if self.padding else 1.0, self.batch)
+    return np.round(fill * self.length).astype(np.int32)
 
   def scores_bytes(self, itemsize: int) -> int:
     """Of one array of all T x T scores."""
@@ -102,6 +128,12 @@ class Attention:
     return np.random.default_rng(seed).standard_normal((32, self.heads), np.float32)
 
 
+def normals(seed: int = 0) -> np.ndarray:
+  """A prime number of normals, float32: what arrays too large to send are read from, round and
+  round, so that every library makes the same ones on its device."""
+  return np.random.default_rng(seed).standard_normal(1_000_003, np.float32)
+
+
 _TINY = Shape(
   layers=6, width=256, heads=4, ffn_width=1024, vocab_size=8192, seq_length=256, batch_size=8
 )
@@ -111,6 +143,18 @@ _SMOKE = Shape(
 SHAPES = {
   "gpt-tiny": _TINY,
   "bert-tiny": dataclasses.replace(_TINY, causal=False),
+  # GPT-3 XL's size with heads of a width that tensor cores like, and GPT-2's vocabulary in full
+  # blocks of 128. The batch is what a card of 80 GB holds.
+  "gpt-1b3": Shape(
+    layers=24,
+    width=2048,
+    heads=16,
+    ffn_width=8192,
+    vocab_size=50304,
+    seq_length=2048,
+    batch_size=8,
+    max_length=2048,
+  ),
   # Where only depth is of interest.
   "narrow": Shape(
     layers=12, width=64, heads=4, ffn_width=256, vocab_size=1024, seq_length=128, batch_size=4

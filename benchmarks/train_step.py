@@ -3,7 +3,7 @@
 import math
 import os
 
-from benchmarks import coordinator
+from benchmarks import coordinator, train_step_gpu
 from benchmarks.shapes import SHAPES
 
 VARIANTS = ("magneto_jax", "magneto_jax-unrolled", "torchscale", "x-transformers", "torch")
@@ -87,14 +87,21 @@ def show(results: dict, figures: dict, notes: list[str]) -> None:
 
 
 def main() -> None:
-  parser = coordinator.parser(__doc__, variants=VARIANTS, shape="gpt-tiny", rounds=5)
+  parser = coordinator.parser(__doc__, variants=(), shape="gpt-tiny", rounds=5)
+  parser.set_defaults(variants=None)
   parser.add_argument("--steps", type=int, default=3, help="timed steps a turn")
+  parser.add_argument("--platform", default="cpu", choices=("cpu", "cuda"))
+  train_step_gpu.add_options(parser)
   args = parser.parse_args()
+  if args.platform == "cuda":
+    train_step_gpu.run(args)
+    return
+  coordinator.refuse(parser, args, train_step_gpu.OPTIONS, "they go with --platform=cuda")
   shape = SHAPES[args.shape]
   variables = coordinator.environment(args.threads, huge_pages=args.huge_pages)
   head = coordinator.record("train_step", args, shape, variables)
   results = measure(
-    args.variants.split(","),
+    args.variants.split(",") if args.variants else VARIANTS,
     shape,
     rounds=args.rounds,
     steps=args.steps,

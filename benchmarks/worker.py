@@ -18,17 +18,20 @@ from benchmarks.shapes import Attention, Shape
 class Worker:
   """What can be asked for: each method is a request, its keywords the request's fields."""
 
-  def load(self, *, variant: str, shape: dict, threads: int) -> dict:
-    """Builds the variant; everything after it is timed."""
+  def __init__(self):
+    self._loaded = {}
+
+  def load(self, *, variant: str, shape: dict, threads: int, options: dict | None = None) -> dict:
+    """Builds the variant; everything after it is timed. What was loaded before stays loaded."""
     if variant.startswith("magneto_jax"):
       from benchmarks import ours
 
-      self._subject = ours.Library(variant, Shape(**shape))
+      subject = ours.Library(variant, Shape(**shape), **(options or {}))
     else:
       from benchmarks import peers
 
-      self._subject = peers.VARIANTS[variant](Shape(**shape), threads)
-    subject = self._subject
+      subject = peers.VARIANTS[variant](Shape(**shape), threads)
+    self._subject = self._loaded[variant] = subject
     return {"parameters": subject.parameters, "versions": subject.versions} | peak_memory()
 
   def load_attention(self, *, variant: str, threads: int) -> dict:
@@ -43,13 +46,29 @@ class Worker:
       self._subject = attention_jax.Library()
     return {"versions": self._subject.versions, "device": self._subject.device}
 
+  def load_device(self, *, library: str) -> dict:
+    """A library whose attention on a GPU is asked for: `jax` for all that build on it, or torch."""
+    if library == "torch":
+      from benchmarks import attention_gpu_torch
+
+      self._subject = attention_gpu_torch.Library()
+    else:
+      from benchmarks import attention_gpu_jax
+
+      self._subject = attention_gpu_jax.Library()
+    return {"versions": self._subject.versions, "device": self._subject.device}
+
+  def tell(self, *, method: str, options: dict, variant: str | None = None) -> dict:
+    """What a method of a variant answers, or of what was loaded last."""
+    return getattr(self._loaded.get(variant, self._subject), method)(**options)
+
   def prepare(self, *, variant: str, case: dict, memory_gib: float) -> dict:
     """Compiles and calls once; the answer says what that took, or why the case is not run."""
     return self._subject.prepare(variant, Attention(**case), memory_gib)
 
-  def turn(self, *, call: str, count: int, options: dict) -> dict:
-    """`count` timed calls of the subject's method; the first call ever is reported as such."""
-    method = getattr(self._subject, call)
+  def turn(self, *, call: str, count: int, options: dict, variant: str | None = None) -> dict:
+    """`count` timed calls of a method, as in `tell`; the first call ever is reported as such."""
+    method = getattr(self._loaded.get(variant, self._subject), call)
     return measured(lambda: method(**options), count) | peak_memory()
 
   def compile(self, *, variant: str, shape: dict, options: dict) -> dict:

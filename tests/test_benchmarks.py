@@ -3,6 +3,7 @@
 Nothing is said about speed here: that needs a machine of its own.
 """
 
+import argparse
 import dataclasses
 import json
 import os
@@ -12,7 +13,7 @@ import sys
 
 import pytest
 
-from benchmarks import attention, breakdown, tpu_static_cost
+from benchmarks import attention, attention_gpu, breakdown, tpu_static_cost, train_step_gpu
 from benchmarks.shapes import Attention
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -105,6 +106,134 @@ def test_attention_refuses_another_computation():
     attention.check_agreement(pair, case)
   attention.check_agreement(pair, dataclasses.replace(case, dropout=0.1))
   attention.check_agreement({**pair, "theirs": pair["ours"]}, case)
+
+
+def options(tmp_path: pathlib.Path, **changed) -> argparse.Namespace:
+  """The command lines of a GPU's benchmarks, short; `platform="cpu"` then runs them here."""
+  given = dict(output=tmp_path / "results.json", rounds=2, threads=1, variants=None)
+  attend = dict(cases="", quick=False, memory_gib=1.0, seconds=None)
+  train = dict(shape="smoke", steps=2, batch=None, torch_batch=None, remat="dots", unroll=1)
+  train |= dict(segments=False, implementation=None)
+  return argparse.Namespace(**given | attend | train | changed)
+
+
+def test_attention_gpu(tmp_path, monkeypatch):
+  """Figures of what runs, the reason of what does not; all that compute the same agree."""
+  monkeypatch.setattr(attention_gpu, "TURN_MS", 1)
+  plain = Attention(batch=2, length=32, heads=2, head_dim=8, causal=False, dtype="bfloat16")
+  features = dict(bias=True, bias_gradient=True, padding=True)
+  cases = [plain, dataclasses.replace(plain, causal=True, **features)]
+  variants = "magneto_jax,magneto_jax:dense,jax.nn-xla,magneto_jax-pallas_tpu"
+  arguments = options(tmp_path, variants=variants)
+  written = json.loads(attention_gpu.run(arguments, cases, platform="cpu").read_text())
+  assert {"date", "driver", "versions", "git_commit", "device", "environment"} <= set(written)
+  assert {cell["case"] for cell in written["summary"]} == {
+    "T32 H8 B2 full plain",
+    "T32 H8 B2 causal bias+gradient+padding",
+  }
+  for cell in written["summary"]:
+    assert "failed" not in cell
+    assert ("refused" in cell) == (cell["variant"] == "magneto_jax-pallas_tpu")
+    for call in () if "refused" in cell else ("forward", "gradient"):
+      assert 0 < cell[call]["min_ms"] <= cell[call]["ms"] <= cell[call]["max_ms"]
+      assert cell[call]["share_of_peak"] > 0 and cell[call]["memory_mib"] > 0
+  assert (tmp_path / "results.png").stat().st_size > 0
+
+
+class _Fragile:
+  """A process that answers until it is asked for one call of one variant."""
+
+  def __init__(self, fatal: str = ""):
+    self.fatal, self.starts = fatal, 1
+
+  def ask(self, method, variants=(), variant="", call="", **_):
+    if variant and variant == self.fatal and (method, call) == ("turn", "gradient"):
+      raise RuntimeError("Traceback\nlost")
+    if method == "compile":
+      return {name: {"memory_mib": {"forward": 1.0, "gradient": 1.0}} for name in variants}
+    answer = {"norms": [1.0] * 4, "ms": {"forward": 1.0, "gradient": 1.0}}
+    return answer if method == "check" else {"wall_ms": 1.0, "queue_ms": 0.1}
+
+  def restart(self):
+    self.starts += 1
+
+
+def test_attention_gpu_outlives_a_lost_process():
+  """A variant that fails in its turn says why and drops out, and all others take all theirs."""
+  case = Attention(batch=1, length=4, heads=1, head_dim=8)
+  devices = {"a": _Fragile(fatal="a:dense"), "b": _Fragile()}
+  names = ["a", "a:dense", "b"]
+  found = attention_gpu.Measurement(devices, case, names, memory_gib=1.0).run(rounds=3)
+  assert found["a:dense"]["failed"] == "lost"
+  assert [len(found[name]["rounds"]) for name in ("a", "b")] == [3, 3]
+  assert (devices["a"].starts, devices["b"].starts) == (2, 1)
+  cells = attention_gpu.summary(case, found, peak=1.0)
+  assert [("failed" in cell, "gradient" in cell) for cell in cells] == [
+    (False, True),
+    (True, False),
+    (False, True),
+  ]
+
+
+def test_attention_gpu_drops_another_computation():
+  case = Attention(batch=1, length=4, heads=1, head_dim=8)
+  results = {name: {"norms": [1.0, x]} for name, x in (("a", 2.0), ("b", 2.0), ("c", 2.2))}
+  attention_gpu.check_agreement(results, case)
+  assert [name for name, result in results.items() if "failed" in result] == ["c"]
+
+
+def test_attention_gpu_marks():
+  """Each mark is of the fastest of the others, in the cases that it names."""
+
+  def cell(case, variant, ms):
+    return {"case": case, "variant": variant} | {
+      call: {"ms": ms} for call in ("forward", "gradient")
+    }
+
+  cells = [
+    cell("T8 H8 B1 full plain", "magneto_jax", 10.0),
+    cell("T8 H8 B1 full plain", "jax.nn-cudnn", 8.0),
+    cell("T8 H8 B1 full bias", "magneto_jax", 1.0),
+    cell("T8 H8 B1 full bias", "jax.nn-cudnn", 1.0),
+    cell("T8 H8 B1 full bias+gradient", "magneto_jax", 1.0),
+    cell("T8 H8 B1 full bias+gradient", "tokamax-mosaic", 1.5),
+    cell("T8 H8 B1 full bias+gradient", "tokamax-triton", 1.1),
+  ]
+  found = [(entry["value"], entry["bound"], entry["met"]) for entry in attention_gpu.marks(cells)]
+  assert found == [(0.8, 0.9, False), (0.8, 0.9, False), (1.1, 1.2, False)]
+
+
+def test_attention_counts_what_is_visible():
+  """Of 4 x 4 pairs a causal mask leaves 10; rows of 4 and 2 keys leave 16 and 8, or 10 and 7."""
+  case = Attention(batch=2, length=4, heads=1, head_dim=8, causal=False)
+  shares = {
+    (causal, padding): dataclasses.replace(case, causal=causal, padding=padding).visible_share * 32
+    for causal in (False, True)
+    for padding in (False, True)
+  }
+  assert shares == {
+    (False, False): 32,
+    (False, True): 16 + 8,
+    (True, False): 2 * 10,
+    (True, True): 10 + 7,
+  }
+
+
+@pytest.mark.parametrize("segments", [False, True])
+def test_train_step_gpu(tmp_path, segments):
+  """Sub-LN and Pre-LN in turns in one process, both training, with figures of both."""
+  variants = "magneto_jax,magneto_jax-pre_ln"
+  arguments = options(tmp_path, variants=variants, segments=segments)
+  written = json.loads(train_step_gpu.run(arguments, platform="cpu").read_text())
+  assert {"date", "driver", "versions", "git_commit", "device", "options"} <= set(written)
+  for name, result in written["variants"].items():
+    losses = [loss for turns in result["rounds"] for loss in turns["step"]["value"]]
+    assert losses[-1] < result["first"]["value"][0]
+    figures = written["summary"][name]
+    assert figures["tokens_per_second"] > 0 and figures["memory_gib"] > 0
+    assert 0 < figures["mfu_visible"] < figures["mfu"]
+  assert len(written["summary"]["magneto_jax"]["over_pre_ln"]["rounds"]) == 2
+  assert {entry["bound"] for entry in written["marks"]} == {0.45, 1.03}
 
 
 def test_breakdown_adds_up():
