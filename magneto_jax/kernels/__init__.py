@@ -1,6 +1,7 @@
 """Attention kernels: one function, one reference, any number of implementations."""
 
 from magneto_jax.kernels.attention import (
+  CHECKPOINT_NAMES,
   Choice,
   choose,
   dot_product_attention,
@@ -13,6 +14,7 @@ from magneto_jax.kernels.attention_tpu import PallasTpu
 from magneto_jax.kernels.bias import RelativeBias, relative_buckets
 
 __all__ = [
+  "CHECKPOINT_NAMES",
   "Blocks",
   "Choice",
   "Cudnn",

@@ -13,6 +13,7 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from magneto_jax.kernels import attention_xla, dropout, platforms, self_check
 from magneto_jax.kernels.attention_chunked import XlaChunked
@@ -312,8 +313,13 @@ def _attend(choice: Choice, call: Call) -> tuple[jax.Array, jax.Array]:
   return platforms.call(choice, "forward", (call,), (call.q_BTNH, lse_BTN))
 
 
+# The output and lse: what a checkpoint policy may keep of a call, so that the backward pass need not
+# attend again (`jax.checkpoint_policies.save_only_these_names`).
+CHECKPOINT_NAMES = ("attention_out", "attention_lse")
+
+
 def _attend_forward(choice, call):
-  out_BTNH, lse_BTN = _attend(choice, call)
+  out_BTNH, lse_BTN = map(checkpoint_name, _attend(choice, call), CHECKPOINT_NAMES)
   return (out_BTNH, lse_BTN), (call, out_BTNH, lse_BTN)
 
 
