@@ -313,8 +313,8 @@ def _attend(choice: Choice, call: Call) -> tuple[jax.Array, jax.Array]:
   return platforms.call(choice, "forward", (call,), (call.q_BTNH, lse_BTN))
 
 
-# The output and lse: what a checkpoint policy may keep of a call, so that the backward pass need not
-# attend again (`jax.checkpoint_policies.save_only_these_names`).
+# The output and lse: what a checkpoint policy may keep of a call, so that the backward pass need
+# not attend again (`jax.checkpoint_policies.save_only_these_names`).
 CHECKPOINT_NAMES = ("attention_out", "attention_lse")
 
 
