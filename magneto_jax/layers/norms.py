@@ -10,8 +10,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 NormFactory = Callable[..., nn.Module]
+
+# The statistics of a row, two numbers: what a checkpoint policy may keep for next to nothing.
+CHECKPOINT_NAMES = ("norm_mean", "norm_rstd")
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
@@ -48,17 +52,16 @@ def rms_norm(x, scale, epsilon: float, dtype) -> jax.Array:
 
   Reference: Zhang and Sennrich, 2019, arXiv 1910.07467, equation 4.
   """
-  wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  wide, rstd = _rms(x, epsilon)
   (scale,) = _as_rows((scale,), x)
-  return (wide * (jax.lax.rsqrt(_mean(wide * wide) + epsilon) * scale)).astype(dtype)
+  return (wide * (rstd * scale)).astype(dtype)
 
 
 @rms_norm.defjvp
 def _(epsilon, dtype, primals, tangents):
   """With h = x / rms:  dh = (dx - h mean(h dx)) / rms."""
   (x, scale), (dx, dscale) = primals, tangents
-  wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-  rstd = jax.lax.rsqrt(_mean(wide * wide) + epsilon)
+  wide, rstd = _rms(x, epsilon)
   h, dx = wide * rstd, dx.astype(wide.dtype)
   y = rms_norm(x, scale, epsilon, dtype)
   scale, dscale = _as_rows((scale, dscale), x)
@@ -72,6 +75,13 @@ def _as_rows(parameters, x):
 
 def _mean(x):
   return x.mean(axis=-1, keepdims=True)
+
+
+def _rms(x, epsilon):
+  """(x in the dtype of statistics, 1 / sqrt(mean(x^2) + epsilon)), over the last axis."""
+  wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  rstd = jax.lax.rsqrt(_mean(wide * wide) + epsilon)
+  return wide, checkpoint_name(rstd, CHECKPOINT_NAMES[1])
 
 
 def _moments(x, epsilon):
@@ -90,7 +100,8 @@ def _moments(x, epsilon):
   else:
     mean = _mean(wide)
     var = _mean(jnp.square(wide - mean))
-  return wide, mean, jax.lax.rsqrt(var + epsilon)
+  statistics = mean, jax.lax.rsqrt(var + epsilon)
+  return wide, *map(checkpoint_name, statistics, CHECKPOINT_NAMES)
 
 
 class LayerNorm(nn.Module):

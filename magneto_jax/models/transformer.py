@@ -11,21 +11,23 @@ from flax import linen as nn
 
 from magneto_jax import kernels
 from magneto_jax.kernels import RelativeBias
-from magneto_jax.layers import probes
+from magneto_jax.layers import norms, probes
 from magneto_jax.layers.attention import KVCache
 from magneto_jax.layers.initializers import dense_init
 from magneto_jax.layers.norms import NormFactory, norm_factory
 from magneto_jax.layers.residual import Residual
 from magneto_jax.theory import records
 
-# What the forward pass of a layer leaves for its backward pass: all, nothing, or matrix products,
-# those within attention counted as one.
+# What the forward pass of a layer leaves for its backward pass: all, nothing, or matrix products
+# (those within attention as one) and the statistics of norms.
 REMAT = {
   "none": None,
   "full": jax.checkpoint_policies.nothing_saveable,
   "dots": jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    jax.checkpoint_policies.save_only_these_names(*kernels.CHECKPOINT_NAMES),
+    jax.checkpoint_policies.save_only_these_names(
+      *kernels.CHECKPOINT_NAMES, *norms.CHECKPOINT_NAMES
+    ),
   ),
 }
 
