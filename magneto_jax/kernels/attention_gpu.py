@@ -267,7 +267,8 @@ class _Kernel:
       inputs["offset"] = call.traced_offset.reshape(1)
     if call.dropout_rate > 0:
       # What is mixed is a query's or a key's own: made once, outside of the square.
-      query, key = (jax.lax.iota(jnp.int32, n) for n in (self._padded_T, self._padded_S))
+      lengths = self._padded_T, self._padded_S
+      query, key = (jax.lax.broadcasted_iota(jnp.int32, (1, 1, n), 2) for n in lengths)
       head_keys = call.head_keys[:, :, None]
       inputs |= dict(zip(_OF_QUERIES, dropout.of_queries(head_keys, query), strict=True))
       inputs |= dict(zip(_OF_KEYS, dropout.of_keys(head_keys, key), strict=True))

@@ -42,6 +42,19 @@ def test_quick_is_a_part_and_records_nothing(small, capsys):
   assert len(lines) == 3 and "1 passed" in lines[-1]
 
 
+def test_processes_share_the_cases():
+  """Two of them; and what is not a number of processes is said in one line."""
+  command = [sys.executable, "-m", "magneto_jax.kernels.check", "--quick", "--implementation=xla"]
+  result = subprocess.run([*command, "--jobs=2"], capture_output=True, text=True)
+  assert result.returncode == 0, result.stderr
+  lines = result.stdout.splitlines()
+  names = [case.name for case in conformance.QUICK]
+  assert [line.strip().rsplit(": passed: ", 1)[0] for line in lines[1:-1]] == names
+  wrong = subprocess.run([*command, "--jobs=0"], capture_output=True, text=True)
+  assert (wrong.returncode, wrong.stdout) == (2, "")
+  assert wrong.stderr == "--jobs=0 must be at least 1\n"
+
+
 @pytest.mark.parametrize(
   "mistake, line, count",
   [

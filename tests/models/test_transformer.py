@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from magneto_jax import kernels
 from magneto_jax.layers.attention import Attention
 from magneto_jax.layers.feed_forward import FeedForward
 from magneto_jax.layers.norms import norm_factory
@@ -598,6 +599,35 @@ def test_remat_changes_nothing():
     y_remat, gradients_remat = forward_and_backward(stack(remat=remat), record)
     np.testing.assert_array_equal(y, y_remat)
     jax.tree.map(assert_close_to_largest, gradients, gradients_remat)
+
+
+@pytest.mark.parametrize("remat, times", [("none", 1), ("dots", 1), ("full", 2)])
+def test_only_full_remat_attends_again(remat, times):
+  """A product of the backward pass that is not kept is in the program twice."""
+  record = decoder("magneto", 1)
+  model = stack(remat=remat, unroll=-1)
+  params = reference.random_params(model, STREAM, record)
+  loss = lambda params: model.apply({"params": params}, STREAM, record)[0].sum()
+  with kernels.use_implementation("xla_chunked"):
+    program = jax.make_jaxpr(jax.grad(loss))(params)
+  assert len(_programs(program.jaxpr, "forward")) == times
+  assert len(_programs(program.jaxpr, "backward")) == 1
+
+
+def _programs(jaxpr, method):
+  """The calls of one method of an implementation of attention, wherever they are."""
+  found = []
+  for equation in jaxpr.eqns:
+    program = equation.params.get("program")
+    if equation.primitive.name == "by_platform" and program.method == method:
+      found.append(equation)
+    for value in jax.tree.leaves(
+      list(equation.params.values()), is_leaf=lambda x: isinstance(x, jax.extend.core.ClosedJaxpr)
+    ):
+      inner = getattr(value, "jaxpr", value)
+      if hasattr(inner, "eqns"):
+        found += _programs(inner, method)
+  return found
 
 
 def test_remat_saves_memory():
