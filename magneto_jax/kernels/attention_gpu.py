@@ -93,6 +93,8 @@ class PallasGpu:
   interpret: bool = False
 
   name = "pallas_gpu"
+  # JAX promises of Triton's calls no more than that it can compile them itself.
+  is_exportable = False
 
   @property
   def platforms(self) -> tuple[str, ...] | None:
@@ -325,7 +327,8 @@ class _Kernel:
     xp = np if isinstance(states, np.ndarray) else jnp
     runs = [states == FULL]
     if self._relative:
-      first_q, first_k = np.arange(self._rows)[:, None] * bq, np.arange(self._columns) * bk
+      first_q = np.arange(self._rows)[None, :, None] * bq
+      first_k = np.arange(self._columns)[None, None, :] * bk
       nearest, farthest = first_k - (first_q + bq - 1), first_k + bk - 1 - first_q
       far = (
         farthest - call.q_offset <= -self._reach,
@@ -341,7 +344,7 @@ class _Kernel:
     bounds = [first]
     for n, run in enumerate(runs):
       start = xp.argmax(run, axis=2)
-      later = ~run & (np.arange(count) > start[..., None])
+      later = ~run & (np.arange(count)[None, None, :] > start[..., None])
       stop = xp.where(later.any(2), xp.argmax(later, axis=2), count)
       # An empty run lies where it is in nobody's way.
       nowhere = first if n == 0 else end
@@ -796,8 +799,8 @@ class _Kernel:
       """What the sums are of: the near distances of all tiles; a number of each far side."""
       starts = (first_tile + np.arange(count)) * step - call.q_offset - step + 1
       near = jnp.stack([bias.strip(start, width) for start in starts], axis=1)
-      distance = starts[:, None] + np.arange(width)
-      near = jnp.where(abs(distance) < self._reach, near, 0.0)
+      distance = starts[:, None] + np.arange(width)[None, :]
+      near = jnp.where((abs(distance) < self._reach)[None], near, 0.0)
       return near, [bias.strip((-self._reach, self._reach)[x], 1) for x in self._far_sides]
 
     far = [] if far_sums is None else [x[:, None] for x in far_sums.sum((1, 3))]
