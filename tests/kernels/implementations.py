@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from magneto_jax.kernels import PallasTpu, XlaChunked, attention_xla
+from magneto_jax.kernels import Blocks, PallasGpu, PallasTpu, XlaChunked, attention_xla
 from magneto_jax.kernels.attention import Implementation
-from magneto_jax.kernels.attention_gpu import Blocks, PallasGpu
 from magneto_jax.kernels.attention_xla import Xla
 
 

@@ -215,7 +215,7 @@ def compile_all(dump: pathlib.Path) -> None:
       }
     except Exception as error:  # Whatever it is: the case's own test shows it.
       found = {"error": f"{type(error).__name__}: {error}"}
-    for path in dump.iterdir():
+    for path in dump.glob("*.ptx"):
       path.unlink()
     print(json.dumps({"name": name} | found), flush=True)
 
