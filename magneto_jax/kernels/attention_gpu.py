@@ -95,6 +95,8 @@ class PallasGpu:
   interpret: bool = False
 
   name = "pallas_gpu"
+  # JAX promises of Triton's calls no more than that it can compile them itself.
+  is_exportable = False
 
   @property
   def platforms(self) -> tuple[str, ...] | None:
@@ -343,7 +345,8 @@ class _Kernel:
     xp = np if isinstance(states, np.ndarray) else jnp
     runs = [states == FULL]
     if self._relative:
-      first_q, first_k = np.arange(self._rows)[:, None] * bq, np.arange(self._columns) * bk
+      first_q = np.arange(self._rows)[None, :, None] * bq
+      first_k = np.arange(self._columns)[None, None, :] * bk
       nearest, farthest = first_k - (first_q + bq - 1), first_k + bk - 1 - first_q
       far = (
         farthest - call.q_offset <= -self._reach,
@@ -359,7 +362,7 @@ class _Kernel:
     bounds = [first]
     for n, run in enumerate(runs):
       start = xp.argmax(run, axis=2)
-      later = ~run & (np.arange(count) > start[..., None])
+      later = ~run & (np.arange(count)[None, None, :] > start[..., None])
       stop = xp.where(later.any(2), xp.argmax(later, axis=2), count)
       # An empty run lies where it is in nobody's way.
       nowhere = first if n == 0 else end
@@ -830,7 +833,7 @@ class _Kernel:
 
     # From distances to buckets by a product, which has a fixed order; a scatter has none on a GPU.
     starts = (first_tile + np.arange(count)) * step - call.q_offset - step + 1
-    distance = starts[:, None] + np.arange(width)
+    distance = starts[:, None] + np.arange(width)[None, :]
     near = jnp.where(abs(distance) < self._reach, bias.buckets(distance), -1)
     sums = dstrips.reshape(self._N, -1)
     places = near.reshape(-1)
@@ -839,7 +842,8 @@ class _Kernel:
       sums = jnp.concatenate([sums, far_sums.sum((1, 3)).T], axis=1)
       places = jnp.concatenate([places, far])
     table = bias.table
-    members = (places == np.arange(table.shape[0])[:, None]).astype(jnp.float32)
+    rows = np.arange(table.shape[0])[:, None]
+    members = (places[None, :] == rows).astype(jnp.float32)
     dtable = jnp.einsum("kd,nd->kn", members, sums, precision=jax.lax.Precision.HIGHEST)
     return dataclasses.replace(bias, table=dtable.astype(table.dtype))
 

@@ -126,13 +126,26 @@ def _lower(platform, context, *leaves, program):
   alone = jax.sharding.ManualAxisType()
   avals = [aval.update(manual_axis_type=alone) for aval in context.avals_in]
   context = context.replace(avals_in=avals)
+  cause = None
   obstacle = None if record.platforms is None else _obstacle(record, context.module_context)
-  if obstacle is not None:
-    if record == default:
-      raise NotImplementedError(obstacle)
-    _warn_once(obstacle, default.name)
-    record = default
-  return mlir.lower_fun(program.function(record))(context, *leaves)
+  if obstacle is None:
+    try:
+      return mlir.lower_fun(program.function(record))(context, *leaves)
+    except RuntimeError as error:
+      # From JAX 0.11 on; what is lowered by then is used by nobody, and XLA drops it.
+      if "AbstractDevice" not in str(error):
+        raise
+      obstacle, cause = f"{record.name} is compiled for one kind of GPU: {_NAME_THE_GPU}", error
+  if record == default:
+    raise NotImplementedError(obstacle) from cause
+  _warn_once(obstacle, default.name)
+  return mlir.lower_fun(program.function(default))(context, *leaves)
+
+
+_NAME_THE_GPU = (
+  "to compile where there is none, trace and lower under jax.sharding.use_abstract_mesh of a mesh"
+  " whose abstract_device names it"
+)
 
 
 def _obstacle(record, context: mlir.ModuleContext) -> str | None:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from magneto_jax.kernels import PallasTpu, XlaChunked, attention_xla
+from magneto_jax.kernels import Blocks, PallasGpu, PallasTpu, XlaChunked, attention_xla
 from magneto_jax.kernels.attention import Implementation
 from magneto_jax.kernels.attention_xla import Xla
 
@@ -33,6 +33,12 @@ class Entry:
 
 _INTERPRETED = PallasTpu(128, 128, 128, 128, interpret=True)
 
+
+def _gpu(side: int, interpret: bool = True) -> PallasGpu:
+  """All its kernels in square blocks, whatever the call."""
+  return PallasGpu(*[Blocks(side, side)] * 4, interpret=interpret)
+
+
 ENTRIES = {
   "xla": Entry(Xla(), Xla()),
   "xla_chunked": Entry(XlaChunked(128, 128), XlaChunked(2, 3)),
@@ -42,6 +48,13 @@ ENTRIES = {
     refused_dtypes=dict.fromkeys(("float16", "float64"), "is neither bfloat16 nor float32"),
     is_slow=True,
     compiled=PallasTpu(128, 128, 128, 128),
+  ),
+  "pallas_gpu": Entry(
+    _gpu(64),
+    _gpu(16),
+    refused_dtypes={"float64": "is not bfloat16, float16 or float32"},
+    is_slow=True,
+    compiled=_gpu(64, interpret=False),
   ),
 }
 
@@ -89,6 +102,10 @@ class Mistaken:
   def forward(self, call):
     if self.mistake == "does not compile":
       raise ValueError("unknown device\nand more")
+    if self.mistake == "needs a GPU":
+      raise RuntimeError("No supported GPU devices found, please specify one using AbstractDevice")
+    if self.mistake == "is broken":
+      raise RuntimeError("out of registers")
     out, lse = attention_xla.attention(MISTAKES.get(self.mistake, lambda call: call)(call))
     if self.mistake == "scales":
       out *= jnp.asarray(1.25, out.dtype)

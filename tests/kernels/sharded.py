@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from magneto_jax.kernels import RelativeBias, dot_product_attention
+from tests.kernels import elsewhere
 from tests.kernels.implementations import ENTRIES
 
 
@@ -49,17 +50,17 @@ def check(entry) -> None:
   expected = jax.tree.leaves(value_and_gradients(attend)(*arrays))
   specs = (tokens, tokens, tokens, P(None, "batch"), by_head, by_head, P("batch"), P("batch"))
   for sides, check_vma in (((2, 1), True), ((2, 2), True), ((2, 2), False)):
-    devices, auto = jax.devices()[: math.prod(sides)], (jax.sharding.AxisType.Auto,) * 2
-    mesh = jax.make_mesh(sides, ("batch", "heads"), axis_types=auto, devices=devices)
-    shard = functools.partial(
-      jax.shard_map, mesh=mesh, in_specs=specs, out_specs=tokens, check_vma=check_vma
-    )
+    names, auto = ("batch", "heads"), (jax.sharding.AxisType.Auto,) * 2
+    shard = functools.partial(jax.shard_map, in_specs=specs, out_specs=tokens, check_vma=check_vma)
     if check_vma and entry.compiled is not None:
+      (platform,) = entry.compiled.platforms
       compiled = functools.partial(attend, implementation=entry.compiled)
-      traced = value_and_gradients(shard(compiled)).trace(*arrays)
-      traced.lower(lowering_platforms=entry.compiled.platforms)
+      sharded = shard(compiled, mesh=elsewhere.mesh(platform, sides, names))
+      value_and_gradients(sharded).trace(*arrays).lower(lowering_platforms=(platform,))
       continue
-    found = jax.tree.leaves(value_and_gradients(shard(attend))(*arrays))
+    devices = jax.devices()[: math.prod(sides)]
+    mesh = jax.make_mesh(sides, names, axis_types=auto, devices=devices)
+    found = jax.tree.leaves(value_and_gradients(shard(attend, mesh=mesh))(*arrays))
     for a, b in zip(found, expected, strict=True):
       np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 

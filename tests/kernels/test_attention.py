@@ -21,6 +21,7 @@ from magneto_jax.kernels import (
   attention,
   choose,
   dot_product_attention,
+  platforms,
   use_implementation,
 )
 from tests.kernels.implementations import (
@@ -257,7 +258,8 @@ def test_shards_over_batch_and_heads(name):
     "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
     "JAX_PLATFORMS": "cpu",
   }
-  command = [sys.executable, "-W", "error", "-m", "tests.kernels.sharded", name]
+  known = "ignore:The Pallas Triton backend is deprecated:DeprecationWarning"  # As in setup.cfg.
+  command = [sys.executable, "-W", "error", "-W", known, "-m", "tests.kernels.sharded", name]
   result = subprocess.run(command, env=environment, capture_output=True, text=True)
   assert result.returncode == 0, result.stderr
 
@@ -382,6 +384,30 @@ def test_the_choice_follows_the_platform_compiled_for(monkeypatch):
   for platform, is_there in (("tpu", True), ("cpu", False)):
     text = traced.lower(lowering_platforms=(platform,)).as_text()
     assert ("1.250000e+00" in text) == is_there, platform
+
+
+def test_a_kernel_for_a_gpu_that_is_not_known_is_replaced(monkeypatch, caplog):
+  """With one warning that says what to do; whoever names it gets an error that does."""
+  kernel = Mistaken("needs a GPU", platforms=("cuda",))
+  with_table(monkeypatch, first=kernel)
+  platforms._warn_once.cache_clear()
+  what_to_do = "trace and lower under jax.sharding.use_abstract_mesh"
+  loss = lambda q, **named: dot_product_attention(q, q, q, **named).sum()
+  jax.jit(jax.grad(loss)).trace(Q4).lower(lowering_platforms=("cuda",))
+  (record,) = caplog.records
+  assert record.levelno == logging.WARNING
+  assert what_to_do in record.getMessage()
+  assert "xla_chunked serves instead" in record.getMessage()
+  named = jax.jit(functools.partial(loss, implementation=kernel)).trace(Q4)
+  with pytest.raises(NotImplementedError, match=what_to_do):
+    named.lower(lowering_platforms=("cuda",))
+
+
+def test_another_error_of_a_kernel_is_not_hidden(monkeypatch):
+  with_table(monkeypatch, first=Mistaken("is broken", platforms=("cuda",)))
+  traced = jax.jit(dot_product_attention).trace(Q4, Q4, Q4)
+  with pytest.raises(RuntimeError, match="out of registers"):
+    traced.lower(lowering_platforms=("cuda",))
 
 
 @pytest.mark.parametrize("platforms", [("cpu", "tpu"), ("tpu",), ("cpu",), ("cuda", "cpu")])

@@ -21,6 +21,7 @@ import pytest
 from jax.experimental import topologies
 
 from magneto_jax import kernels
+from tests.kernels import elsewhere
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -33,26 +34,21 @@ FORWARD, BACKWARD, BIAS = "attention_forward", "attention_backward", "attention_
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
-  """A call, forwards and backwards. What it is not given are shapes is static.
+class Case(elsewhere.Case):
+  """Also how it is served.
 
   Attributes:
-    sizes: B, T, S, N, K, H.
-    bias: a shape, or the arguments of a RelativeBias with its number of buckets, or None.
-    masks: which arrays hide something: segments, lengths, offset.
-    options: of `dot_product_attention`.
     block: of both passes; None for the table's own choice, `implementation=None`.
-    bias_gradient: whether it is asked for.
+    random: of `PallasTpu`.
   """
 
-  sizes: tuple[int, int, int, int, int, int]
-  bias: tuple | None = None
-  masks: tuple[str, ...] = ()
-  options: dict = dataclasses.field(default_factory=dict)
-  dtype: str = "bfloat16"
   block: int | None = 128
   random: str = "hash"
-  bias_gradient: bool = True
+
+  @property
+  def implementation(self):
+    block = self.block
+    return block and kernels.PallasTpu(block, block, block, block, random=self.random)
 
   @property
   def kernels(self) -> list[str]:
@@ -98,57 +94,13 @@ CASES = {
 }
 
 
-def arguments(case: Case, sharding=None) -> dict:
-  """The shapes of all arrays of the call; q, k and v as projections leave them, [B, T, N H].
-
-  As arguments of a program, arrays of [B, T, N, 64] would be laid out otherwise, and copied.
-  """
-  B, T, S, N, K, H = case.sizes
-  array = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
-  dtype = jnp.dtype(case.dtype)
-  arrays = {"q": array((B, T, N * H), dtype)}
-  arrays |= {name: array((B, S, K * H), dtype) for name in "kv"}
-  if case.bias is not None and len(case.bias) == 4:
-    arrays["bias"] = array(case.bias, jnp.float32)
-  elif case.bias is not None:
-    buckets, *rest = case.bias
-    arrays["bias"] = kernels.RelativeBias(array((buckets, N), jnp.float32), *rest)
-  if "segments" in case.masks:
-    arrays["q_segment_ids"] = array((B, T), jnp.int32)
-    arrays["kv_segment_ids"] = array((B, S), jnp.int32)
-  if "lengths" in case.masks:
-    arrays["kv_lengths"] = array((B,), jnp.int32)
-  if "offset" in case.masks:
-    arrays["q_offset"] = array((), jnp.int32)
-  if "dropout_rate" in case.options:
-    arrays["dropout_key"] = array((), jax.random.key(0).dtype)
-  return arrays
-
-
-def passes(case: Case, arrays: dict) -> tuple:
-  """The output and, given itself as cotangent, the gradients that the case asks for."""
-  block = case.block
-  record = block and kernels.PallasTpu(block, block, block, block, random=case.random)
-  asked = ("q", "k", "v", *["bias"] * (case.bias is not None and case.bias_gradient))
-
-  def attend(of):
-    rest = {name: x for name, x in (arrays | of).items() if name not in "qkv"}
-    B, T, _, _, _, H = case.sizes
-    q, k, v = (of[name].reshape(*of[name].shape[:2], -1, H) for name in "qkv")
-    options = case.options | {"implementation": record}
-    return kernels.dot_product_attention(q, k, v, **rest, **options).reshape(B, T, -1)
-
-  out, vjp = jax.vjp(attend, {name: arrays[name] for name in asked})
-  return out, vjp(out)
-
-
 def compile_all(topology: str) -> None:
   """Prints one line of JSON a case: its kernels, and the bytes of its temporaries; or its error."""
   devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
   sharding = jax.sharding.SingleDeviceSharding(devices[0])
   for name, case in CASES.items():
     try:
-      lowered = jax.jit(functools.partial(passes, case)).lower(arguments(case, sharding))
+      lowered = jax.jit(case.passes).lower(case.arguments(sharding))
       compiled = lowered.compile()
       calls = [x for x in compiled.as_text().splitlines() if '"tpu_custom_call"' in x]
       found = {
@@ -245,14 +197,14 @@ def test_platform_compiled_for_decides():
   """Wherever it is lowered: here, on a CPU."""
   case = CASES["all"]
   case = dataclasses.replace(case, block=None)
-  function = jax.jit(functools.partial(passes, case))
+  function = jax.jit(case.passes)
 
   def kernels_for(platform):
-    return jax.export.export(function, platforms=[platform])(arguments(case)).mlir_module()
+    return jax.export.export(function, platforms=[platform])(case.arguments()).mlir_module()
 
   assert kernels_for("tpu").count("tpu_custom_call") == 2
   assert "tpu_custom_call" not in kernels_for("cpu")
-  assert "tpu_custom_call" not in function.lower(arguments(case)).as_text()
+  assert "tpu_custom_call" not in function.lower(case.arguments()).as_text()
 
 
 def test_blocks_too_large_are_refused_in_one_line():

@@ -97,10 +97,13 @@ def test_a_single_block(case):
   passes(case, "xla_chunked")
 
 
-@pytest.mark.parametrize("index", [0, 2, 6])
-def test_every_feature_interpreted(index):
+@pytest.mark.parametrize(
+  "name, index",
+  [*[("pallas_tpu", index) for index in (0, 2, 6)], *[("pallas_gpu", index) for index in (1, 5)]],
+)
+def test_every_feature_interpreted(name, index):
   """A representative few; the others are slow."""
-  passes(conformance.EACH[index], ENTRIES["pallas_tpu"].implementation)
+  passes(conformance.EACH[index], ENTRIES[name].implementation)
 
 
 @pytest.mark.slow

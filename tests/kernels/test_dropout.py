@@ -8,7 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from magneto_jax.kernels import PallasTpu, XlaChunked, conformance, dot_product_attention, dropout
+from magneto_jax.kernels import (
+  Blocks,
+  PallasGpu,
+  PallasTpu,
+  XlaChunked,
+  conformance,
+  dot_product_attention,
+  dropout,
+)
 from tests.kernels.implementations import ALL
 
 SIZES = B, N, T, S = 2, 3, 256, 320
@@ -70,6 +78,7 @@ def kept_by(implementation, key, sizes, rate=RATE):
     XlaChunked(2, 3),
     XlaChunked(16, 9),
     pytest.param(PallasTpu(interpret=True), marks=pytest.mark.slow),
+    pytest.param(PallasGpu(interpret=True), marks=pytest.mark.slow),
   ],
   ids=str,
 )
@@ -86,6 +95,14 @@ def test_interpreted_blocks_drop_the_same(block_q, block_kv):
   sizes, key = (1, 2, 300, 290), jax.random.key(7)
   sides = block_q, block_kv, block_kv, block_q
   kept = kept_by(PallasTpu(*sides, interpret=True), key, sizes)
+  np.testing.assert_array_equal(kept, conformance.dropout_mask(key, *sizes, RATE))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("q, kv", [(16, 64), (64, 16), (32, 128)])
+def test_interpreted_blocks_for_gpus_drop_the_same(q, kv):
+  sizes, key = (1, 2, 150, 140), jax.random.key(7)
+  kept = kept_by(PallasGpu(Blocks(q, kv), interpret=True), key, sizes)
   np.testing.assert_array_equal(kept, conformance.dropout_mask(key, *sizes, RATE))
 
 

@@ -67,6 +67,7 @@ def test_it_happens_within_any_transformation(monkeypatch, name, mistake):
     Mistaken(),
     XlaChunked(32, 48),
     pytest.param(ENTRIES["pallas_tpu"].implementation, marks=pytest.mark.slow),
+    pytest.param(ENTRIES["pallas_gpu"].implementation, marks=pytest.mark.slow),
   ],
   ids=str,
 )
