@@ -95,11 +95,12 @@ CUT = [
     "all near, causal": dict(
       bias="relative causal", max_distance=17, is_causal=True, traced_offset=True, q_offset=9
     ),
-    "blocks at the bounds": dict(T=128, S=128, bias="relative", max_distance=33, num_buckets=32),
+    # Blocks whose nearest pair is the last that is near.
+    "blocks at the bounds": dict(T=128, S=128, bias="relative", max_distance=34, num_buckets=132),
     "documents": dict(segments="packed", kv_lengths=(100,), is_causal=True),
     # More rows of blocks than parts of the bias's sum, and not a multiple of them.
-    "many parts": dict(B=3, N=4, K=2, bias="relative", window=(20, 20)),
-    "parts of a dense bias": dict(B=3, N=7, K=7, T=40, S=40, bias="shared"),
+    "many parts": dict(B=8, N=4, K=2, bias="relative", window=(20, 20)),
+    "parts of a dense bias": dict(B=3, N=7, K=7, bias="shared"),
   }.items()
 ]
 
