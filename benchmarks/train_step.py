@@ -90,9 +90,12 @@ def main() -> None:
   parser = coordinator.parser(__doc__, variants=(), shape="gpt-tiny", rounds=5)
   parser.set_defaults(variants=None)
   parser.add_argument("--steps", type=int, default=3, help="timed steps a turn")
-  parser.add_argument("--platform", default="cpu", choices=("cpu", "cuda"))
+  parser.add_argument(
+    "--platform", choices=("cpu", "cuda"), help="by default cuda for gpt-1b3, cpu for the others"
+  )
   train_step_gpu.add_options(parser)
   args = parser.parse_args()
+  args.platform = args.platform or ("cuda" if args.shape == "gpt-1b3" else "cpu")
   if args.platform == "cuda":
     train_step_gpu.run(args)
     return

@@ -99,12 +99,14 @@ def _turn(process, variant: str, count: int) -> dict:
   return process.ask(do="turn", variant=variant, call="step", count=count, options={})
 
 
-def summary(results: dict, shape: Shape, peak: float) -> dict:
-  """{variant: its figures}, from the rounds alone; `peak` in TFLOP a second.
+MFU_IN_WORDS = (
+  "mfu counts all T x T scores (theory.flops, PaLM's convention), mfu_visible those that a causal"
+  " mask leaves; both as a share of the measured product of matrices"
+)
 
-  `mfu` counts all T x T scores (`theory.flops`, PaLM's convention), `mfu_visible` those that a
-  causal mask leaves; both as a share of the measured product of matrices.
-  """
+
+def summary(results: dict, shape: Shape, peak: float) -> dict:
+  """{variant: its figures}, from the rounds alone; `peak` in TFLOP a second. See MFU_IN_WORDS."""
   figures = {}
   for name, result in results.items():
     if "failed" in result:
@@ -196,7 +198,7 @@ def run(args, platform: str = "cuda") -> pathlib.Path:
   head |= {
     "peak": attention_gpu.PEAK_IN_WORDS,
     "peak_tflop_per_second": products,
-    "mfu": summary.__doc__.split("\n\n")[1],
+    "mfu": MFU_IN_WORDS,
     "options": {
       name: getattr(args, name) for name in ("remat", "unroll", "segments", "implementation")
     },

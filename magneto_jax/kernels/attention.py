@@ -105,7 +105,9 @@ def dot_product_attention(
     k_BSKH: [B, S, K, H] keys, in the dtype of the queries; K divides N.
     v_BSKH: [B, S, K, H] values, likewise.
     bias: added to the scaled logits: [B or 1, N or 1, T or 1, S or 1], where -inf forbids a
-      pair; or a `RelativeBias`, which reads positions (and so `q_offset`) itself.
+      pair; or a `RelativeBias`, which reads positions (and so `q_offset`) itself. To forbid, take
+      -inf: where all of a query's logits are finite and below some -1e5, lse, a float32, has no
+      digits left for their sum, and the gradients of that query lose theirs.
     q_segment_ids: [B, T] integers; a query sees the keys of its own segment. Give both or none.
     kv_segment_ids: [B, S] integers.
     kv_lengths: [B] integers; keys from here on are padding, seen by nobody.

@@ -41,9 +41,9 @@ class Cudnn:
     return self
 
   def is_worthwhile(self, call: Call) -> bool:
-    """Where there are several blocks."""
+    """Where there are several blocks, of more than a few queries or keys."""
     _, T, S, _, _, _ = call.sizes
-    return T * S >= 128 * 128
+    return T * S >= 128 * 128 and min(T, S) >= 64
 
   def forward(self, call: Call) -> tuple[jax.Array, jax.Array]:
     """(out_BTNH, lse_BTN)."""
@@ -108,13 +108,15 @@ def _check_device(call: Call) -> None:
     raise NotImplementedError("only a process with an NVIDIA GPU can ask for it")
   bindings = _bindings()
   try:
-    bindings.check_cudnn_version()
+    version = bindings.check_cudnn_version()
   except RuntimeError as error:
     raise NotImplementedError(str(error)) from error
   (device, *_) = jax.local_devices()
   major, _ = map(int, device.compute_capability.split("."))
   if major < 8:
     raise NotImplementedError(f"compute capability {device.compute_capability} is below 8.0")
+  if device.compute_capability == "10.3" and version < 91100:
+    raise NotImplementedError(f"compute capability 10.3 needs cuDNN 9.11, and this is {version}")
   _, _, _, _, _, H = call.sizes
   # Forwards also later ones than Hopper go to 256, backwards not all of them.
   largest = 256 if major == 9 else 128

@@ -68,8 +68,9 @@ class Blocks:
   def __post_init__(self):
     for name, least in (("q", 16), ("kv", 16), ("warps", 1), ("stages", 1)):
       value = getattr(self, name)
-      is_power = isinstance(value, int) and value > 0 and value & (value - 1) == 0
-      if not (is_power or name == "stages" and isinstance(value, int)) or value < least:
+      is_integer = isinstance(value, int) and not isinstance(value, bool)
+      is_power = is_integer and value > 0 and value & (value - 1) == 0
+      if not (is_power or name == "stages" and is_integer) or value < least:
         kind = "an integer" if name == "stages" else "a power of two"
         raise ValueError(f"{name}={value!r} must be {kind} of at least {least}")
 
@@ -98,6 +99,12 @@ class PallasGpu:
   # JAX promises of Triton's calls no more than that it can compile them itself.
   is_exportable = False
 
+  def __post_init__(self):
+    for name in KERNELS:
+      value = getattr(self, name)
+      if not (value is None or isinstance(value, Blocks)):
+        raise ValueError(f"{name}={value!r} must be kernels.Blocks(..), or None")
+
   @property
   def platforms(self) -> tuple[str, ...] | None:
     """All (None) where it is interpreted."""
@@ -122,7 +129,7 @@ class PallasGpu:
   def is_worthwhile(self, call: Call) -> bool:
     """Whether a kernel has anything to gain: decoding and short rows are left to XLA."""
     _, T, S, _, _, _ = call.sizes
-    return T * S >= 128 * 128
+    return T * S >= 128 * 128 and min(T, S) >= 64
 
   def forward(self, call: Call) -> tuple[jax.Array, jax.Array]:
     """(out_BTNH, lse_BTN)."""
@@ -804,6 +811,10 @@ class _Kernel:
     reach = behind + step - 1
     first_tile = -((reach - call.q_offset - 1) // step)
     count = (behind + ahead + 2 * (step - 1) - 1) // step + 1
+    # Of all these tiles, those that are there.
+    larger = max if call.traced_offset is None else jnp.maximum
+    first_tile = larger(first_tile, 1 - self._rows)
+    count = min(count, self._rows + self._columns - 1)
     every = self._B * self._rows
     parts = _parts(every, self._N * count)
     length = -(-every // parts)

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from magneto_jax.kernels import platforms
 from magneto_jax.kernels.attention import Implementation, choose, dot_product_attention
 from magneto_jax.kernels.bias import RelativeBias
 
@@ -400,7 +401,7 @@ def run(case: Case, implementation: str | Implementation) -> Outcome:
     for return_lse in (True, False):
       asked = {"return_lse": return_lse, "implementation": implementation}
       try:
-        choose(*arrays, **static, **traced, **asked)
+        choose(*arrays, **static, **traced, **asked).on(platforms.here())
       except NotImplementedError as error:
         refused = str(error)
       else:

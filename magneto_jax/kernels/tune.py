@@ -65,13 +65,25 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
   args = parser.parse_args(argv)
   if args.write and platforms.here() != "cuda":
     parser.error(f"--write needs an NVIDIA GPU, and this is a {platforms.here()}")
+  of_the_call = "batch length heads head_dim kv_heads dtype causal relative dropout".split()
+  given = [name for name in of_the_call if getattr(args, name) != parser.get_default(name)]
+  if args.write and given:
+    parser.error(f"--write measures its own calls: leave out {', '.join(given)}")
   if args.write:
     args.implementation = _BY_KERNEL
+  if args.output:
+    try:
+      args.output.parent.mkdir(parents=True, exist_ok=True)
+      args.output.touch()
+    except OSError as error:
+      parser.error(f"--output={args.output}: {error.strerror}")
   args.kv_heads = args.kv_heads or args.heads
   args.dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
   try:
     args.sides = args.sides and tuple(_positive(side) for side in args.sides.split(","))
     _call(args, shapes_only=True)
+    if args.sides and args.implementation == _BY_KERNEL:
+      raise ValueError(f"--sides: {_BY_KERNEL} has sides of its own for each kernel")
   except (argparse.ArgumentTypeError, NotImplementedError, ValueError) as error:
     parser.error(str(error))
   return args
@@ -215,7 +227,6 @@ def _tune_kernels(args: argparse.Namespace) -> None:
     print(f"implementation=kernels.PallasGpu({cut})")
   if args.output:
     head = {"device": device.device_kind, "jax": jax.__version__, "rounds": args.rounds}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(head | {"results": tune_gpu.as_json(results)}, indent=1)
     args.output.write_text(text + "\n", encoding="utf-8")
   if args.write:
@@ -253,7 +264,6 @@ def main(argv: Sequence[str] | None = None) -> None:
       "fastest": _expression(ranked[0]),
       "refused": refused,
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 

@@ -52,44 +52,46 @@ class Shape:
   feature: str = "none"
   dropout_rate: float = 0.0
 
-  @functools.cached_property
-  def call(self) -> Call:
-    rng = np.random.default_rng(0)
 
-    def draw(*shape):
-      return jnp.asarray(rng.standard_normal(shape, np.float32), self.dtype)
+# A process is sent the same shape again and again.
+@functools.lru_cache(maxsize=1)
+def _call(shape: Shape) -> Call:
+  rng = np.random.default_rng(0)
 
-    heads = self.heads, self.kv_heads, self.kv_heads
-    q, k, v = (draw(self.batch, self.length, n, self.head_dim) for n in heads)
-    bias = None
-    if self.feature == "relative":
-      bias = RelativeBias(draw(32, self.heads).astype(jnp.float32), not self.is_causal)
-    elif self.feature == "dense":
-      bias = draw(1, self.heads, self.length, self.length)
-    head_keys = None
-    if self.dropout_rate:
-      keys = rng.integers(0, 2**32, (self.batch, self.heads), dtype=np.uint32)
-      head_keys = jnp.asarray(keys)
-    return Call(
-      q_BTNH=q,
-      k_BSKH=k,
-      v_BSKH=v,
-      bias=bias,
-      window=(None, 0 if self.is_causal else None),
-      scale=self.head_dim**-0.5,
-      head_keys=head_keys,
-      dropout_rate=self.dropout_rate,
-    )
+  def draw(*sizes):
+    return jnp.asarray(rng.standard_normal(sizes, np.float32), shape.dtype)
 
-  @functools.cached_property
-  def given(self) -> tuple:
-    """What the backward pass is given, with the far sums of a relative bias."""
-    out, lse = jax.jit(PallasGpu().forward)(self.call)
-    dout = jax.random.normal(jax.random.key(1), out.shape, out.dtype)
-    delta = jnp.einsum("BTNH,BTNH->BTN", out, dout, preferred_element_type=jnp.float32)
-    sides = 1 if self.is_causal else 2
-    far = jnp.zeros((sides, self.batch, self.heads, self.length), jnp.float32)
-    return lse, delta, dout, far
+  heads = shape.heads, shape.kv_heads, shape.kv_heads
+  q, k, v = (draw(shape.batch, shape.length, n, shape.head_dim) for n in heads)
+  bias = None
+  if shape.feature == "relative":
+    bias = RelativeBias(draw(32, shape.heads).astype(jnp.float32), not shape.is_causal)
+  elif shape.feature == "dense":
+    bias = draw(1, shape.heads, shape.length, shape.length)
+  head_keys = None
+  if shape.dropout_rate:
+    head_keys = jnp.asarray(rng.integers(0, 2**32, (shape.batch, shape.heads), dtype=np.uint32))
+  return Call(
+    q_BTNH=q,
+    k_BSKH=k,
+    v_BSKH=v,
+    bias=bias,
+    window=(None, 0 if shape.is_causal else None),
+    scale=shape.head_dim**-0.5,
+    head_keys=head_keys,
+    dropout_rate=shape.dropout_rate,
+  )
+
+
+@functools.lru_cache(maxsize=1)
+def _given(shape: Shape) -> tuple:
+  """What the backward pass is given, with the far sums of a relative bias."""
+  out, lse = jax.jit(PallasGpu().forward)(_call(shape))
+  dout = jax.random.normal(jax.random.key(1), out.shape, out.dtype)
+  delta = jnp.einsum("BTNH,BTNH->BTN", out, dout, preferred_element_type=jnp.float32)
+  sides = 1 if shape.is_causal else 2
+  far = jnp.zeros((sides, shape.batch, shape.heads, shape.length), jnp.float32)
+  return jax.block_until_ready((lse, delta, dout, far))
 
 
 # What `--write` measures: by the width of a head and the bias.
@@ -128,7 +130,8 @@ def candidates(kernel: str, shape: Shape) -> Iterator[Blocks]:
 def measure(shape: Shape, kernel: str, blocks: Blocks, rounds: int, lock: str) -> list[float]:
   """Milliseconds of a call of the kernel, one for each round. Raises what the compiler raises."""
   record = PallasGpu(**{kernel: blocks})
-  call, given = shape.call, () if kernel == "out" else shape.given
+  with _held(lock):  # What is being timed is alone on the device.
+    call, given = _call(shape), () if kernel == "out" else _given(shape)
   if kernel != "dbias" or shape.feature != "relative":
     given = given[:3]
   run = (
@@ -175,6 +178,8 @@ def tune(shapes, rounds: int, jobs: int, report=print) -> dict:
     for done, future in enumerate(concurrent.futures.as_completed(futures), 1):
       shape, kernel, blocks = futures[future]
       error = future.exception()
+      if isinstance(error, concurrent.futures.BrokenExecutor):
+        raise SystemExit("a process died, perhaps for memory: try again with fewer --jobs")
       found = f"{type(error).__name__}: {error}".splitlines()[0] if error else future.result()
       results[shape].setdefault(kernel, {})[blocks] = found
       if done % 50 == 0:

@@ -15,11 +15,12 @@ from magneto_jax.layers.norms import NormFactory
 def gelu(x: jax.Array) -> jax.Array:
   """x Phi(x), Phi the normal distribution's; Hendrycks and Gimpel, 2016, arXiv 1606.08415.
 
-  By erf, as torch has it. `jax.nn.gelu` takes erfc, which is exact to the last digit also where the
-  result is next to nothing; but XLA has one instruction for erf and some forty for erfc, which it
-  rather writes to memory, in float32, than computes twice.
+  By erf, in float32 or wider, as torch has it. `jax.nn.gelu` takes erfc, which is exact to the last
+  digit also where the result is next to nothing; but XLA has one instruction for erf and some forty
+  for erfc, which it rather writes to memory, in float32, than computes twice.
   """
-  return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
+  wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  return (0.5 * wide * (1 + jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
 
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {

@@ -95,8 +95,9 @@ def _moments(x, epsilon):
   if x.dtype.itemsize < 4:
     distance = wide - wide[..., :1]
     shift = _mean(distance)
-    mean, var = wide[..., :1] + shift, _mean(distance * distance) - shift * shift
-    var = jnp.maximum(var, 0)
+    mean, square = wide[..., :1] + shift, _mean(distance * distance)
+    # What is too large to be squared has an infinite variance, as it has in two passes.
+    var = jnp.where(jnp.isinf(square), square, jnp.maximum(square - shift * shift, 0))
   else:
     mean = _mean(wide)
     var = _mean(jnp.square(wide - mean))

@@ -1,5 +1,7 @@
 """How the kernels for NVIDIA GPUs are cut; that they compute the right numbers is the suite's."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -39,6 +41,41 @@ def test_blocks_are_no_longer_than_the_call():
   fitted = given.fitted(call(500, 40, bias=RelativeBias(jnp.zeros((8, 2)), True, 20)))
   assert (fitted.out.q, fitted.out.kv) == (128, 64)
   assert (fitted.dbias.q, fitted.dbias.kv) == (128, 128)
+
+
+def test_blocks_are_blocks():
+  with pytest.raises(ValueError, match=r"dq=\(64, 64\) must be kernels.Blocks\(..\), or None"):
+    PallasGpu(dq=(64, 64))
+  with pytest.raises(ValueError, match="warps=True must be a power of two"):
+    Blocks(64, 64, True)
+
+
+@pytest.mark.parametrize("T, S, serves", [(1, 16384, False), (63, 4096, False), (64, 256, True)])
+def test_decoding_is_left_to_xla(T, S, serves):
+  """However long the cache is."""
+  assert PallasGpu().is_worthwhile(call(T, S)) == serves
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_a_far_max_distance_takes_no_memory(traced):
+  """No more tiles of the bias's gradient than the lengths have diagonals of blocks."""
+  q = jnp.zeros((1, 256, 2, 16), jnp.bfloat16)
+  program = jax.make_jaxpr(PallasGpu(interpret=True).backward)
+  given = Call(
+    q_BTNH=q,
+    k_BSKH=q,
+    v_BSKH=q,
+    bias=RelativeBias(jnp.zeros((32, 2)), True, 10**7),
+    traced_offset=jnp.int32(5) if traced else None,
+    static_offset=0 if traced else 5,
+  )
+  lse = jnp.zeros((1, 256, 2))
+  sizes = [
+    math.prod(out.aval.shape)
+    for equation in program(given, q, lse, q, lse).jaxpr.eqns
+    for out in equation.outvars
+  ]
+  assert max(sizes) < 2**21
 
 
 def test_heads_too_wide_are_refused():
@@ -99,6 +136,10 @@ CUT = [
     "blocks at the bounds": dict(T=128, S=128, bias="relative", max_distance=34, num_buckets=132),
     "documents": dict(segments="packed", kv_lengths=(100,), is_causal=True),
     # More rows of blocks than parts of the bias's sum, and not a multiple of them.
+    "farther than the lengths": dict(bias="relative", max_distance=5_000, q_offset=-60),
+    "farther, traced": dict(
+      bias="relative causal", max_distance=5_000, q_offset=90, traced_offset=True
+    ),
     "many parts": dict(B=8, N=4, K=2, bias="relative", window=(20, 20)),
     "parts of a dense bias": dict(B=3, N=7, K=7, bias="shared"),
   }.items()

@@ -42,17 +42,37 @@ def test_quick_is_a_part_and_records_nothing(small, capsys):
   assert len(lines) == 3 and "1 passed" in lines[-1]
 
 
+@pytest.mark.parametrize(
+  "flag, error",
+  [
+    ("--jobs=0", "--jobs=0 must be at least 1"),
+    ("--jobs=x", "argument --jobs: invalid int value: 'x'"),
+    ("--implementation=cudnn", "--implementation='cudnn' does not run on a cpu"),
+  ],
+)
+def test_bad_flags_get_one_line(flag, error, capsys):
+  try:
+    status = check.main([flag])
+  except SystemExit as stop:
+    status = stop.code
+  said = capsys.readouterr()
+  assert (status, said.out) == (2, "") and error in said.err and said.err.count("\n") == 1
+
+
+def test_what_refuses_every_case_is_not_recorded(small, monkeypatch, capsys):
+  monkeypatch.setitem(attention.IMPLEMENTATIONS, "picky", Mistaken("refuses", None))
+  assert check.main(["--implementation=picky"]) == 0
+  assert "to record it" not in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_processes_share_the_cases():
-  """Two of them; and what is not a number of processes is said in one line."""
   command = [sys.executable, "-m", "magneto_jax.kernels.check", "--quick", "--implementation=xla"]
   result = subprocess.run([*command, "--jobs=2"], capture_output=True, text=True)
   assert result.returncode == 0, result.stderr
   lines = result.stdout.splitlines()
   names = [case.name for case in conformance.QUICK]
   assert [line.strip().rsplit(": passed: ", 1)[0] for line in lines[1:-1]] == names
-  wrong = subprocess.run([*command, "--jobs=0"], capture_output=True, text=True)
-  assert (wrong.returncode, wrong.stdout) == (2, "")
-  assert wrong.stderr == "--jobs=0 must be at least 1\n"
 
 
 @pytest.mark.parametrize(

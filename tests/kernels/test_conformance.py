@@ -99,7 +99,7 @@ def test_a_single_block(case):
 
 @pytest.mark.parametrize(
   "name, index",
-  [*[("pallas_tpu", index) for index in (0, 2, 6)], *[("pallas_gpu", index) for index in (1, 5)]],
+  [*[("pallas_tpu", index) for index in (0, 2, 6)], ("pallas_gpu", 1)],
 )
 def test_every_feature_interpreted(name, index):
   """A representative few; the others are slow."""

@@ -47,6 +47,7 @@ def test_device_decides_what_is_tuned(capsys):
     (["--dtype=int8"], "invalid choice: 'int8'"),
     (["--lenght=8"], "unrecognized arguments: --lenght=8"),
     (["--write"], "--write needs an NVIDIA GPU, and this is a cpu"),
+    (["--output=/dev/null/x.json"], "--output=/dev/null/x.json: File exists"),
     (["--implementation=pallas_gpu"], "pallas_gpu runs on cuda, and this is compiled for cpu"),
   ],
 )

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from magneto_jax.layers.norms import CHECKPOINT_NAMES, NORMS, norm_factory
+from magneto_jax.layers.norms import CHECKPOINT_NAMES, NORMS, layer_norm, norm_factory
 from tests import reference
 
 FORMULAE = {"layer_norm": reference.layer_norm, "rms_norm": reference.rms_norm}
@@ -105,3 +105,11 @@ def test_backward_pass_keeps_nothing_wide_in_float32(kind):
   statistics = [leaf for leaf in kept if leaf.shape == (*x.shape[:-1], 1)]
   assert not wide
   assert len(statistics) == {"layer_norm": 2, "rms_norm": 1}[kind]
+
+
+def test_numbers_too_large_to_be_squared_are_none_but_zero():
+  """In one pass as in two: their variance is infinite, and what is divided by it nothing."""
+  for dtype in (jnp.bfloat16, jnp.float32):
+    x = jnp.asarray(X * 1e30, dtype)
+    y = layer_norm(x, jnp.ones(16), jnp.zeros(16), 1e-5, jnp.float32)
+    np.testing.assert_array_equal(y, np.zeros_like(y))
