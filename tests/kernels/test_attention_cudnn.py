@@ -272,6 +272,7 @@ class Device:
     ("cuda", "9.0", 264, "head dim 264 is over 256"),
     ("cuda", "10.0", 256, "head dim 256 is over 128"),
     ("cuda", "7.5", 64, "compute capability 7.5 is below 8.0"),
+    ("cuda", "10.3", 64, "compute capability 10.3 needs cuDNN 9.11, and this is 91000"),
     ("cpu", None, 64, "only a process with an NVIDIA GPU"),
     ("rocm", None, 64, "only a process with an NVIDIA GPU"),
   ],
@@ -365,7 +366,7 @@ def batched(x, *sizes):
 
 
 def sharded(function):
-  mesh = jax.sharding.AbstractMesh((2,), ("rows",))
+  mesh = jax.sharding.AbstractMesh((2,), ("rows",), (jax.sharding.AxisType.Auto,))
   return jax.shard_map(function, mesh=mesh, in_specs=P("rows"), out_specs=P("rows"))
 
 
@@ -396,7 +397,7 @@ def test_it_is_lowered_within_transformations(found, name):
 
 def test_several_devices_without_shard_map_are_served_by_another(found, caplog):
   """Which XLA can divide, with one warning; whoever names it gets an error."""
-  mesh = jax.sharding.AbstractMesh((2,), ("rows",))
+  mesh = jax.sharding.AbstractMesh((2,), ("rows",), (jax.sharding.AxisType.Auto,))
   q, k = (
     jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, P("rows")))
     for x in (Q, KV)
