@@ -165,7 +165,7 @@ def _power(length: int) -> int:
   return max(16, 1 << (length - 1).bit_length())
 
 
-def feature(call: Call) -> str:
+def _feature(call: Call) -> str:
   """What of a call decides how kernels are best cut: its bias."""
   if call.bias is None:
     return "none"
@@ -177,7 +177,7 @@ def _preferred(call: Call) -> dict[str, Blocks]:
   W = _power(call.sizes[-1])
   if call.q_BTNH.dtype == jnp.float32:
     return dict.fromkeys(KERNELS, Blocks(32, 32, 4, 1) if W <= 128 else Blocks(16, 16, 4, 1))
-  table, width, kind = blocks_table(), str(max(64, W)), feature(call)
+  table, width, kind = blocks_table(), str(max(64, W)), _feature(call)
   measured = table.get(_capability(), {}).get(width, {}).get(kind, {})
   found = table[""][width][kind] | measured
   return {name: Blocks(*blocks) for name, blocks in found.items()}
