@@ -103,14 +103,11 @@ class _Blocks:
       self._of_queries = dropout.of_queries(head_keys, query)
       self._of_keys = dropout.of_keys(head_keys, key)
     # Padded queries are cut off in the end; padded keys are hidden as keys past the length are.
-    hidden = {}
-    if self._S % block_kv:
-      lengths = self._S if call.kv_lengths is None else jnp.minimum(call.kv_lengths, self._S)
-      hidden["kv_lengths"] = jnp.broadcast_to(jnp.int32(lengths), (self._B,))
+    masked, hidden = call.hiding_padding() if self._S % block_kv else call, {}
     if call.q_segment_ids is not None:
       hidden["q_segment_ids"] = pad(call.q_segment_ids, 1, block_q)
       hidden["kv_segment_ids"] = pad(call.kv_segment_ids, 1, block_kv)
-    self._masked = dataclasses.replace(call, **hidden)
+    self._masked = dataclasses.replace(masked, **hidden)
 
   def _cut_bias(self, bias) -> jax.Array | None:
     """A dense bias as it is, padded; a relative one as the strip [N, T + S] of its distances."""

@@ -41,6 +41,7 @@ from jax.experimental.pallas import triton as plt
 from magneto_jax.kernels import dropout, platforms
 from magneto_jax.kernels.bias import RelativeBias, toeplitz
 from magneto_jax.kernels.call import FULL, SKIP, Call, pad
+from magneto_jax.kernels.pallas import Refs, matmul
 
 _LOG2E = math.log2(math.e)
 _LOWEST = float(jnp.finfo(jnp.float32).min)
@@ -223,13 +224,6 @@ class _Tile:
   bias: jax.Array | None = None
 
 
-class _Refs:
-  """References by name."""
-
-  def __init__(self, items):
-    self.__dict__.update(items)
-
-
 class _Kernel:
   """A call, cut into blocks for one kernel."""
 
@@ -241,9 +235,7 @@ class _Kernel:
     self._padded_T, self._padded_S = self._rows * blocks.q, self._columns * blocks.kv
     if self._padded_S > self._S:
       # Padded keys are hidden as keys past the length are; padded queries are cut off in the end.
-      lengths = self._S if call.kv_lengths is None else jnp.minimum(call.kv_lengths, self._S)
-      lengths = jnp.broadcast_to(jnp.asarray(lengths, jnp.int32), (self._B,))
-      call = dataclasses.replace(call, kv_lengths=lengths)
+      call = call.hiding_padding()
     self._call = call
     self._relative = isinstance(call.bias, RelativeBias)
     self._dense = call.bias is not None and not self._relative
@@ -418,17 +410,10 @@ class _Kernel:
     bq, bk = self._blocks.q, self._blocks.kv
     return pl.ds(i * bq, bq), pl.ds(j * bk, bk)
 
-  def _dot(self, left, right, dims=((1,), (0,))):
-    """A product with float32 sums; float32 factors are not rounded."""
-    exact = jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-    return jax.lax.dot_general(
-      left, right, (dims, ((), ())), precision=exact, preferred_element_type=jnp.float32
-    )
-
   def _pairs(self, of_queries, of_keys):
     """The products of all queries with all keys of a block, in the kernel's orientation."""
     left, right = (of_keys, of_queries) if self._of_keys else (of_queries, of_keys)
-    return self._dot(left, right, ((1,), (1,)))
+    return matmul(left, right, ((1,), (1,)))
 
   def _scores(self, refs, b, n, i, j, tile, dot):
     """(x, factor, shift): the logits in units are x factor + shift; the soft cap's slope or None.
@@ -595,7 +580,7 @@ class _Kernel:
         total = total * shrink + weights.sum(axis=1)
         weights = self._drop(self._random_bits(refs, b, n, i, j), weights)
         v = refs.v[b, columns, kv_head, :]
-        acc = acc * shrink[:, None] + self._dot(weights.astype(v.dtype), v)
+        acc = acc * shrink[:, None] + matmul(weights.astype(v.dtype), v)
         return acc, total, new_top
 
       start = jnp.zeros((bq, W), jnp.float32), jnp.zeros(bq, jnp.float32)
@@ -657,8 +642,8 @@ class _Kernel:
         q, dout = refs.q[b, rows, n, :], refs.dout[b, rows, n, :]
         dot, dweights = self._pairs(q, k), self._pairs(dout, v)
         weights, dlogits, sloped = self._gradient(refs, b, n, i, j, tile, dot, dweights)
-        dv += self._dot(weights.astype(v.dtype), dout)
-        dk += self._dot(sloped.astype(k.dtype), q)
+        dv += matmul(weights.astype(v.dtype), dout)
+        dk += matmul(sloped.astype(k.dtype), q)
         return dk, dv, *(x + dlogits.sum(axis=1) for x in sums)
 
       zeros = jnp.zeros((bk, W), jnp.float32)
@@ -710,7 +695,7 @@ class _Kernel:
         k, v = refs.k[b, columns, kv_head, :], refs.v[b, columns, kv_head, :]
         dot, dweights = self._pairs(q, k), self._pairs(dout, v)
         _, dlogits, sloped = self._gradient(refs, b, n, i, j, tile, dot, dweights)
-        dq += self._dot(sloped.astype(k.dtype), k)
+        dq += matmul(sloped.astype(k.dtype), k)
         if is_summed:
           sums[0] += dlogits.sum(axis=1)
         elif tile.side is not None:
@@ -868,7 +853,7 @@ class _Kernel:
       inputs = inputs | {"bounds": self._bounds()}
     names = [*inputs, *outputs]
     kernel = pl.pallas_call(
-      lambda *refs: body(_Refs(zip(names, refs, strict=True))),
+      lambda *refs: body(Refs(zip(names, refs, strict=True))),
       grid=grid,
       # The program is one device's, whatever shard_map it is part of; see `platforms`.
       out_shape=[

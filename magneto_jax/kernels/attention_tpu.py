@@ -41,6 +41,7 @@ from jax.experimental.pallas import tpu as pltpu
 from magneto_jax.kernels import dropout
 from magneto_jax.kernels.bias import RelativeBias, toeplitz
 from magneto_jax.kernels.call import FULL, PARTIAL, Call, pad
+from magneto_jax.kernels.pallas import Refs, matmul
 
 _LANES = 128
 # Queries that go through the softmax together: a matrix unit each for 128 of them, and scores that
@@ -246,9 +247,7 @@ class _Kernel(_Layout):
     self._random, self._interpret = random, interpret
     if self._padded_S > self._S:
       # Padded keys are hidden as keys past the length are; padded queries are cut off in the end.
-      lengths = self._S if call.kv_lengths is None else jnp.minimum(call.kv_lengths, self._S)
-      lengths = jnp.broadcast_to(jnp.asarray(lengths, jnp.int32), (self._B,))
-      self._call = dataclasses.replace(call, kv_lengths=lengths)
+      self._call = call.hiding_padding()
 
   # The layout: linear maps of the arguments, so that gradients come back through their transposes.
 
@@ -424,20 +423,9 @@ class _Kernel(_Layout):
     while the product with all lanes would compute zeros for the other heads.
     """
     if self._P == 1:
-      total[...] += self._dot(x_sq, y_qL, ((1,), (0,)))
+      total[...] += matmul(x_sq, y_qL, ((1,), (0,)))
     else:
-      total[self._own(h)] += self._dot(y_Lq, x_sq, ((1,), (1,)))
-
-  def _dot(self, left, right, dims):
-    """A product with float32 sums; float32 factors are not rounded to bfloat16."""
-    exact = jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-    return jax.lax.dot_general(
-      left,
-      right,
-      (dims, ((), ())),
-      precision=exact,
-      preferred_element_type=jnp.float32,
-    )
+      total[self._own(h)] += matmul(y_Lq, x_sq, ((1,), (1,)))
 
   def _indices(self, at, cols):
     """The query of each column [1, q] of a strip and the key of each row [s, 1]."""
@@ -570,7 +558,7 @@ class _Kernel(_Layout):
         k, v_t = refs.k[...], refs.v[...].T
 
         def product(strip):
-          return self._dot(k, strip.q, ((1,), (1,)))
+          return matmul(k, strip.q, ((1,), (1,)))
 
         def softmax(strip, dot):
           h, cols = strip.h, strip.cols
@@ -584,7 +572,7 @@ class _Kernel(_Layout):
           refs.total[h : h + 1, cols] = total * shrink + weights.sum(axis=0, keepdims=True)
           weights = _drop(self._kept(refs, at, strip), weights).astype(v_t.dtype)
           own = self._own(h)
-          summand = self._dot(v_t[own], weights, ((1,), (0,)))
+          summand = matmul(v_t[own], weights, ((1,), (0,)))
           refs.acc[own, cols] = refs.acc[own, cols] * shrink + summand
 
         _overlapped(self._strips(refs, at, partial), product, softmax)
@@ -686,7 +674,7 @@ class _Kernel(_Layout):
 
         def products(strip):
           dout = douts[strip.h][strip.cols]
-          return self._dot(k, strip.q, ((1,), (1,))), self._dot(v, dout, ((1,), (1,)))
+          return matmul(k, strip.q, ((1,), (1,))), matmul(v, dout, ((1,), (1,)))
 
         def gradients(strip, dots):
           h, cols = strip.h, strip.cols
@@ -701,7 +689,7 @@ class _Kernel(_Layout):
             refs.dfar[row, cols] += dlogits.sum(axis=0, keepdims=True)
           dlogits = (dlogits if slope is None else dlogits * slope).astype(k.dtype)
           self._add(refs.dk_sum, h, dlogits, strip.q, q_t[own, cols])
-          refs.dq_t[at.i, own, cols] += self._dot(k_t[own], dlogits, ((1,), (0,)))
+          refs.dq_t[at.i, own, cols] += matmul(k_t[own], dlogits, ((1,), (0,)))
 
         _overlapped(self._strips(refs, at, partial), products, gradients)
 
@@ -828,8 +816,8 @@ class _Kernel(_Layout):
         douts = self._heads(refs.dout[...])
         for strip in self._strips(refs, at, partial):
           cols, head = strip.cols, 0 if broadcast["j"] else strip.h
-          dweights = self._dot(v, douts[strip.h][cols], ((1,), (1,)))
-          dot = self._dot(k, strip.q, ((1,), (1,)))
+          dweights = matmul(v, douts[strip.h][cols], ((1,), (1,)))
+          dot = matmul(k, strip.q, ((1,), (1,)))
           _, dlogits, _ = self._gradient(refs, at, strip, dot, dweights, near)
           if broadcast["kv"]:
             refs.dbias[head, :, cols] += dlogits.sum(axis=0, keepdims=True)
@@ -871,14 +859,14 @@ class _Kernel(_Layout):
     def spec(block, index):
       def index_map(*ids_and_scalars):
         ids, refs = ids_and_scalars[: len(grid)], ids_and_scalars[len(grid) :]
-        return index(*to_block(_Refs(zip(scalars, refs, strict=True)), *ids))
+        return index(*to_block(Refs(zip(scalars, refs, strict=True)), *ids))
 
       return pl.BlockSpec(block, index_map)
 
     arrays = [*scalars.values(), *(array for array, _, _ in inputs.values())]
     names = [*scalars, *inputs, *outputs, *scratch]
     kernel = pl.pallas_call(
-      lambda *refs: body(_Refs(zip(names, refs, strict=True))),
+      lambda *refs: body(Refs(zip(names, refs, strict=True))),
       grid_spec=pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=len(scalars),
         grid=grid,
@@ -928,13 +916,6 @@ class _Strip:
   cols: slice
   q: jax.Array
   visible: jax.Array | None
-
-
-class _Refs:
-  """References by name."""
-
-  def __init__(self, items):
-    self.__dict__.update(items)
 
 
 def _overlapped(strips, first, second) -> None:

@@ -84,6 +84,13 @@ class Call:
     """Whether every query sees every key, but for a bias of -inf."""
     return self.window == (None, None) and self.q_segment_ids is None and self.kv_lengths is None
 
+  def hiding_padding(self) -> "Call":
+    """With lengths that hide what padding puts behind the keys, as they hide padded keys."""
+    B, _, S, _, _, _ = self.sizes
+    lengths = S if self.kv_lengths is None else jnp.minimum(self.kv_lengths, S)
+    lengths = jnp.broadcast_to(jnp.asarray(lengths, jnp.int32), (B,))
+    return dataclasses.replace(self, kv_lengths=lengths)
+
   def varying_alike(self) -> "Call":
     """With all arrays marked as varying over the mesh axes over which one varies, in a shard_map.
 

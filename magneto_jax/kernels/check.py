@@ -4,7 +4,6 @@ One line a case: passed, with the largest errors in units of their tolerance; re
 FAILED. The exit status is 1 if a case failed, 2 if the command line is wrong.
 """
 
-import argparse
 import concurrent.futures
 import contextlib
 import datetime
@@ -18,18 +17,12 @@ from collections.abc import Sequence
 import jax
 
 from magneto_jax.kernels import attention, conformance, platforms, self_check
-
-
-class _Parser(argparse.ArgumentParser):
-  """With errors of one line."""
-
-  def error(self, message):
-    self.exit(2, f"{self.prog}: {message}\n")
+from magneto_jax.kernels.command_line import Parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
   """Returns the exit status."""
-  parser = _Parser(
+  parser = Parser(
     prog="python -m magneto_jax.kernels.check",
     description="Runs the conformance suite of attention on this device.",
   )

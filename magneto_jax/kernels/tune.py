@@ -18,6 +18,7 @@ import jax
 from magneto_jax.kernels import attention_gpu, platforms, tune_gpu
 from magneto_jax.kernels.attention import IMPLEMENTATIONS, choose, dot_product_attention
 from magneto_jax.kernels.bias import RelativeBias
+from magneto_jax.kernels.command_line import Parser
 
 _DTYPES = ("bfloat16", "float16", "float32")
 # The sides of a block that are tried, by implementation: those of the forward pass.
@@ -25,13 +26,6 @@ _SIDES = {"xla_chunked": (64, 128, 256, 512, 1024), "pallas_tpu": (128, 256, 512
 _PASSES = ("forward", "both")
 # What is cut kernel by kernel, each in its own way.
 _BY_KERNEL = "pallas_gpu"
-
-
-class _Parser(argparse.ArgumentParser):
-  """With errors of one line."""
-
-  def error(self, message):
-    self.exit(2, f"{self.prog}: {message}\n")
 
 
 def _positive(text: str) -> int:
@@ -42,7 +36,7 @@ def _positive(text: str) -> int:
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-  parser = _Parser(prog="python -m magneto_jax.kernels.tune", description=__doc__.splitlines()[0])
+  parser = Parser(prog="python -m magneto_jax.kernels.tune", description=__doc__.splitlines()[0])
   for flag, default in (("batch", 1), ("length", 2048), ("heads", 8), ("head-dim", 64)):
     parser.add_argument(f"--{flag}", type=_positive, default=default, help=f"default: {default}")
   parser.add_argument("--kv-heads", type=_positive, help="default: as many as heads")

@@ -2,6 +2,11 @@
 
 import dataclasses
 import functools
+import json
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -91,3 +96,18 @@ def lowered(platform: str, function, *arguments) -> str:
   with jax.sharding.use_abstract_mesh(mesh(platform)):
     traced = jax.jit(function).trace(*arguments)
     return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+def compiled_apart(module: str, argument: object, variables: dict, timeout: int) -> dict[str, dict]:
+  """What a test module prints of each case, run as a program: a line of JSON with its name."""
+  result = subprocess.run(
+    [sys.executable, "-m", module, str(argument)],
+    cwd=pathlib.Path(__file__).parents[2],
+    env=os.environ | variables,
+    capture_output=True,
+    text=True,
+    timeout=timeout,
+  )
+  assert result.returncode == 0, result.stderr
+  lines = [json.loads(line) for line in result.stdout.splitlines()]
+  return {line.pop("name"): line for line in lines}

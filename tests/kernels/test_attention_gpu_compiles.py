@@ -25,8 +25,6 @@ from magneto_jax import kernels
 from magneto_jax.kernels import attention_gpu, platforms
 from tests.kernels import elsewhere
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-
 FORWARD = "attention_forward"
 KEYS, QUERIES = "attention_backward_keys", "attention_backward_queries"
 BIAS = "attention_backward_bias"
@@ -244,17 +242,9 @@ def compiled(tmp_path_factory) -> dict[str, dict]:
     "PATH": f"{home / 'bin'}{os.pathsep}{os.environ['PATH']}",
     "PYTHONPATH": os.pathsep.join([str(packages), *sys.path]),
   }
-  result = subprocess.run(
-    [sys.executable, "-m", "tests.kernels.test_attention_gpu_compiles", dump],
-    cwd=ROOT,
-    env=os.environ | variables,
-    capture_output=True,
-    text=True,
-    timeout=1800,
+  return elsewhere.compiled_apart(
+    "tests.kernels.test_attention_gpu_compiles", dump, variables, timeout=1800
   )
-  assert result.returncode == 0, result.stderr
-  lines = [json.loads(line) for line in result.stdout.splitlines()]
-  return {line.pop("name"): line for line in lines}
 
 
 @pytest.mark.slow

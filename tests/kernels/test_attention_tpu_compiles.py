@@ -8,10 +8,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
-import os
-import pathlib
 import re
-import subprocess
 import sys
 
 import jax
@@ -22,8 +19,6 @@ from jax.experimental import topologies
 
 from magneto_jax import kernels
 from tests.kernels import elsewhere
-
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 # The smallest of each generation.
 TOPOLOGIES = [
@@ -143,17 +138,9 @@ def compiled(topology: str) -> dict[str, dict]:
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
   }
-  result = subprocess.run(
-    [sys.executable, "-m", "tests.kernels.test_attention_tpu_compiles", topology],
-    cwd=ROOT,
-    env=os.environ | variables,
-    capture_output=True,
-    text=True,
-    timeout=1200,
+  return elsewhere.compiled_apart(
+    "tests.kernels.test_attention_tpu_compiles", topology, variables, timeout=1200
   )
-  assert result.returncode == 0, result.stderr
-  lines = [json.loads(line) for line in result.stdout.splitlines()]
-  return {line.pop("name"): line for line in lines}
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
