@@ -238,6 +238,9 @@ class TrainConfig(_Checked):
   steps: int = _positive(1000, "optimizer steps")
   batch_size: int = _positive(16, "sequences a step")
   accumulation: int = _positive(1, "parts a batch is split into, one after the other")
+  vocab_chunk: int = _field(
+    0, "rows of the vocabulary whose logits are held at a time in the loss; 0: all", min=0
+  )
   ema: float = _rate(0.0, "decay of an average of the weights that evaluation uses; 0: none")
   eval_every: int = _positive(250, "steps between evaluations")
   eval_batches: int = _field(0, "batches an evaluation reads; 0: the whole validation set", min=0)
