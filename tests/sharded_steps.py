@@ -182,9 +182,7 @@ def take_steps(case: dict, dtype) -> dict[str, np.ndarray]:
   whole = sharding.replicated(mesh)
   rows = sharding.rows_of_process(mesh, BATCH)
   with sharding.use_mesh(mesh):
-    where = program.state_shardings(
-      jax.eval_shape(wide_init, jax.random.key(0)), optimizer, mesh
-    )
+    where = program.state_shardings(jax.eval_shape(wide_init, jax.random.key(0)), optimizer, mesh)
     state = jax.jit(wide_init, out_shardings=where)(jax.random.key(1))
     step = functools.partial(
       program.train_step,

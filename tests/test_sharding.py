@@ -55,7 +55,9 @@ def decoder(recipe: str = "magneto", **options):
 
 
 def encoder(recipe: str = "magneto", **options):
-  return Encoder(recipe=recipes.RECIPES[recipe](architecture("encoder")).encoder, **SIZES, **options)
+  return Encoder(
+    recipe=recipes.RECIPES[recipe](architecture("encoder")).encoder, **SIZES, **options
+  )
 
 
 def encoder_decoder(recipe: str = "magneto"):
