@@ -24,7 +24,15 @@ def vocabulary_logits(
   logits_BTV = jnp.einsum(
     "btd,vd->btv", x_BTD, table_VD.astype(x_BTD.dtype), preferred_element_type=wide
   )
+  logits_BTV = sharding.constrain(logits_BTV, "batch", "length", "vocab")
   return logits_BTV if bias_V is None else logits_BTV + bias_V.astype(wide).reshape(1, 1, -1)
+
+
+def scores_of(x_BTD, table_VD, targets_BT=None, bias_V=None, **options) -> jax.Array:
+  """What a model puts out: logits [B, T, V], or, given targets, their `cross_entropy` [B, T]."""
+  if targets_BT is None:
+    return vocabulary_logits(x_BTD, table_VD, bias_V)
+  return cross_entropy(x_BTD, table_VD, targets_BT, bias_V, **options)
 
 
 def cross_entropy(
