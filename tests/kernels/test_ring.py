@@ -8,9 +8,7 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +17,7 @@ import pytest
 
 from magneto_jax import kernels
 from tests.kernels import elsewhere
+from tests.kernels.implementations import ENTRIES
 
 AXES = ("data", "tensor", "sequence")
 
@@ -35,7 +34,6 @@ class Case:
     options: of `dot_product_attention`.
     offset: of the queries, traced.
     implementation: of the mesh; the one device has `xla`.
-    hops: how many times keys are sent forwards, in the program; None to leave it unchecked.
   """
 
   mesh: tuple[int, int, int]
@@ -51,17 +49,60 @@ class Case:
 CAUSAL, DROPOUT = {"is_causal": True}, {"dropout_rate": 0.3}
 EIGHT, FOUR_BY_TWO, TWO_BY_FOUR = (1, 1, 8), (1, 2, 4), (2, 1, 4)
 CASES = {
-  "plain": Case(EIGHT, (1, 16, 16, 2, 2, 4)),
   "causal, relative, dropout": Case(
     EIGHT, (2, 16, 16, 2, 1, 4), (8, True, 6), (), CAUSAL | DROPOUT
   ),
   "causal, padding, dense": Case(
     TWO_BY_FOUR, (2, 12, 12, 4, 2, 4), (2, 4, 12, 12), ("segments", "lengths"), CAUSAL
   ),
-  "padding, soft cap, T != S": Case(
+  "soft cap, more keys": Case(
     TWO_BY_FOUR, (4, 8, 20, 2, 2, 4), (4, 1, 1, 20), ("lengths",), {"logits_soft_cap": 2.0}
   ),
+  "one key head, window": Case(
+    FOUR_BY_TWO, (2, 12, 12, 4, 1, 4), (8, False, 5), ("segments",), DROPOUT | {"window": (2, 2)}
+  ),
+  "float32": Case(EIGHT, (1, 32, 32, 2, 2, 8), options=CAUSAL, dtype="float32"),
 }
+MORE = {
+  "plain": Case(EIGHT, (1, 16, 16, 2, 2, 4)),
+  "window": Case(EIGHT, (1, 16, 16, 2, 1, 4), (1, 2, 16, 16), (), {"window": (3, 0)} | DROPOUT),
+  "traced offset": Case(
+    TWO_BY_FOUR, (2, 8, 16, 2, 1, 4), (8, True, 6), ("lengths",), CAUSAL | DROPOUT, offset=5
+  ),
+  "known offset": Case(
+    TWO_BY_FOUR, (2, 16, 8, 2, 1, 4), (1, 1, 16, 1), (), CAUSAL | {"q_offset": -2, "scale": 0.7}
+  ),
+  "differentiated by JAX": Case(
+    FOUR_BY_TWO,
+    (2, 12, 12, 4, 2, 4),
+    (8, True, 6),
+    ("segments", "lengths"),
+    CAUSAL | DROPOUT,
+    implementation="xla",
+  ),
+  "keys not cut": Case(
+    FOUR_BY_TWO,
+    (1, 8, 10, 4, 2, 4),
+    (8, True, 6),
+    ("segments",),
+    CAUSAL | DROPOUT | {"q_offset": 2},
+  ),
+  "two key heads for four": Case((1, 4, 2), (1, 8, 8, 8, 2, 4), (1, 8, 1, 1), (), DROPOUT),
+  "heads that do not fit": Case((1, 4, 2), (1, 8, 8, 12, 3, 4), (8, True, 6), (), DROPOUT),
+  "nothing cut": Case((2, 2, 2), (3, 1, 5, 3, 3, 4), None, (), CAUSAL | DROPOUT | {"q_offset": 4}),
+}
+INTERPRETED = {
+  "pallas_tpu": Case(
+    (1, 1, 3),
+    (2, 12, 12, 2, 1, 4),
+    (8, True, 6),
+    ("segments", "lengths"),
+    CAUSAL | DROPOUT,
+    implementation=ENTRIES["pallas_tpu"].small,
+    dtype="float32",
+  ),
+}
+SUITES = {"cases": CASES, "more": MORE, "interpreted": INTERPRETED}
 
 
 def arrays_of(case: Case) -> tuple[dict, dict]:
@@ -135,21 +176,46 @@ def differences(case: Case) -> dict[str, float]:
   return {name: difference(found[name], expected[name]) for name in expected}
 
 
-def run_all() -> None:
-  for name, case in CASES.items():
-    if len(sys.argv) > 2 and name not in sys.argv[2:]:
-      continue
-    start = time.perf_counter()
+def run(suite: str) -> None:
+  """Prints one line of JSON a case: what differs by how much, or its error."""
+  for name, case in SUITES[suite].items():
     try:
       with jax.enable_x64(case.dtype == "float64"):
         found = differences(case)
-    except Exception as error:
-      import traceback
-
-      traceback.print_exc()
+    except Exception as error:  # Whatever it is: the case's own test shows it.
       found = {"error": f"{type(error).__name__}: {error}"}
-    print(json.dumps({"name": name} | found | {"seconds": time.perf_counter() - start}), flush=True)
+    print(json.dumps({"name": name} | found), flush=True)
+
+
+@functools.cache
+def measured(suite: str) -> dict[str, dict]:
+  """What `run` printed, by case."""
+  variables = {
+    "JAX_PLATFORMS": "cpu",
+    # Not optimised: it is compiled once and run once.
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
+  }
+  return elsewhere.compiled_apart("tests.kernels.test_ring", suite, variables, timeout=1200)
+
+
+_MARKS = {"cases": [], "more": [pytest.mark.ci], "interpreted": [pytest.mark.slow]}
+
+
+@pytest.mark.parametrize(
+  "suite, name",
+  [
+    pytest.param(suite, name, id=name, marks=_MARKS[suite])
+    for suite, cases in SUITES.items()
+    for name in cases
+  ],
+)
+def test_a_mesh_computes_what_one_device_does(suite, name):
+  """Results and gradients, in norm: float64 to 1e-13, float32 to 1e-6."""
+  found = measured(suite)[name]
+  assert "error" not in found, found["error"]
+  tolerance = {"float64": 1e-13, "float32": 1e-6}[SUITES[suite][name].dtype]
+  assert max(found.values()) < tolerance, found
 
 
 if __name__ == "__main__":
-  run_all()
+  run(sys.argv[1])
