@@ -126,8 +126,8 @@ def arrays_of(case: Case) -> tuple[dict, dict]:
     ids = jnp.asarray(np.sort(rng.integers(0, 3, (B, max(T, S)))), jnp.int32)
     rest |= {"q_segment_ids": ids[:, :T], "kv_segment_ids": ids[:, :S]}
   if "lengths" in case.masks:
-    # A row of the batch sees all keys, another one none.
-    rest["kv_lengths"] = jnp.asarray(np.resize([S, 0, S // 2 + 1, 3], B), jnp.int32)
+    # Some keys, none, all.
+    rest["kv_lengths"] = jnp.asarray(np.resize([S // 2 + 1, 0, S, 3], B), jnp.int32)
   if case.offset is not None:
     rest["q_offset"] = jnp.int32(case.offset)
   if "dropout_rate" in case.options:
