@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from magneto_jax import kernels, reporting
+from magneto_jax import kernels, reporting, sharding
 from magneto_jax.layers import probes
 from magneto_jax.models.backbone import Backbone
 from magneto_jax.models.language import CausalLM
@@ -152,6 +152,11 @@ class Call(NamedTuple):
       variables, *self.args, deterministic=False, rngs=rngs, **self.kwargs, **options
     )
 
+  def without_targets(self) -> "Call":
+    """The call whose output is what is scored, logits, and not already the targets' nats."""
+    kwargs = {name: value for name, value in self.kwargs.items() if name != "targets_BT"}
+    return self._replace(kwargs=kwargs)
+
 
 def statistics(model: nn.Module, params, call: Call):
   """(stream, gradient): the two collections of `layers.probes`; pure, to be jitted."""
@@ -173,8 +178,15 @@ def measurer(
   model: nn.Module, calls: Callable[[Any, jax.Array], Call], batch, key: jax.Array
 ) -> Callable[[Any], tuple[dict[str, Measured], propagation.Update]]:
   """`params -> (figures of each stack, first update)`, compiled once; arguments as of `examine`."""
-  observe = jax.jit(lambda params, batch: statistics(model, params, calls(batch, key)))
-  move = jax.jit(lambda params, batch: first_update(model, params, calls(batch, key)))
+
+  @jax.jit
+  def observe(params, batch):
+    return sharding.replicate(statistics(model, params, calls(batch, key)))
+
+  @jax.jit
+  def move(params, batch):
+    return sharding.replicate(first_update(model, params, calls(batch, key)))
+
   first = jax.tree.map(lambda leaf: leaf[:1], batch)
 
   def measure(params):
@@ -241,9 +253,11 @@ def first_update(
     on: where the output is read, if not on that batch: J is that of `on.loss(output)`, which may
       be any tree of arrays.
   """
-  run = lambda params: call.apply(model, {"params": params})
-  read = run if on is None else lambda params: on.loss(on.apply(model, {"params": params}))
-  gradient = jax.grad(lambda params: call.loss(run(params)))(params)
+  gradient = jax.grad(lambda params: call.loss(call.apply(model, {"params": params})))(params)
+  output = call.without_targets()
+  read = lambda params: output.apply(model, {"params": params})
+  if on is not None:
+    read = lambda params: on.loss(on.apply(model, {"params": params}))
 
   # Both steps at once: the pass through the model is the same.
   steps = jax.tree_util.tree_map_with_path(

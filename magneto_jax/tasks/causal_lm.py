@@ -6,9 +6,9 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from magneto_jax.config import ConfigError, DataConfig, ModelConfig, TrainConfig
 from magneto_jax.data import baselines as data_baselines
@@ -132,6 +132,7 @@ def build_model(config: TrainConfig, facts: Facts) -> CausalLM:
     relative_buckets=model.relative_buckets,
     relative_max_distance=model.relative_max_distance,
     tied=model.tied_embeddings,
+    vocab_chunk=config.vocab_chunk,
     window=(model.window, 0) if model.window else None,
     logits_soft_cap=model.logits_soft_cap or None,
     dropout_rate=model.dropout,
@@ -146,14 +147,13 @@ def build_model(config: TrainConfig, facts: Facts) -> CausalLM:
 
 
 def inputs(batch: Batch) -> tuple[tuple, dict[str, Any]]:
-  """The model's arguments: packed tokens, each document with positions of its own."""
-  places = {"positions_BT": batch["positions"], "segment_ids_BT": batch["segment_ids"]}
-  return (batch["inputs"],), places
+  """The model's arguments: packed tokens, each document with positions of its own; targets."""
+  keywords = {"positions_BT": "positions", "segment_ids_BT": "segment_ids", "targets_BT": "targets"}
+  return (batch["inputs"],), {keyword: batch[name] for keyword, name in keywords.items()}
 
 
-def score(logits_BTV, batch: Batch):
+def score(nats_BT, batch: Batch):
   """Sum over tokens of -log p(target) (nats) and the number of tokens, both weighted."""
-  nats_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, batch["targets"])
   return jnp.sum(nats_BT * batch["weights"]), jnp.sum(batch["weights"])
 
 
@@ -174,7 +174,7 @@ def baselines(data: text.TextData) -> dict[str, dict[str, float]]:
   return {"bits_per_byte": data_baselines.bits_per_byte(*data.documents)}
 
 
-def flops(config: TrainConfig, data: text.TextData) -> int:
+def flops(config: TrainConfig, facts: Facts) -> int:
   """FLOPs of one step; see `theory.flops`."""
   model = config.model
   return theory_flops.train_step_flops(
@@ -184,11 +184,21 @@ def flops(config: TrainConfig, data: text.TextData) -> int:
     heads=model.heads,
     kv_heads=model.kv_heads or model.heads,
     head_dim=model.head_dim or model.width // model.heads,
-    vocab_size=data.tokenizer.vocab_size,
+    vocab_size=facts["vocab_size"],
     seq_length=config.data.seq_length,
     batch_size=config.batch_size,
     gated=model.activation in GATED,
   )
+
+
+def batch_spec(config: TrainConfig) -> dict[str, jax.ShapeDtypeStruct]:
+  """Packed tokens; see `data.packing`."""
+  shape = config.batch_size, config.data.seq_length
+  spec = dict.fromkeys(("inputs", "targets", "positions", "segment_ids"), jnp.int32)
+  return {
+    name: jax.ShapeDtypeStruct(shape, dtype)
+    for name, dtype in (spec | {"weights": jnp.float32}).items()
+  }
 
 
 def load_data(
@@ -214,4 +224,5 @@ TASK = Task(
   metrics=metrics,
   baselines=baselines,
   flops=flops,
+  batch_spec=batch_spec,
 )
