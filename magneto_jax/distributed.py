@@ -145,19 +145,6 @@ def is_first() -> bool:
   return jax.process_index() == 0
 
 
-def local_rows(sharding: jax.sharding.Sharding, shape: Sequence[int]) -> tuple[int, ...]:
-  """The rows of a global array that this process's devices hold, in rising order.
-
-  It is the order in which `jax.make_array_from_process_local_data` expects them.
-
-  Args:
-    sharding: of the array.
-    shape: of the array; rows are its first axis.
-  """
-  held = sharding.addressable_devices_indices_map(tuple(shape)).values()
-  return tuple(sorted({row for index in held for row in range(shape[0])[index[0]]}))
-
-
 def barrier(name: str) -> None:
   """Waits until all processes are here; they must all say the same `name`."""
   if jax.process_count() > 1:

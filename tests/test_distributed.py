@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from magneto_jax import cli, distributed
+from magneto_jax import cli, distributed, sharding
 from magneto_jax.data import feed, packing, pipelines
 
 BATCH, LENGTH, DEVICES = 8, 4, 2  # Devices of each process.
@@ -55,13 +55,15 @@ def _refused(f, *args):
 def _global_batches(devices):
   """This process's rows, and three global batches as they lie on all devices."""
   ids = {device.id: device for device in jax.devices()}
-  devices = [[ids[sorted(ids)[i]] for i in row] for row in devices]
-  sharding = NamedSharding(Mesh(np.array(devices), ("data", "sequence")), P("data", "sequence"))
-  rows = distributed.local_rows(sharding, (BATCH, LENGTH))
+  array = np.array([[ids[sorted(ids)[i]] for i in row] for row in devices])
+  data, sequence = array.shape
+  mesh = Mesh(array.reshape(1, data, 1, sequence, 1), sharding.MESH_AXES)
+  rows = sharding.rows_of_process(mesh, BATCH)
+  laid_out = NamedSharding(mesh, P("data", "sequence"))
 
   def put(batch):
     place = jax.make_array_from_process_local_data
-    return {name: place(sharding, values, (BATCH, LENGTH)) for name, values in batch.items()}
+    return {name: place(laid_out, values, (BATCH, LENGTH)) for name, values in batch.items()}
 
   iterator = pipelines.train_iterator(_dataset(), batch_size=BATCH, seed=1, rows=rows)
   batches = feed.Feed(iterator, put)
@@ -218,8 +220,6 @@ def test_one_process_alone_waits_for_nobody():
   distributed.agree("config", {"seed": 0})
   assert distributed.on_first(lambda: 3) == 3
   assert distributed.is_first()
-  sharding = NamedSharding(Mesh(jax.devices()[:1], "data"), P("data"))
-  assert distributed.local_rows(sharding, (4, 2)) == (0, 1, 2, 3)
 
 
 # ---------------------------------------------------------------------------------------------
