@@ -183,22 +183,23 @@ def on_first(f: Callable[[], T]) -> T:
     What `f` returned on this process.
 
   Raises:
-    ValueError: on the others, if `f` has failed on process 0, where its own error goes on.
+    ValueError: if `f` has failed on another process, where its own error goes on; so none waits for
+      one that is gone.
   """
-  if jax.process_count() == 1:
-    return f()
-  failure = result = None
-  if is_first():
-    try:
-      result = f()
-    except Exception as error:
-      failure = error
-  message = _gather("" if failure is None else f"{type(failure).__name__}: {failure}")[0]
-  if failure is not None:
-    raise failure
-  if message:
-    raise ValueError(f"process 0 has failed: {message}")
-  return result if is_first() else f()
+  result = failure = None
+  for turn in (True, False):
+    if is_first() == turn:
+      try:
+        result = f()
+      except Exception as error:
+        failure = error
+    told = _gather("" if failure is None else f"{type(failure).__name__}: {failure}")
+    if failure is not None:
+      raise failure
+    for process, message in enumerate(told):
+      if message:
+        raise ValueError(f"process {process} has failed: {message}")
+  return result
 
 
 def _gather(text: str) -> list[str]:

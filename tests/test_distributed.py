@@ -98,15 +98,21 @@ def _work(join, folder):
 
   seen["found"] = distributed.on_first(prepare)
 
-  def fail():
-    (folder / f"failed_{me}").touch()
-    raise OSError("the disk is full")
+  def failing(on):
+    def f():
+      (folder / f"tried_{on}_on_{me}").touch()
+      if me == on:
+        raise OSError("the disk is full")
 
-  try:
-    distributed.on_first(fail)
-  except Exception as error:
-    seen["failure"] = f"{type(error).__name__}: {error}"
-  seen["failed"] = sorted(path.name for path in folder.glob("failed_*"))
+    return f
+
+  seen["failures"] = []
+  for on in range(2):
+    try:
+      distributed.on_first(failing(on))
+    except Exception as error:
+      seen["failures"].append(f"{type(error).__name__}: {error}")
+  seen["tried"] = sorted(path.name for path in folder.glob("tried_*"))
 
   distributed.agree("config", {"seed": 0, "model": {"layers": [2, 3]}, "é": None})
   seen["disagree"] = [
@@ -184,10 +190,11 @@ def test_the_first_prepares_and_the_others_find_it(two):
   assert [seen["found"] for seen in two] == [False, True]
 
 
-def test_where_the_first_fails_the_others_are_told_and_do_not_try(two):
-  assert two[0]["failure"] == "OSError: the disk is full"
-  assert two[1]["failure"] == "ValueError: process 0 has failed: OSError: the disk is full"
-  assert two[0]["failed"] == two[1]["failed"] == ["failed_0"]
+def test_where_one_fails_the_others_are_told_and_behind_the_first_do_not_try(two):
+  own = "OSError: the disk is full"
+  assert two[0]["failures"] == [own, f"ValueError: process 1 has failed: {own}"]
+  assert two[1]["failures"] == [f"ValueError: process 0 has failed: {own}", own]
+  assert two[0]["tried"] == ["tried_0_on_0", "tried_1_on_0", "tried_1_on_1"]
 
 
 def test_a_difference_is_one_line_with_the_values_and_hosts(two):
