@@ -102,7 +102,9 @@ class ModelConfig(_Checked):
   dtype: str = _field(
     "float32", "of the computation; parameters are float32", choices=("float32", "bfloat16")
   )
-  remat: str = _field("none", "what the backward pass recomputes", choices=("none", "full", "dots"))
+  remat: str = _field(
+    "none", "what the backward pass recomputes", choices=("none", "dots", "attention", "full")
+  )
   unroll: int = _field(1, "layers in the scan's body; -1: all, no loop", min=-1)
   attention_implementation: str = _field("", "of the attention kernel; empty: chosen for the call")
 
@@ -226,6 +228,34 @@ class OptimizerConfig(_Checked):
 
 
 @dataclasses.dataclass(frozen=True)
+class MeshConfig(_Checked):
+  """How many devices share what; their product is the number of devices. See `sharding`."""
+
+  _group = "mesh."
+
+  slices: int = _field(1, "slices, or islands, joined by the data centre's network alone", min=1)
+  data: int = _field(-1, "copies of the model, each with rows of its own; -1: what is left", min=-1)
+  fsdp: int = _field(
+    1, "devices that share a copy's weights and optimizer state, each with rows of its own", min=-1
+  )
+  sequence: int = _field(1, "devices that share the positions of a row (ring attention)", min=-1)
+  tensor: int = _field(1, "devices that share heads, hidden channels and vocabulary", min=-1)
+
+  def __post_init__(self):
+    super().__post_init__()
+    sizes = dataclasses.asdict(self)
+    for name in (name for name, size in sizes.items() if size == 0):
+      raise ConfigError(f"config.mesh.{name}=0 must be at least 1, or -1 for what is left")
+    if len(left := [f"mesh.{name}" for name, size in sizes.items() if size == -1]) > 1:
+      raise ConfigError(f"{' and '.join(left)} are -1: what is left can go to one of them only")
+
+  def sizes(self) -> dict[str, int]:
+    """By the names of the mesh's axes."""
+    sizes = dataclasses.asdict(self)
+    return {"slice": sizes.pop("slices"), **sizes}
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig(_Checked):
   """One run."""
 
@@ -238,6 +268,11 @@ class TrainConfig(_Checked):
   steps: int = _positive(1000, "optimizer steps")
   batch_size: int = _positive(16, "sequences a step")
   accumulation: int = _positive(1, "parts a batch is split into, one after the other")
+  cast_weights: bool = _field(
+    False,
+    "whether weights are cast to model.dtype once a step, before devices exchange them, not where"
+    " each is used",
+  )
   ema: float = _rate(0.0, "decay of an average of the weights that evaluation uses; 0: none")
   eval_every: int = _positive(250, "steps between evaluations")
   eval_batches: int = _field(0, "batches an evaluation reads; 0: the whole validation set", min=0)
@@ -253,6 +288,7 @@ class TrainConfig(_Checked):
   model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
   optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+  mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
   def __post_init__(self):
     super().__post_init__()
@@ -296,6 +332,12 @@ RESUMABLE = (
   "data.train_files",
   "data.validation_files",
   "data.tokenizer_file",
+  # A run may go on on other machines: what is computed is the same up to the order of sums.
+  "mesh.slices",
+  "mesh.data",
+  "mesh.fsdp",
+  "mesh.sequence",
+  "mesh.tensor",
 )
 
 

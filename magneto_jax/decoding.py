@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from magneto_jax import sharding
 from magneto_jax.models.language import CausalLM
 
 
@@ -69,7 +70,7 @@ def _decode(
   empty_BS = jnp.full((batch, steps), pad_id, jnp.int32)
   carry = (jnp.int32(0), state, logits_BTV[:, -1], empty_BS, jnp.zeros((batch,), bool))
   carry = jax.lax.while_loop(lambda c: (c[0] < steps) & ~jnp.all(c[4]), advance, carry)
-  return carry[3]
+  return sharding.replicate(carry[3])
 
 
 def generate(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from magneto_jax import kernels, reporting
+from magneto_jax import kernels, reporting, sharding
 from magneto_jax.layers import probes
 from magneto_jax.models.backbone import Backbone
 from magneto_jax.models.language import CausalLM
@@ -173,8 +173,15 @@ def measurer(
   model: nn.Module, calls: Callable[[Any, jax.Array], Call], batch, key: jax.Array
 ) -> Callable[[Any], tuple[dict[str, Measured], propagation.Update]]:
   """`params -> (figures of each stack, first update)`, compiled once; arguments as of `examine`."""
-  observe = jax.jit(lambda params, batch: statistics(model, params, calls(batch, key)))
-  move = jax.jit(lambda params, batch: first_update(model, params, calls(batch, key)))
+
+  @jax.jit
+  def observe(params, batch):
+    return sharding.replicate(statistics(model, params, calls(batch, key)))
+
+  @jax.jit
+  def move(params, batch):
+    return sharding.replicate(first_update(model, params, calls(batch, key)))
+
   first = jax.tree.map(lambda leaf: leaf[:1], batch)
 
   def measure(params):

@@ -25,17 +25,30 @@ FILE = "diagnostics.jsonl"
 class Monitor:
   """Measures a run's model and keeps the figures."""
 
-  def __init__(self, workdir: pathlib.Path, model: nn.Module, calls, batch, *, after_step: int):
+  def __init__(
+    self,
+    workdir: pathlib.Path,
+    model: nn.Module,
+    calls,
+    batch,
+    *,
+    after_step: int,
+    writes: bool = True,
+  ):
     """Compiles nothing yet; lines after `after_step`, of a run cut short, are dropped.
 
     Args:
       workdir: of the run.
       model, calls, batch: see `diagnostics.examine`.
       after_step: the step from which the run goes on.
+      writes: whether this is the host that keeps the figures; all hosts measure together.
     """
     self._workdir, self._model = workdir, model
     self._measure = diagnostics.measurer(model, calls, batch, jax.random.key(0))
     self._rows = [row for row in read(workdir) if row["step"] <= after_step]
+    self._writes = writes
+    if not writes:
+      return
     path, lines = workdir / FILE, "".join(json.dumps(row) + "\n" for row in self._rows)
     temporary = path.with_suffix(".tmp")  # So that a crash loses no row.
     temporary.write_text(lines)
@@ -52,8 +65,9 @@ class Monitor:
     stacks = {kind: m._asdict() for kind, m in measured.items()}
     row = diagnostics.jsonable({"step": step, "stacks": stacks, "first_update": update._asdict()})
     self._rows.append(row)
-    with (self._workdir / FILE).open("a") as file:
-      file.write(json.dumps(row) + "\n")
+    if self._writes:
+      with (self._workdir / FILE).open("a") as file:
+        file.write(json.dumps(row) + "\n")
     metrics = {}
     for kind, m in measured.items():
       figures = {

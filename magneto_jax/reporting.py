@@ -18,6 +18,8 @@ import rich.console
 import rich.progress
 import rich.table
 
+from magneto_jax import sharding
+
 # Dense bfloat16 peaks of one JAX device in FLOP/s, from the makers' data sheets, by a pattern of
 # the whole `device_kind`. A device of TPU v2, v3 and 7x is one of a chip's two cores.
 PEAK_FLOPS = {
@@ -66,10 +68,10 @@ def duration(seconds: float) -> str:
   return f"{int(minutes / 60)} h {int(minutes % 60):02d} min"
 
 
-def make_console() -> rich.console.Console:
-  """The terminal, or a page wide enough for the tables where there is none."""
-  console = rich.console.Console()
-  return console if console.is_terminal else rich.console.Console(width=120)
+def make_console(*, quiet: bool = False) -> rich.console.Console:
+  """The terminal, or a page wide enough for the tables where there is none; a quiet one is mute."""
+  console = rich.console.Console(quiet=quiet)
+  return console if console.is_terminal else rich.console.Console(width=120, quiet=quiet)
 
 
 def parameter_table(params) -> rich.table.Table:
@@ -79,9 +81,16 @@ def parameter_table(params) -> rich.table.Table:
   for column in ("shape", "count", "std"):
     table.add_column(column, justify="right")
   total = 0
-  for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+  leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+  deviations = [None] * len(leaves)
+  if not any(isinstance(leaf, jax.ShapeDtypeStruct) for _, leaf in leaves):
+    # Compiled: no host may be able to read all of a parameter.
+    deviations = jax.jit(lambda arrays: sharding.replicate([x.std() for x in arrays]))(
+      [leaf for _, leaf in leaves]
+    )
+  for (path, leaf), deviation in zip(leaves, deviations, strict=True):
     name = "/".join(str(key.key) for key in path)
-    std = "" if isinstance(leaf, jax.ShapeDtypeStruct) else f"{float(np.std(leaf)):.3g}"
+    std = "" if deviation is None else f"{float(deviation):.3g}"
     shape = " x ".join(map(str, leaf.shape))
     table.add_row(name, shape, f"{math.prod(leaf.shape):,}", std)
     total += math.prod(leaf.shape)
@@ -128,7 +137,7 @@ class Progress:
 
   def __init__(self, console: rich.console.Console, *, start: int, total: int):
     self._console, self._total, self._task = console, total, None
-    self._live = console.is_terminal
+    self._live = console.is_terminal and not console.quiet
     if self._live:
       columns = rich.progress
       self._bar = columns.Progress(
@@ -167,8 +176,14 @@ class Progress:
 class MetricWriter:
   """Metrics by step in `metrics.jsonl` (a JSON object a line) and for TensorBoard."""
 
-  def __init__(self, workdir: pathlib.Path, *, after_step: int):
-    """Opens the files; lines after `after_step`, left by a run cut short, are dropped."""
+  def __init__(self, workdir: pathlib.Path | None, *, after_step: int):
+    """Opens the files; lines after `after_step`, left by a run cut short, are dropped.
+
+    Without a workdir nothing is written: of several hosts one keeps the metrics.
+    """
+    self._file = self._board = None
+    if workdir is None:
+      return
     import tensorboardX  # Slow to import, and needed by nobody who only reads this module.
 
     self._path = workdir / "metrics.jsonl"
@@ -182,13 +197,16 @@ class MetricWriter:
 
   def write(self, step: int, metrics: dict[str, float]) -> None:
     """Adds one line."""
+    if self._file is None:
+      return
     self._file.write(json.dumps({"step": step, **metrics}) + "\n")
     for name, value in metrics.items():
       self._board.add_scalar(name, value, step)
 
   def close(self) -> None:
-    self._file.close()
-    self._board.close()
+    if self._file is not None:
+      self._file.close()
+      self._board.close()
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, float]]:

@@ -1,7 +1,6 @@
-"""The train step, and the run around it; `train.py` is its command."""
+"""A run: data in, the program around which it turns, what it reports; `train.py` is its command."""
 
 import contextlib
-import functools
 import itertools
 import json
 import math
@@ -9,144 +8,18 @@ import os
 import pathlib
 import tempfile
 import time
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from flax import linen as nn
-from flax import struct
 
-from magneto_jax import decoding, diagnostics, optimizers, reporting, runs
-from magneto_jax.checkpoints import Checkpointer, abstract_like
-from magneto_jax.config import ConfigError, OptimizerConfig, TrainConfig, config_errors
-from magneto_jax.data import pipelines
+from magneto_jax import decoding, diagnostics, distributed, reporting, runs, sharding
+from magneto_jax.checkpoints import Checkpointer
+from magneto_jax.config import ConfigError, TrainConfig, config_errors
+from magneto_jax.data import feed, pipelines
 from magneto_jax.monitor import Monitor
-from magneto_jax.tasks import TASKS, Task
-
-# ---------------------------------------------------------------------------------------------
-# State and step
-# ---------------------------------------------------------------------------------------------
-
-
-@struct.dataclass
-class TrainState:
-  """All that a step changes.
-
-  Attributes:
-    step: how many steps have been taken.
-    params: the parameters.
-    opt_state: the optimizer's.
-    ema_params: an exponential moving average of the parameters, or None.
-  """
-
-  step: jax.Array
-  params: Any
-  opt_state: Any
-  ema_params: Any
-
-  @property
-  def eval_params(self):
-    """The parameters that evaluation and checkpoints' readers use."""
-    return self.params if self.ema_params is None else self.ema_params
-
-  def parts(self) -> dict[str, Any]:
-    """The state as a checkpoint's parts; `ema_params` only where there are any."""
-    parts = {"params": self.params, "optimizer": {"step": self.step, "state": self.opt_state}}
-    return parts if self.ema_params is None else {**parts, "ema_params": self.ema_params}
-
-  @classmethod
-  def from_parts(cls, parts: dict[str, Any]) -> "TrainState":
-    """The state that `parts` took apart."""
-    optimizer = parts["optimizer"]
-    return cls(optimizer["step"], parts["params"], optimizer["state"], parts.get("ema_params"))
-
-
-def make_optimizer(config: OptimizerConfig, steps: int):
-  """The optimizer and its schedule for a run of this many steps."""
-  schedule = optimizers.schedule(
-    config.schedule,
-    peak=config.learning_rate,
-    warmup_steps=config.warmup_steps,
-    decay_steps=config.decay_steps or steps,
-    power=config.power,
-    end_factor=config.end_factor,
-  )
-  optimizer = optimizers.adamw(
-    schedule,
-    b1=config.b1,
-    b2=config.b2,
-    eps=config.eps,
-    weight_decay=config.weight_decay,
-    clip_norm=config.clip_norm,
-    decay=config.decay_mask,
-  )
-  return optimizer, schedule
-
-
-def init_state(key: jax.Array, *, model: nn.Module, inputs: tuple, optimizer, ema: float):
-  """The state before the first step."""
-  params = model.init(key, *inputs)["params"]
-  # A copy: the step donates its arguments, and one buffer cannot be donated twice.
-  ema_params = jax.tree.map(jnp.copy, params) if ema else None
-  return TrainState(jnp.int32(0), params, optimizer.init(params), ema_params)
-
-
-def train_step(
-  state: TrainState,
-  batch: dict[str, jax.Array],
-  dropout_key: jax.Array,
-  *,
-  model: nn.Module,
-  task: Task,
-  optimizer: optax.GradientTransformation,
-  accumulation: int = 1,
-  ema: float = 0.0,
-) -> tuple[TrainState, dict[str, jax.Array]]:
-  """One optimizer step on the mean loss of a batch; pure, to be jitted with `state` donated.
-
-  Args:
-    state: the state.
-    batch: arrays [batch, ...]; `weights` say how much each target counts.
-    dropout_key: the run's; the step's own is folded from it and the step.
-    model, task, optimizer: static.
-    accumulation: parts that the batch is cut into, so that only one part's activations live at a
-      time. The gradient is that of the whole batch's mean, however its weights fall.
-    ema: decay of `ema_params`; early on it is (1 + step) / (10 + step), so that they forget the
-      initial parameters.
-
-  Returns:
-    The new state, and the metrics `loss` (mean over weights) and `gradient_norm`.
-  """
-  weight_sum = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
-  dropout_key = jax.random.fold_in(dropout_key, state.step)
-
-  def mean_loss(params, part, index):
-    loss_sum, _ = task.loss(model, params, part, jax.random.fold_in(dropout_key, index))
-    return loss_sum / weight_sum
-
-  grad = jax.value_and_grad(mean_loss)
-  if accumulation == 1:
-    loss, gradients = grad(state.params, batch, 0)
-  else:
-    parts = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch)
-
-    def add(total, part):
-      return jax.tree.map(jnp.add, total, grad(state.params, *part)), None
-
-    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
-    (loss, gradients), _ = jax.lax.scan(add, zero, (parts, jnp.arange(accumulation)))
-
-  updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
-  ema_params = state.ema_params
-  if ema:
-    decay = jnp.minimum(ema, (1 + state.step) / (10 + state.step))
-    ema_params = optax.incremental_update(params, ema_params, 1 - decay)
-  metrics = {"loss": loss, "gradient_norm": optax.tree.norm(gradients)}
-  return TrainState(state.step + 1, params, opt_state, ema_params), metrics
+from magneto_jax.program import Program, TrainState, compile_step
+from magneto_jax.tasks import TASKS
 
 
 def evaluate(eval_step, params, batches) -> tuple[float, float]:
@@ -155,46 +28,28 @@ def evaluate(eval_step, params, batches) -> tuple[float, float]:
   return tuple(np.sum(np.asarray(sums, np.float64), axis=0))
 
 
-# ---------------------------------------------------------------------------------------------
-# The run
-# ---------------------------------------------------------------------------------------------
-
-
 class Job(NamedTuple):
   """A run, ready to start.
 
   Attributes:
-    config, task: what is run.
     data: the task's, loaded.
-    record: what the workdir keeps of it.
-    batches: the training batches, an endless Grain iterator.
-    model: the module.
-    schedule: learning rate by step.
-    init: `key -> TrainState`.
-    abstract_state: the shapes of the state.
-    step: the compiled `(state, batch, dropout key) -> (state, metrics)`; donates the state.
-    compile_seconds: how long that took.
-    flops: of one step.
+    record: what the workdir keeps of the run.
+    batches: the training batches, of which this host reads its rows: an endless iterator.
+    rows: which rows of a batch those are.
+    program: the compiled step.
   """
 
-  config: TrainConfig
-  task: Task
   data: Any
   record: runs.Record
-  batches: Any
-  model: nn.Module
-  schedule: optax.Schedule
-  init: Callable[[jax.Array], TrainState]
-  abstract_state: TrainState
-  step: Callable
-  compile_seconds: float
-  flops: int
+  batches: feed.Feed
+  rows: list[int]
+  program: Program
 
 
 def prepare(
   config: TrainConfig, directory: pathlib.Path, earlier: runs.Record | None = None
 ) -> Job:
-  """Loads the data, builds the model and compiles the step.
+  """Loads the data, builds the model and compiles the step for all devices there are.
 
   Args:
     config: the run.
@@ -203,69 +58,45 @@ def prepare(
       anything is written.
 
   Raises:
-    ConfigError: if the data cannot be had, or the model not be built.
+    ConfigError: if the data cannot be had, or the model not be built, or hosts differ.
     FileNotFoundError: likewise, for files that are not there.
   """
   task = TASKS[config.task]
   with config_errors():
-    data = task.load_data(config.data, directory, earlier and earlier.data)
-    batches = pipelines.train_iterator(
-      data.train, batch_size=config.batch_size, seed=config.seed, num_workers=config.data.workers
+    mesh = sharding.make_mesh(config.mesh.sizes())
+    rows = sharding.rows_of_process(mesh, config.batch_size)
+    # The first host leaves the tokenizer and the token files where the others find them.
+    data = distributed.on_first(
+      lambda: task.load_data(config.data, directory, earlier and earlier.data)
     )
   # As JSON gives it back: tuples are lists.
   record = runs.Record(config, json.loads(json.dumps(data.identity)), task.facts(data))
-  optimizer, schedule = make_optimizer(config.optimizer, config.steps)
   with config_errors():
-    model = task.build_model(config, record.facts)
-    init = functools.partial(
-      init_state, model=model, inputs=task.dummy_inputs(config), optimizer=optimizer, ema=config.ema
+    distributed.agree("run", runs.as_json(record))
+  program = compile_step(config, record.facts, mesh)
+  with config_errors():
+    batches = pipelines.train_iterator(
+      data.train,
+      batch_size=config.batch_size,
+      seed=config.seed,
+      num_workers=config.data.workers,
+      rows=rows,
     )
-    abstract_state = abstract_like(jax.eval_shape(init, jax.random.key(0)))
-  abstract_batch = {
-    name: jax.ShapeDtypeStruct((config.batch_size, *array.shape), array.dtype)
-    for name, array in data.train[0].items()
-  }
-  step = functools.partial(
-    train_step,
-    model=model,
-    task=task,
-    optimizer=optimizer,
-    accumulation=config.accumulation,
-    ema=config.ema,
-  )
-  begin = time.perf_counter()
-  compiled = (
-    jax.jit(step, donate_argnums=0)
-    .lower(abstract_state, abstract_batch, jax.random.key(0))
-    .compile()
-  )
-  return Job(
-    config=config,
-    task=task,
-    data=data,
-    record=record,
-    batches=batches,
-    model=model,
-    schedule=schedule,
-    init=init,
-    abstract_state=abstract_state,
-    step=compiled,
-    compile_seconds=time.perf_counter() - begin,
-    flops=task.flops(config, data),
-  )
+  ahead = feed.Feed(batches, program.put, ahead=config.data.prefetch)
+  return Job(data, record, ahead, rows, program)
 
 
 def dry_run(config: TrainConfig, workdir: str | os.PathLike) -> None:
   """Prints what `train` would run: recipe, parameters, memory, the first batch; leaves nothing."""
-  console = reporting.make_console()
+  console = reporting.make_console(quiet=not distributed.is_first())
   with tempfile.TemporaryDirectory() as scratch:
     earlier = runs.resumable(workdir, config)
     job = prepare(config, runs.data_in(workdir if earlier else scratch), earlier)
     if earlier:
       runs.refuse_if_different(workdir, earlier, job.record)
     _print(console, _overview(job))
-    console.print(reporting.parameter_table(job.abstract_state.params))
-    _print(console, _first_batch(next(job.batches), job.data))
+    console.print(reporting.parameter_table(job.program.state.params))
+    _print(console, _first_batch(job))
 
 
 def train(config: TrainConfig, workdir: str | os.PathLike) -> dict:
@@ -284,7 +115,8 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict:
     FloatingPointError: if a loss or gradient is not finite; the checkpoints are kept.
   """
   started = time.perf_counter()
-  console = reporting.make_console()
+  is_first = distributed.is_first()
+  console = reporting.make_console(quiet=not is_first)
   workdir = pathlib.Path(workdir)
 
   # ------------------------------------------------------------------------ Where the run stands
@@ -304,22 +136,28 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict:
 
   # ------------------------------------------------------------------------- What will be run
   job = prepare(config, runs.data_in(workdir), earlier)
+  program, task, model = job.program, job.program.task, job.program.model
   if earlier:
     runs.refuse_if_different(workdir, earlier, job.record)
   _print(console, [*_overview(job), *schedule_notes(config, earlier and earlier.config)])
   root_key = jax.random.key(config.seed)
   parameter_key, dropout_key, sample_key = (jax.random.fold_in(root_key, i) for i in range(3))
-  eval_step = jax.jit(lambda params, batch: job.task.loss(job.model, params, batch))
+  dropout_key = jax.device_put(dropout_key, program.key.sharding)
+  eval_step = jax.jit(
+    lambda params, batch: task.loss(model, params, batch),
+    out_shardings=program.key.sharding,
+  )
   tokens_per_step = config.batch_size * config.data.seq_length
 
   def validate(params) -> dict[str, float]:
-    batches = pipelines.eval_batches(job.data.validation, config.batch_size)
-    totals = evaluate(eval_step, params, itertools.islice(batches, config.eval_batches or None))
+    batches = pipelines.eval_batches(job.data.validation, config.batch_size, rows=job.rows)
+    batches = map(program.put, itertools.islice(batches, config.eval_batches or None))
+    totals = evaluate(eval_step, params, batches)
     if not all(map(math.isfinite, totals)):
       raise FloatingPointError(
         f"the validation loss is {totals[0]}: in another workdir, lower optimizer.learning_rate"
       )
-    return job.task.metrics(*totals, job.data, whole=not config.eval_batches)
+    return task.metrics(*totals, job.data, whole=not config.eval_batches)
 
   # ------------------------------------------------------------------- Checkpoints and resuming
   with contextlib.ExitStack() as opened:
@@ -327,17 +165,19 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict:
     checkpointer = opened.enter_context(
       Checkpointer(runs.checkpoints_in(workdir), keep=config.keep_checkpoints)
     )
+    opened.enter_context(sharding.use_mesh(program.mesh))
     if start:
-      parts = checkpointer.restore(start, job.abstract_state.parts(), job.batches)
+      parts = checkpointer.restore(start, program.state.parts(), job.batches)
       state = TrainState.from_parts(parts)
       _print(console, [f"resumed at step {start:,}"])
     else:
-      state = jax.jit(job.init)(parameter_key)
+      state = program.init(parameter_key)
       console.print(reporting.parameter_table(state.params))
-    runs.write_record(workdir, job.record)
-    runs.remove_summary(workdir)
+    if is_first:
+      runs.write_record(workdir, job.record)
+      runs.remove_summary(workdir)
     writer = opened.enter_context(
-      contextlib.closing(reporting.MetricWriter(workdir, after_step=start))
+      contextlib.closing(reporting.MetricWriter(workdir if is_first else None, after_step=start))
     )
     opened = opened.pop_all()
 
@@ -346,8 +186,8 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict:
     # No more rows than a step holds at a time.
     rows, length = config.batch_size // config.accumulation, config.data.seq_length
     batch = diagnostics.first_samples(job.data.train, rows, length)
-    calls = diagnostics.calls_of(job.task)
-    monitor = Monitor(workdir, job.model, calls, batch, after_step=start)
+    calls = diagnostics.calls_of(task)
+    monitor = Monitor(workdir, model, calls, batch, after_step=start, writes=is_first)
 
   def diagnose(step: int) -> None:
     if step not in monitor.steps:
@@ -358,6 +198,7 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict:
 
   # --------------------------------------------------------------------------------- The steps
   stopwatch = reporting.Stopwatch()
+  waited, read_at = 0.0, 0.0  # Seconds of waiting for input; the running time at the last line.
   validation: dict[str, float] = {}
 
   def report(step: int, metrics: dict[str, jax.Array]) -> None:
@@ -369,17 +210,21 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict:
         " workdir, lower optimizer.learning_rate or set optimizer.clip_norm; the checkpoints before"
         f" it are kept in {workdir}"
       )
-    rate = (step - start) * tokens_per_step / stopwatch.seconds
+    nonlocal waited, read_at
+    seconds = stopwatch.seconds
+    rate = (step - start) * tokens_per_step / seconds
     progress.step(step, loss=loss, tokens_per_second=rate)
     if step % config.log_every == 0 or step == config.steps:
       row = {
         "train/loss": loss,
         "train/gradient_norm": gradient_norm,
-        "train/learning_rate": float(job.schedule(step - 1)),
+        "train/learning_rate": float(program.schedule(step - 1)),
         "tokens_per_second": rate,
+        "input_share": (job.batches.waited - waited) / (seconds - read_at),
       }
+      waited, read_at = job.batches.waited, seconds
       writer.write(step, row)
-      left = reporting.duration((config.steps - step) * stopwatch.seconds / (step - start))
+      left = reporting.duration((config.steps - step) * seconds / (step - start))
       progress.line(
         f"step {step:,}/{config.steps:,}  loss {loss:.3f}  {rate:,.0f} tokens/s  {left} left",
         terminal=False,
@@ -391,7 +236,7 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict:
         diagnose(start)
     unread = None
     for step in range(start + 1, config.steps + 1):
-      state, metrics = job.step(state, next(job.batches), dropout_key)
+      state, metrics = program.step(state, next(job.batches), dropout_key)
       if unread is not None:
         report(*unread)
       unread = step, metrics
@@ -414,27 +259,33 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict:
     training_seconds = stopwatch.seconds
 
   # ----------------------------------------------------------------------------------- Summary
+  with sharding.use_mesh(program.mesh):
+    scores = validation or validate(state.eval_params)
+    sample = _sample(job, state.eval_params, sample_key)
   summary = {
-    **{f"validation_{k}": v for k, v in (validation or validate(state.eval_params)).items()},
-    "baselines": job.task.baselines(job.data),
+    **{f"validation_{k}": v for k, v in scores.items()},
+    "baselines": task.baselines(job.data),
     **_speed(job, config.steps - start, training_seconds),
     "steps": config.steps,
     "resumed_at_step": start,
     "wall_seconds": time.perf_counter() - started,
     "training_seconds": training_seconds,
-    "compile_seconds": job.compile_seconds,
+    "compile_seconds": program.compile_seconds + program.lower_seconds,
     "parameters": reporting.count(state.params),
     "device": jax.devices()[0].device_kind,
+    "devices": jax.device_count(),
+    "hosts": jax.process_count(),
     "recipe": config.recipe,
     "seed": config.seed,
     "versions": reporting.versions(),
-    "sample": _sample(job, state.eval_params, sample_key),
+    "sample": sample,
   }
-  reporting.draw_learning_curve(workdir, title=_title(config), unit="nats a token")
-  if monitor is not None:
-    summary["diagnostics"], lines = monitor.report()
-    _print(console, ["", *lines, f"diagnostics      {workdir / 'diagnostics.png'}"])
-  runs.write_summary(workdir, summary)
+  if is_first:
+    reporting.draw_learning_curve(workdir, title=_title(config), unit="nats a token")
+    if monitor is not None:
+      summary["diagnostics"], lines = monitor.report()
+      _print(console, ["", *lines, f"diagnostics      {workdir / 'diagnostics.png'}"])
+    runs.write_summary(workdir, summary)
   _print(console, _closing(summary, workdir))
   return summary
 
@@ -457,23 +308,29 @@ def _print(console, lines: list[str]) -> None:
 
 def _overview(job: Job) -> list[str]:
   """The recipe in words, and what a step costs."""
-  config, data = job.config, job.data
-  memory = job.step.memory_analysis()
-  device = jax.devices()[0]
-  peak = reporting.peak_flops(device.device_kind)
-  bound = f", at least {1e3 * job.flops / peak:.3g} ms at the device's peak" if peak else ""
-  leaves = jax.tree.leaves(job.abstract_state)
-  state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+  program, data = job.program, job.data
+  config, mesh = program.config, program.mesh
+  memory = program.step.memory_analysis()
+  kind = mesh.devices.flat[0].device_kind
+  peak = reporting.peak_flops(kind)
+  least = peak and 1e3 * program.flops / (peak * mesh.size)
+  bound = f", at least {least:.3g} ms at the devices' peak" if peak else ""
+  cut = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
+  devices = f"{mesh.size} x {kind} ({cut}; {jax.process_count()} hosts)" if cut else kind
+  each = " on each device" if cut else ""
+  shards = [leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(program.state)]
+  dtypes = [leaf.dtype for leaf in jax.tree.leaves(program.state)]
+  state_bytes = sum(math.prod(s) * d.itemsize for s, d in zip(shards, dtypes, strict=True))
   return [
-    f"{_title(config)} on {device.device_kind}",
-    *(f"  {line}" for line in job.task.describe(config, job.record.facts)),
-    f"{reporting.count(job.abstract_state.params):,} parameters; a step: {config.batch_size} x "
-    f"{config.data.seq_length} tokens, {reporting.in_units(job.flops, 'FLOP')}{bound}",
+    f"{_title(config)} on {devices}",
+    *(f"  {line}" for line in program.task.describe(config, job.record.facts)),
+    f"{reporting.count(program.state.params):,} parameters; a step: {config.batch_size} x "
+    f"{config.data.seq_length} tokens, {reporting.in_units(program.flops, 'FLOP')}{bound}",
     f"data: {len(data.train):,} training and {len(data.validation):,} validation samples of "
     f"{config.data.seq_length} tokens, {data.tokenizer.vocab_size:,} in the vocabulary",
-    f"memory: state {reporting.in_units(state_bytes, 'B', base=1024)}, a step's temporaries "
+    f"memory{each}: state {reporting.in_units(state_bytes, 'B', base=1024)}, a step's temporaries "
     f"{reporting.in_units(memory.temp_size_in_bytes, 'B', base=1024)}",
-    f"compiled in {job.compile_seconds:.1f} s",
+    f"compiled in {program.lower_seconds + program.compile_seconds:.1f} s",
   ]
 
 
@@ -495,22 +352,27 @@ def schedule_notes(config: TrainConfig, earlier: TrainConfig | None) -> list[str
 
 def _speed(job: Job, steps: int, seconds: float) -> dict[str, float | None]:
   """Tokens and FLOPs a second; None where no step was taken."""
-  tokens = job.config.batch_size * job.config.data.seq_length
+  program = job.program
+  tokens = program.config.batch_size * program.config.data.seq_length
   peak = reporting.peak_flops(jax.devices()[0].device_kind)
-  flops_per_second = job.flops * steps / seconds if steps else None
+  flops_per_second = program.flops * steps / seconds if steps else None
   return {
     "tokens_per_second": tokens * steps / seconds if steps else None,
-    "flops_per_step": job.flops,
+    "flops_per_step": program.flops,
     "flops_per_second": flops_per_second,
-    "share_of_peak": flops_per_second / peak if steps and peak else None,
+    "share_of_peak": flops_per_second / (peak * program.mesh.size) if steps and peak else None,
+    "input_share": job.batches.waited / seconds if steps else None,
   }
 
 
-def _first_batch(batch, data) -> list[str]:
+def _first_batch(job: Job) -> list[str]:
   """The first batch: shapes, and the start of its first sample as text."""
+  batch = next(job.batches)
   lines = ["first batch:"]
   lines += [f"  {name}: {array.dtype}{list(array.shape)}" for name, array in batch.items()]
-  return [*lines, f"  starts with {data.tokenizer.decode(batch['inputs'][0][:48])!r}"]
+  (first, *_) = batch["inputs"].addressable_shards
+  starts = job.data.tokenizer.decode(np.asarray(first.data)[0, :48])
+  return [*lines, f"  starts with {starts!r}"]
 
 
 def _in_words(validation: dict[str, float]) -> str:
@@ -521,16 +383,16 @@ def _in_words(validation: dict[str, float]) -> str:
 
 def _sample(job: Job, params, key: jax.Array) -> str | None:
   """A continuation of the config's prompt; None if none is wanted."""
-  config, tokenizer = job.config, job.data.tokenizer
+  config, model, tokenizer = job.program.config, job.program.model, job.data.tokenizer
   if not config.sample_tokens:
     return None
   prompt = [tokenizer.bos_id, *tokenizer.encode(config.sample_prompt)]
-  new_tokens, longest = config.sample_tokens, job.model.longest
+  new_tokens, longest = config.sample_tokens, model.longest
   if longest is not None:  # A table of positions ends somewhere.
     prompt = [prompt[0], *prompt[1:][-(longest - 2) :]]
     new_tokens = min(new_tokens, longest - len(prompt))
   (tokens,) = decoding.generate(
-    job.model,
+    model,
     {"params": params},
     [prompt],
     max_new_tokens=new_tokens,
@@ -558,7 +420,8 @@ def _closing(summary: dict, workdir: pathlib.Path) -> list[str]:
     lines.append(
       f"speed            {summary['tokens_per_second']:,.0f} tokens a second "
       f"({reporting.in_units(summary['flops_per_second'], 'FLOP/s')}"
-      + (f", {share:.1%} of the device's peak)" if share else ")")
+      + (f", {share:.1%} of the devices' peak)" if share else ")")
+      + f", {summary['input_share']:.1%} of the time waiting for input"
     )
   return [
     *lines,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from magneto_jax import kernels
+from magneto_jax import kernels, sharding
 from magneto_jax.layers.initializers import DenseInit
 from magneto_jax.layers.norms import NormFactory
 from magneto_jax.layers.positions import Rotation
@@ -193,6 +193,9 @@ class Attention(nn.Module):
         cache = cache.extend(k_BSKH, v_BSKH)
       k_BSKH, v_BSKH = cache.read()
 
+    q_BTNH, k_BSKH, v_BSKH = (
+      sharding.constrain(x, "batch", "length", "heads", None) for x in (q_BTNH, k_BSKH, v_BSKH)
+    )
     dropout_rate = 0.0 if deterministic else self.dropout_rate
     o_BTNH = kernels.dot_product_attention(
       q_BTNH,

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from magneto_jax import sharding
 from magneto_jax.layers.initializers import DenseInit
 from magneto_jax.layers.norms import NormFactory
 
@@ -88,6 +89,7 @@ class FeedForward(nn.Module):
       h_BTF = act(gate_BTF.astype(wide)).astype(h_BTF.dtype) * h_BTF
     else:
       h_BTF = act(h_BTF.astype(wide)).astype(h_BTF.dtype)
+    h_BTF = sharding.constrain(h_BTF, "batch", "length", "ffn")
     h_BTF = nn.Dropout(self.dropout_rate)(h_BTF, deterministic=deterministic)
     if self.mid_norm is not None:
       h_BTF = self.mid_norm(name="mid_norm")(h_BTF)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from magneto_jax import sharding
 from magneto_jax.kernels import RelativeBias
 from magneto_jax.layers import positions as position_layers
 from magneto_jax.layers.attention import Attention
@@ -132,7 +133,9 @@ class Backbone(nn.Module, kw_only=True):
     if recipe.embedding.norm:
       x_BTD = norm(name="embedding_norm")(x_BTD)
     x_BTD = nn.Dropout(self.dropout_rate)(x_BTD, deterministic=deterministic)
-    return x_BTD if mask_BT is None else jnp.where(mask_BT[..., None], x_BTD, 0)
+    if mask_BT is not None:
+      x_BTD = jnp.where(mask_BT[..., None], x_BTD, 0)
+    return sharding.constrain(x_BTD, "batch", "length", None)
 
   def _relative_bias(self, init: records.Init, name: str, *, is_causal: bool):
     """T5's bias from a table of this model; None if it has none."""
@@ -227,6 +230,16 @@ class TokenTable(nn.Module):
   @nn.compact
   def __call__(self, init: records.Init) -> jax.Array:
     return self.param("embedding", kernel_init(init), (self.vocab_size, self.width))
+
+
+def look_up(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+  """The rows [B, T, D] of tokens.
+
+  On a mesh devices exchange the channels of their rows of the table first: left to itself XLA
+  exchanges all of the looked-up stream.
+  """
+  table_VD = sharding.constrain(table_VD, "vocab", None)
+  return sharding.constrain(jnp.take(table_VD, tokens_BT, axis=0), "batch", "length", None)
 
 
 def as_mask(mask, shape: tuple[int, ...], name: str) -> jax.Array:

@@ -11,6 +11,7 @@ from magneto_jax.models.backbone import (
   Backbone,
   TokenTable,
   as_mask,
+  look_up,
   padding_mask,
   positions_of,
   visibility,
@@ -84,7 +85,7 @@ class Encoder(Backbone, kw_only=True):
       if self.vocab_size is None:
         raise ValueError("this encoder has no vocabulary: give embeddings, or set vocab_size")
       table_VD = self.token_embedding(recipe.embedding.tokens)
-      embeddings_BTD = jnp.take(table_VD, tokens_BT, axis=0) * recipe.embedding.scale
+      embeddings_BTD = look_up(table_VD, tokens_BT) * recipe.embedding.scale
     if bool(self.experts) != (lengths is not None):
       raise ValueError("lengths go with experts: one for each, or neither")
     if embeddings_BTD.ndim != 3 or embeddings_BTD.shape[-1] != self.width:

@@ -13,6 +13,7 @@ from magneto_jax.models.backbone import (
   Backbone,
   TokenTable,
   as_mask,
+  look_up,
   padding_mask,
   positions_of,
   visibility,
@@ -131,7 +132,7 @@ class CausalLM(Backbone, kw_only=True):
       found, wanted = list(embedding_VD.shape), [self.vocab_size, self.width]
       raise ValueError(f"the table {found} is not [V, D] = {wanted}")
     x_BTD = self._start(
-      jnp.take(embedding_VD, tokens_BT, axis=0) * recipe.embedding.scale,
+      look_up(embedding_VD, tokens_BT) * recipe.embedding.scale,
       positions_BT,
       recipe,
       self._norm(),

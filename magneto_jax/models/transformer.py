@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from magneto_jax import kernels
+from magneto_jax import kernels, sharding
 from magneto_jax.kernels import RelativeBias
 from magneto_jax.layers import norms, probes
 from magneto_jax.layers.attention import KVCache
@@ -18,11 +18,12 @@ from magneto_jax.layers.norms import NormFactory, norm_factory
 from magneto_jax.layers.residual import Residual
 from magneto_jax.theory import records
 
-# What the forward pass of a layer leaves for its backward pass: all, nothing, or matrix products
-# (those within attention as one) and the statistics of norms.
+# What the forward pass of a layer leaves for its backward pass: all, nothing, attention's outputs
+# alone, or matrix products (those within attention as one) and the statistics of norms.
 REMAT = {
   "none": None,
   "full": jax.checkpoint_policies.nothing_saveable,
+  "attention": jax.checkpoint_policies.save_only_these_names(*kernels.CHECKPOINT_NAMES),
   "dots": jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     jax.checkpoint_policies.save_only_these_names(
@@ -119,6 +120,7 @@ class Block(nn.Module):
       x_BTD, cache = Residual(self.norm, self.dropout_rate, name=f"{name}_residual")(
         x_BTD, f, sublayer, drop_path_rate=drop_path_rate, deterministic=deterministic
       )
+      x_BTD = sharding.constrain(x_BTD, "batch", "length", None)
       if cache is not None:
         caches = caches._replace(**{name: cache})
     return x_BTD, caches

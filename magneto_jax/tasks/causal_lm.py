@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -174,7 +175,7 @@ def baselines(data: text.TextData) -> dict[str, dict[str, float]]:
   return {"bits_per_byte": data_baselines.bits_per_byte(*data.documents)}
 
 
-def flops(config: TrainConfig, data: text.TextData) -> int:
+def flops(config: TrainConfig, facts: Facts) -> int:
   """FLOPs of one step; see `theory.flops`."""
   model = config.model
   return theory_flops.train_step_flops(
@@ -184,11 +185,21 @@ def flops(config: TrainConfig, data: text.TextData) -> int:
     heads=model.heads,
     kv_heads=model.kv_heads or model.heads,
     head_dim=model.head_dim or model.width // model.heads,
-    vocab_size=data.tokenizer.vocab_size,
+    vocab_size=facts["vocab_size"],
     seq_length=config.data.seq_length,
     batch_size=config.batch_size,
     gated=model.activation in GATED,
   )
+
+
+def batch_spec(config: TrainConfig) -> dict[str, jax.ShapeDtypeStruct]:
+  """Packed tokens; see `data.packing`."""
+  shape = config.batch_size, config.data.seq_length
+  spec = dict.fromkeys(("inputs", "targets", "positions", "segment_ids"), jnp.int32)
+  return {
+    name: jax.ShapeDtypeStruct(shape, dtype)
+    for name, dtype in (spec | {"weights": jnp.float32}).items()
+  }
 
 
 def load_data(
@@ -214,4 +225,5 @@ TASK = Task(
   metrics=metrics,
   baselines=baselines,
   flops=flops,
+  batch_spec=batch_spec,
 )

@@ -45,6 +45,7 @@ class Task(NamedTuple):
   metrics: Callable[..., dict[str, float]]
   baselines: Callable[[Any], dict[str, dict[str, float]]]
   flops: Callable[[TrainConfig, Any], int]
+  batch_spec: Callable[[TrainConfig], Any] = None
 
   def loss(
     self, model: nn.Module, params, batch: Batch, dropout_key: jax.Array | None = None

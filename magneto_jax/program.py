@@ -1,0 +1,296 @@
+"""The train step and its state, compiled for a mesh of devices, here or elsewhere."""
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from flax import struct
+
+from magneto_jax import optimizers, sharding
+from magneto_jax.config import OptimizerConfig, TrainConfig, config_errors
+from magneto_jax.tasks import TASKS, Task
+from magneto_jax.tasks.task import Facts
+
+# ---------------------------------------------------------------------------------------------
+# State and step
+# ---------------------------------------------------------------------------------------------
+
+
+@struct.dataclass
+class TrainState:
+  """All that a step changes.
+
+  Attributes:
+    step: how many steps have been taken.
+    params: the parameters.
+    opt_state: the optimizer's.
+    ema_params: an exponential moving average of the parameters, or None.
+  """
+
+  step: jax.Array
+  params: Any
+  opt_state: Any
+  ema_params: Any
+
+  @property
+  def eval_params(self):
+    """The parameters that evaluation and checkpoints' readers use."""
+    return self.params if self.ema_params is None else self.ema_params
+
+  def parts(self) -> dict[str, Any]:
+    """The state as a checkpoint's parts; `ema_params` only where there are any."""
+    parts = {"params": self.params, "optimizer": {"step": self.step, "state": self.opt_state}}
+    return parts if self.ema_params is None else {**parts, "ema_params": self.ema_params}
+
+  @classmethod
+  def from_parts(cls, parts: dict[str, Any]) -> "TrainState":
+    """The state that `parts` took apart."""
+    optimizer = parts["optimizer"]
+    return cls(optimizer["step"], parts["params"], optimizer["state"], parts.get("ema_params"))
+
+
+def make_optimizer(config: OptimizerConfig, steps: int):
+  """The optimizer and its schedule for a run of this many steps."""
+  schedule = optimizers.schedule(
+    config.schedule,
+    peak=config.learning_rate,
+    warmup_steps=config.warmup_steps,
+    decay_steps=config.decay_steps or steps,
+    power=config.power,
+    end_factor=config.end_factor,
+  )
+  optimizer = optimizers.adamw(
+    schedule,
+    b1=config.b1,
+    b2=config.b2,
+    eps=config.eps,
+    weight_decay=config.weight_decay,
+    clip_norm=config.clip_norm,
+    decay=config.decay_mask,
+  )
+  return optimizer, schedule
+
+
+def init_state(key: jax.Array, *, model: nn.Module, inputs: tuple, optimizer, ema: float):
+  """The state before the first step."""
+  params = model.init(key, *inputs)["params"]
+  # A copy: the step donates its arguments, and one buffer cannot be donated twice.
+  ema_params = jax.tree.map(jnp.copy, params) if ema else None
+  return TrainState(jnp.int32(0), params, optimizer.init(params), ema_params)
+
+
+def train_step(
+  state: TrainState,
+  batch: dict[str, jax.Array],
+  dropout_key: jax.Array,
+  *,
+  model: nn.Module,
+  task: Task,
+  optimizer: optax.GradientTransformation,
+  accumulation: int = 1,
+  ema: float = 0.0,
+  weights_dtype: jnp.dtype | None = None,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """One optimizer step on the mean loss of a batch; pure, to be jitted with `state` donated.
+
+  Args:
+    state: the state.
+    batch: arrays [batch, ...]; `weights` say how much each target counts.
+    dropout_key: the run's; the step's own is folded from it and the step.
+    model, task, optimizer: static.
+    accumulation: parts that the batch is cut into, so that only one part's activations live at a
+      time: part i is the rows i, i + accumulation, ..., of which every device has some. The
+      gradient is that of the whole batch's mean, however its weights fall.
+    ema: decay of `ema_params`; early on it is (1 + step) / (10 + step), so that they forget the
+      initial parameters.
+    weights_dtype: to which kernels and embedding tables are cast once, before devices exchange
+      them; None leaves it to each layer. Their gradients then are of this dtype too (of each part
+      of the batch, summed in that of the parameters).
+
+  Returns:
+    The new state, and the metrics `loss` (mean over weights) and `gradient_norm`.
+  """
+  weight_sum = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
+  dropout_key = jax.random.fold_in(dropout_key, state.step)
+
+  def mean_loss(params, part, index):
+    loss_sum, _ = task.loss(model, params, part, jax.random.fold_in(dropout_key, index))
+    return loss_sum / weight_sum
+
+  weights = state.params if weights_dtype is None else _cast_weights(state.params, weights_dtype)
+  grad = jax.value_and_grad(mean_loss)
+  if accumulation == 1:
+    loss, gradients = grad(weights, batch, 0)
+    gradients = optax.tree.cast_like(gradients, state.params)
+  else:
+
+    def cut(x):
+      # Not in consecutive parts: each would be on some of the devices alone.
+      parts = x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1)
+      return sharding.constrain(parts, None, "batch", *[None] * (x.ndim - 1))
+
+    def add(total, part):
+      return jax.tree.map(jnp.add, total, grad(weights, *part)), None
+
+    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
+    parts = (jax.tree.map(cut, batch), jnp.arange(accumulation))
+    (loss, gradients), _ = jax.lax.scan(add, zero, parts)
+  gradients = sharding.constrain_parameters(gradients)
+
+  updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  ema_params = state.ema_params
+  if ema:
+    decay = jnp.minimum(ema, (1 + state.step) / (10 + state.step))
+    ema_params = optax.incremental_update(params, ema_params, 1 - decay)
+  metrics = {"loss": loss, "gradient_norm": optax.tree.norm(gradients)}
+  return TrainState(state.step + 1, params, opt_state, ema_params), metrics
+
+
+def _cast_weights(params, dtype):
+  """Kernels and tables, which layers would cast themselves; what they need in full stays as it is.
+
+  Laid out as before, so that devices cast what they hold, then exchange it.
+  """
+
+  def cast(path, leaf):
+    return leaf.astype(dtype) if path[-1].key in optimizers.MATRICES else leaf
+
+  return sharding.constrain_parameters(jax.tree_util.tree_map_with_path(cast, params))
+
+
+# ---------------------------------------------------------------------------------------------
+# Compiled for a mesh
+# ---------------------------------------------------------------------------------------------
+
+
+class Program(NamedTuple):
+  """A train step, compiled for a mesh.
+
+  Attributes:
+    config, mesh: of what, for what.
+    task, model: the task and its module.
+    schedule: learning rate by step.
+    state, batch, key: shapes of the step's arguments, with their shardings.
+    step: the compiled `(state, batch, dropout key) -> (state, metrics)`; donates the state.
+    lower_seconds, compile_seconds: how long tracing and lowering took, and compiling.
+    flops: of one step, all devices together.
+  """
+
+  config: TrainConfig
+  mesh: jax.sharding.Mesh
+  task: Task
+  model: nn.Module
+  schedule: optax.Schedule
+  state: TrainState
+  batch: dict[str, jax.ShapeDtypeStruct]
+  key: jax.ShapeDtypeStruct
+  step: Callable
+  lower_seconds: float
+  compile_seconds: float
+  flops: int
+
+  def init(self, key: jax.Array) -> TrainState:
+    """The state before the first step, made where it lies: no host ever holds all of it."""
+    config = self.config
+    optimizer, _ = make_optimizer(config.optimizer, config.steps)
+    init = functools.partial(
+      init_state,
+      model=self.model,
+      inputs=self.task.dummy_inputs(config),
+      optimizer=optimizer,
+      ema=config.ema,
+    )
+    with sharding.use_mesh(self.mesh):
+      return jax.jit(init, out_shardings=sharding.of(self.state))(key)
+
+  def put(self, rows: dict[str, Any]) -> dict[str, jax.Array]:
+    """The global batch, of which this process gives the rows of `sharding.rows_of_process`."""
+    return {
+      name: jax.make_array_from_process_local_data(spec.sharding, rows[name], spec.shape)
+      for name, spec in self.batch.items()
+    }
+
+
+def compile_step(config: TrainConfig, facts: Facts, mesh: jax.sharding.Mesh) -> Program:
+  """The config's train step for a mesh, whose devices need not be there.
+
+  Args:
+    config: the run.
+    facts: of its data; see `tasks.Task`.
+    mesh: of `sharding.make_mesh`.
+
+  Raises:
+    ConfigError: if the model cannot be built, or not be cut as the mesh asks.
+  """
+  task = TASKS[config.task]
+  optimizer, schedule = make_optimizer(config.optimizer, config.steps)
+  with config_errors(), sharding.use_mesh(mesh):
+    model = task.build_model(config, facts)
+    init = functools.partial(
+      init_state, model=model, inputs=task.dummy_inputs(config), optimizer=optimizer, ema=config.ema
+    )
+    whole = sharding.replicated(mesh)
+    state = jax.eval_shape(init, jax.random.key(0))
+    state = _placed(state, state_shardings(state, optimizer, mesh))
+    batch = task.batch_spec(config)
+    sharding.rows_of_process(mesh, config.batch_size // config.accumulation)
+    rows_apart = {name: sharding.batch_sharding(mesh, len(x.shape)) for name, x in batch.items()}
+    batch = _placed(batch, rows_apart)
+    key = _placed(jax.eval_shape(jax.random.key, 0), whole)
+    step = functools.partial(
+      train_step,
+      model=model,
+      task=task,
+      optimizer=optimizer,
+      accumulation=config.accumulation,
+      ema=config.ema,
+      weights_dtype=jnp.dtype(config.model.dtype) if config.cast_weights else None,
+    )
+    begin = time.perf_counter()
+    lowered = jax.jit(step, donate_argnums=0, out_shardings=(sharding.of(state), whole)).lower(
+      state, batch, key
+    )
+    lower_seconds = time.perf_counter() - begin
+  compiled = lowered.compile()
+  return Program(
+    config=config,
+    mesh=mesh,
+    task=task,
+    model=model,
+    schedule=schedule,
+    state=state,
+    batch=batch,
+    key=key,
+    step=compiled,
+    lower_seconds=lower_seconds,
+    compile_seconds=time.perf_counter() - begin - lower_seconds,
+    flops=task.flops(config, facts),
+  )
+
+
+def state_shardings(state: TrainState, optimizer, mesh: jax.sharding.Mesh) -> TrainState:
+  """Where a state lies: what is kept for a parameter lies with it, the rest is on every device."""
+  params, whole = sharding.parameter_shardings(state.params, mesh), sharding.replicated(mesh)
+  return TrainState(
+    step=whole,
+    params=params,
+    opt_state=optax.tree.map_params(
+      optimizer,
+      lambda _, where: where,
+      state.opt_state,
+      params,
+      transform_non_params=lambda _: whole,
+    ),
+    ema_params=None if state.ema_params is None else params,
+  )
+
+
+def _placed(tree, shardings):
+  place = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+  return jax.tree.map(place, tree, shardings)
