@@ -12,9 +12,11 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from magneto_jax import distributed
 from magneto_jax.config import (
   ConfigError,
   TrainConfig,
+  config_errors,
   field_names,
   from_config_dict,
   unknown_field,
@@ -43,6 +45,25 @@ def define_workdir_flag(doc: str) -> flags.FlagHolder:
   holder = flags.DEFINE_string("workdir", None, doc, required=True)
   flags.register_validator("workdir", lambda path: path != "", "--workdir must name a folder")
   return holder
+
+
+def define_hosts_flags() -> Callable[[], None]:
+  """Defines the flags that name the processes of a run; returns what joins this one to them.
+
+  That is to be called once the flags are parsed, before devices are used; without the flags it asks
+  the environment, and does nothing where there is only one process.
+  """
+  address = flags.DEFINE_string(
+    "coordinator_address", None, "host:port of process 0, where none is found by itself."
+  )
+  count = flags.DEFINE_integer("num_processes", None, "How many processes run together.")
+  index = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+
+  def join() -> None:
+    with config_errors():
+      distributed.initialize(address.value, count.value, index.value)
+
+  return join
 
 
 def run(main: Callable[[], None]) -> None:

@@ -189,6 +189,7 @@ class DataConfig(_Checked):
   seq_length: int = _field(256, "T, tokens a sample", min=2)
   cache_dir: str = _field("", "where token files are kept; empty: in the workdir")
   workers: int = _field(0, "processes that prepare batches; 0: threads of this one", min=0)
+  prefetch: int = _field(2, "batches placed on the devices ahead of the step", min=0)
 
   def __post_init__(self):
     super().__post_init__()
@@ -328,6 +329,7 @@ RESUMABLE = (
   "data.cache_dir",
   "data.data_dir",
   "data.workers",
+  "data.prefetch",
   # Moved, perhaps; the texts themselves are compared.
   "data.train_files",
   "data.validation_files",

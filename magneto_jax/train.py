@@ -10,10 +10,13 @@ def main() -> None:
   config = cli.define_config_flag()
   workdir = cli.define_workdir_flag("Where the run's files go.")
   dry_run = flags.DEFINE_bool("dry_run", False, "Print what would be run, and stop.")
+  join_hosts = cli.define_hosts_flags()
 
   def run() -> None:
     start = training.dry_run if dry_run.value else training.train
-    start(cli.typed_config(config), workdir.value)
+    typed = cli.typed_config(config)
+    join_hosts()
+    start(typed, workdir.value)
 
   cli.run(run)
 

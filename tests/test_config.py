@@ -122,6 +122,7 @@ MAY_DIFFER = {
   *("sample_prompt", "sample_tokens", "sample_temperature"),
   *("data.cache_dir", "data.data_dir", "data.workers", "data.train_files", "data.validation_files"),
   "data.tokenizer_file",
+  "data.prefetch",
 }
 
 

@@ -24,6 +24,7 @@ LEVELS = {
   "optimizers": 1,
   "checkpoints": 1,
   "data": 1,
+  "distributed": 1,
   "config": 1,
   "reporting": 1,
   "models": 2,

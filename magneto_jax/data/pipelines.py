@@ -1,7 +1,6 @@
 """Grain pipelines over random-access samples: an endless shuffled one, and a finite exact one."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import grain
 import numpy as np
@@ -23,14 +22,13 @@ def train_iterator(
   batch_size: int,
   seed: int,
   num_workers: int = 0,
-  host_index: int = 0,
-  host_count: int = 1,
+  rows: Sequence[int] | None = None,
 ) -> grain.DatasetIterator:
   """Returns an endless iterator of shuffled batches, with a new order in every epoch.
 
   Row r of batch k is a pure function of (seed, k, r): it depends on neither the workers nor the
-  hosts. The rows of all hosts, one host after the other, are the rows of the one-host batch. A
-  batch may straddle two epochs, so no sample is ever dropped.
+  hosts. A host reads only its rows; those of all hosts together are the one-host batch. A batch may
+  straddle two epochs, so no sample is ever dropped.
 
   Args:
     dataset: random-access samples of equal shapes.
@@ -39,18 +37,18 @@ def train_iterator(
     num_workers: processes that prepare batches; 0 is right for packed text, because starting
       workers takes seconds and slices of a memory map are cheap. Workers are spawned, so a
       script needs `if __name__ == "__main__":`.
-    host_index: which host this is.
-    host_count: number of hosts; must divide `batch_size`.
+    rows: the rows of a batch that this host reads, in this order: any of [0, batch_size), also such
+      as another host reads. None: all.
 
   Returns:
-    A Grain iterator of batches with `batch_size / host_count` rows. `get_state` and `set_state`
+    A Grain iterator of batches with one row for each of `rows`. `get_state` and `set_state`
     resume it exactly, and `grain.checkpoint.CheckpointSave(iterator)` puts it into an Orbax
-    checkpoint.
+    checkpoint. Its state counts batches, so that it is the same on every host, whatever its rows.
 
   Raises:
     ValueError: sizes do not fit, or the dataset has fewer samples than one batch.
   """
-  rows = _rows_per_host(batch_size, host_index, host_count)
+  rows = _checked_rows(rows, batch_size)
   if seed < 0:
     raise ValueError(f"{seed=} must not be negative")
   if len(dataset) < batch_size:
@@ -58,9 +56,10 @@ def train_iterator(
       f"the training set has {len(dataset)} samples, fewer than {batch_size=}: use more text, "
       "a smaller batch or shorter sequences"
     )
-  pipeline = grain.MapDataset.source(dataset).seed(seed).shuffle().repeat(_EPOCHS)
-  pipeline = pipeline.batch(rows)[host_index::host_count]
-  iterable = pipeline.to_iter_dataset(grain.ReadOptions(**_READ_OPTIONS))
+  samples = grain.MapDataset.source(dataset).seed(seed).shuffle().repeat(_EPOCHS)
+  batches = grain.MapDataset.range(len(samples) // batch_size)
+  batches = batches.map(lambda k: _stack([samples[k * batch_size + row] for row in rows]))
+  iterable = batches.to_iter_dataset(grain.ReadOptions(**_READ_OPTIONS))
   if num_workers > 0:
     # Grain reads an absl flag here, which fails in notebooks and scripts that parse none.
     if not flags.FLAGS.is_parsed():
@@ -70,7 +69,7 @@ def train_iterator(
 
 
 def eval_batches(
-  dataset: Sequence[Batch], batch_size: int, *, host_index: int = 0, host_count: int = 1
+  dataset: Sequence[Batch], batch_size: int, *, rows: Sequence[int] | None = None
 ) -> Iterator[Batch]:
   """Returns every sample once, in order, in batches of one shape.
 
@@ -80,33 +79,34 @@ def eval_batches(
   Args:
     dataset: random-access samples of equal shapes.
     batch_size: rows of a batch over all hosts together.
-    host_index: which host this is.
-    host_count: number of hosts; must divide `batch_size`.
+    rows: the rows of a batch that this host reads, as in `train_iterator`.
 
   Returns:
-    A finite iterator of batches with `batch_size / host_count` rows.
+    A finite iterator of batches with one row for each of `rows`.
 
   Raises:
     ValueError: sizes do not fit, or the dataset is empty.
   """
-  rows = _rows_per_host(batch_size, host_index, host_count)
+  rows = _checked_rows(rows, batch_size)
   if not len(dataset):
     raise ValueError("the evaluation set has no samples")
-  first = range(host_index * rows, host_index * rows + len(dataset), batch_size)
-  return (_stack(dataset, start, rows) for start in first)
-
-
-def _rows_per_host(batch_size: int, host_index: int, host_count: int) -> int:
-  if not 0 <= host_index < host_count:
-    raise ValueError(f"{host_index=} must lie in [0, {host_count=})")
-  if batch_size < 1 or batch_size % host_count:
-    raise ValueError(f"{host_count=} must divide {batch_size=}")
-  return batch_size // host_count
-
-
-def _stack(dataset: Sequence[Any], start: int, rows: int) -> Batch:
-  """Samples `start, ..., start + rows - 1` as one batch; those past the end are zeros."""
   blank = {name: np.zeros_like(values) for name, values in dataset[0].items()}
-  indices = range(start, start + rows)
-  samples = [dataset[i] if i < len(dataset) else blank for i in indices]
-  return {name: np.stack([sample[name] for sample in samples]) for name in blank}
+
+  def sample(i: int) -> Batch:
+    return dataset[i] if i < len(dataset) else blank
+
+  starts = range(0, len(dataset), batch_size)
+  return (_stack([sample(start + row) for row in rows]) for start in starts)
+
+
+def _checked_rows(rows: Sequence[int] | None, batch_size: int) -> tuple[int, ...]:
+  if batch_size < 1:
+    raise ValueError(f"{batch_size=} must be at least 1")
+  rows = tuple(range(batch_size) if rows is None else map(int, rows))
+  if not rows or not 0 <= min(rows) <= max(rows) < batch_size:
+    raise ValueError(f"{rows=} must be some of the rows of a batch, [0, {batch_size=})")
+  return rows
+
+
+def _stack(samples: Sequence[Batch]) -> Batch:
+  return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}

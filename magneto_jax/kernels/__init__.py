@@ -12,6 +12,7 @@ from magneto_jax.kernels.attention_cudnn import Cudnn
 from magneto_jax.kernels.attention_gpu import Blocks, PallasGpu
 from magneto_jax.kernels.attention_tpu import PallasTpu
 from magneto_jax.kernels.bias import RelativeBias, relative_buckets
+from magneto_jax.kernels.sharded import sharded_attention
 
 __all__ = [
   "CHECKPOINT_NAMES",
@@ -25,5 +26,6 @@ __all__ = [
   "choose",
   "dot_product_attention",
   "relative_buckets",
+  "sharded_attention",
   "use_implementation",
 ]

@@ -121,7 +121,8 @@ def dot_product_attention(
     dropout_rate: in [0, 1), the fraction of P to drop; the rest is divided by 1 - rate.
     dropout_key: a typed key, needed when the rate is not 0. What is dropped is a function of
       the key and of the places b, n, t, s alone, the same for every implementation. Within a
-      shard_map those are a shard's own: fold `jax.lax.axis_index` into the key there.
+      shard_map those are a shard's own: fold `jax.lax.axis_index` into the key there, or leave the
+      shard_map to `sharded_attention`, whose shards drop what the whole would.
     return_lse: whether to return lse too. It is taken before dropout.
     implementation: a name in the table of implementations, or a record with block sizes of one's
       own, as `kernels.XlaChunked(256, 256)`. None takes the first in the table that serves the call
@@ -147,7 +148,7 @@ def dot_product_attention(
   Differs from `jax.nn.dot_product_attention` in what a query without keys yields (there: the
   mean of all values), and in the segments, offset, relative bias, soft cap and dropout.
   """
-  call = _checked(
+  call = checked_call(
     q_BTNH,
     k_BSKH,
     v_BSKH,
@@ -164,19 +165,29 @@ def dot_product_attention(
     dropout_key=dropout_key,
     return_lse=return_lse,
   )
-  choice = _choose(call, implementation)
-  if 0 in call.sizes:  # Nothing attends, or there is nothing to attend to.
-    lse_BTN = jnp.full(q_BTNH.shape[:3], jnp.finfo(call.dtype).min, call.dtype)
-    return (jnp.zeros_like(q_BTNH), lse_BTN) if return_lse else jnp.zeros_like(q_BTNH)
-  _log_once(str(choice))
-  if dropout_rate > 0:
-    B, _, _, N, _, _ = call.sizes
-    call = dataclasses.replace(call, head_keys=dropout.head_keys(dropout_key, B, N))
-  if isinstance(choice.default, Xla):
-    out_BTNH, lse_BTN = attention_xla.attention(call)
-  else:
-    out_BTNH, lse_BTN = _attend(choice, call.varying_alike())
+  out_BTNH, lse_BTN = attend(seeded(call, dropout_key), implementation)
   return (out_BTNH, lse_BTN) if return_lse else out_BTNH
+
+
+def seeded(call: Call, dropout_key: jax.Array | None) -> Call:
+  """With the seeds of its dropout, if there is any."""
+  if call.dropout_rate == 0:
+    return call
+  B, _, _, N, _, _ = call.sizes
+  q_seeds, kv_seeds = dropout.seeds(dropout_key, B, N)
+  return dataclasses.replace(call, q_seeds=q_seeds, kv_seeds=kv_seeds)
+
+
+def attend(call: Call, implementation: str | Implementation | None) -> tuple[jax.Array, jax.Array]:
+  """(out_BTNH, lse_BTN) of a call, differentiable."""
+  choice = choice_of(call, implementation)
+  if 0 in call.sizes:  # Nothing attends, or there is nothing to attend to.
+    lse_BTN = jnp.full(call.q_BTNH.shape[:3], jnp.finfo(call.dtype).min, call.dtype)
+    return jnp.zeros_like(call.q_BTNH), lse_BTN
+  log_once(str(choice))
+  if choice.is_reference:
+    return forward(choice, call)
+  return _attend(choice, call.varying_alike())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,6 +203,11 @@ class Choice:
   default: Implementation
   by_platform: tuple[tuple[str, Implementation], ...] = ()
   refusals: tuple[tuple[str, str], ...] = dataclasses.field(default=(), compare=False)
+
+  @property
+  def is_reference(self) -> bool:
+    """Whether it is `xla`, which has no passes: JAX differentiates it."""
+    return isinstance(self.default, Xla)
 
   def on(self, platform: str) -> Implementation:
     """The implementation on one platform: cpu, tpu, cuda or rocm.
@@ -234,7 +250,7 @@ def choose(
     >>> choose(x, x, x, is_causal=True).on("cpu").name
     'xla_chunked'
   """
-  return _choose(_checked(q_BTNH, k_BSKH, v_BSKH, bias, **options), implementation)
+  return choice_of(checked_call(q_BTNH, k_BSKH, v_BSKH, bias, **options), implementation)
 
 
 # Part of the key of jit's caches, so that what was traced under another name is traced again.
@@ -254,7 +270,7 @@ def use_implementation(implementation: str | Implementation | None) -> Iterator[
     yield
 
 
-def _choose(call: Call, implementation: str | Implementation | None) -> Choice:
+def choice_of(call: Call, implementation: str | Implementation | None) -> Choice:
   """Raises ValueError for an unknown name, NotImplementedError where a named one cannot serve."""
   named = _named(implementation if _implementation.value is None else _implementation.value)
   if 0 in call.sizes or not all(isinstance(size, int) for size in call.sizes):
@@ -298,7 +314,7 @@ def _named(implementation: str | Implementation | None) -> Implementation | None
 
 
 @functools.cache
-def _log_once(message: str) -> None:
+def log_once(message: str) -> None:
   _logger.info(message)
 
 
@@ -311,8 +327,22 @@ def _warn_once(doubt: str, instead: str) -> None:
 # lse) is the same, so that the platform need not be known before compilation.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(choice: Choice, call: Call) -> tuple[jax.Array, jax.Array]:
+  return forward(choice, call)
+
+
+def forward(choice: Choice, call: Call) -> tuple[jax.Array, jax.Array]:
+  """The forward pass of what serves a call, by itself: (out_BTNH, lse_BTN)."""
+  if choice.is_reference:
+    return attention_xla.attention(call)
   lse_BTN = jax.ShapeDtypeStruct(call.q_BTNH.shape[:3], call.dtype)
   return platforms.call(choice, "forward", (call,), (call.q_BTNH, lse_BTN))
+
+
+def backward(choice: Choice, call: Call, out_BTNH, lse_BTN, dout_BTNH, dlse_BTN) -> Call:
+  """The backward pass of what serves a call: a `Call` of gradients, None at what has none."""
+  arguments = call, out_BTNH, lse_BTN, dout_BTNH, dlse_BTN
+  like = call.q_BTNH, call.k_BSKH, call.v_BSKH, call.bias
+  return call.gradient(*platforms.call(choice, "backward", arguments, like))
 
 
 # The output and lse: what a checkpoint policy may keep of a call, so that the backward pass need
@@ -326,21 +356,13 @@ def _attend_forward(choice, call):
 
 
 def _attend_backward(choice, kept, cotangents):
-  call, out_BTNH, lse_BTN = kept
-  arguments = call, out_BTNH, lse_BTN, *cotangents
-  like = call.q_BTNH, call.k_BSKH, call.v_BSKH, call.bias
-  dq, dk, dv, dbias = platforms.call(choice, "backward", arguments, like)
-  nothing = dict.fromkeys(
-    ("q_segment_ids", "kv_segment_ids", "kv_lengths", "traced_offset", "head_keys")
-  )
-  gradient = dataclasses.replace(call, q_BTNH=dq, k_BSKH=dk, v_BSKH=dv, bias=dbias, **nothing)
-  return (gradient,)
+  return (backward(choice, *kept, *cotangents),)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _checked(
+def checked_call(
   q_BTNH,
   k_BSKH,
   v_BSKH,
@@ -358,7 +380,7 @@ def _checked(
   dropout_key=None,
   return_lse=False,
 ) -> Call:
-  """The call that the arguments of `dot_product_attention` are, but for the keys of its dropout."""
+  """What the arguments of `dot_product_attention` ask for; see `seeded` for its dropout."""
   _check_arrays(q_BTNH, k_BSKH, v_BSKH, bias)
   _check_masks(q_BTNH, k_BSKH, q_segment_ids, kv_segment_ids, kv_lengths, q_offset, window)
   scale = _number("scale", q_BTNH.shape[-1] ** -0.5 if scale is None else scale)

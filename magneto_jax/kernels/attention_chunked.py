@@ -97,11 +97,10 @@ class _Blocks:
     if call.dropout_rate > 0:
       # Before the loops, or XLA hashes them again for every pair. [B, N, blocks, q or s]: the start
       # of a slice would go into each pair's address, which keeps XLA from vectorising it.
-      head_keys = call.head_keys[:, :, None, None]
       query = jnp.arange(self._rows * block_q).reshape(1, 1, -1, block_q)
       key = jnp.arange(self._columns * block_kv).reshape(1, 1, -1, block_kv)
-      self._of_queries = dropout.of_queries(head_keys, query)
-      self._of_keys = dropout.of_keys(head_keys, key)
+      self._of_queries = dropout.of_queries(call.q_seeds[:, :, None, None], query)
+      self._of_keys = dropout.of_keys(call.kv_seeds[:, :, None, None], key)
     # Padded queries are cut off in the end; padded keys are hidden as keys past the length are.
     masked, hidden = call.hiding_padding() if self._S % block_kv else call, {}
     if call.q_segment_ids is not None:

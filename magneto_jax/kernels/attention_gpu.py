@@ -270,9 +270,9 @@ class _Kernel:
       # What is mixed is a query's or a key's own: made once, outside of the square.
       lengths = self._padded_T, self._padded_S
       query, key = (jax.lax.broadcasted_iota(jnp.int32, (1, 1, n), 2) for n in lengths)
-      head_keys = call.head_keys[:, :, None]
-      inputs |= dict(zip(_OF_QUERIES, dropout.of_queries(head_keys, query), strict=True))
-      inputs |= dict(zip(_OF_KEYS, dropout.of_keys(head_keys, key), strict=True))
+      of_queries = dropout.of_queries(call.q_seeds[:, :, None], query)
+      of_keys = dropout.of_keys(call.kv_seeds[:, :, None], key)
+      inputs |= dict(zip(_OF_QUERIES + _OF_KEYS, of_queries + of_keys, strict=True))
     if self._relative:
       inputs["strip"] = self._strip(call.bias)
     if self._dense:

@@ -350,8 +350,8 @@ class _Kernel(_Layout):
       number = (call.q_offset + self._phase()) // self._tile_step() + self._first_tile()
       scalars["first_tile"] = jnp.asarray(number, jnp.int32).reshape(1)
     if call.dropout_rate > 0:
-      keys = jax.lax.bitcast_convert_type(call.head_keys, jnp.int32)
-      scalars["head_keys"] = keys.reshape(-1)
+      for name in ("q_seeds", "kv_seeds"):
+        scalars[name] = jax.lax.bitcast_convert_type(getattr(call, name), jnp.int32).reshape(-1)
     return scalars
 
   # What both passes read, as (array, block, index map of (j, b, i, kv)).
@@ -480,17 +480,19 @@ class _Kernel(_Layout):
     if self._call.dropout_rate == 0:
       return None
     cols = strip.cols
-    head_key = refs.head_keys[at.b * self._N + at.j * self._P + strip.h]
+    head = at.b * self._N + at.j * self._P + strip.h
+    q_seed, kv_seed = (x[head].astype(jnp.uint32) for x in (refs.q_seeds, refs.kv_seeds))
     query, _ = self._indices(at, cols)
     if self._random == "hash":
-      head_key = head_key.astype(jnp.uint32)
       # Keys are hashed along lanes: 128 a register, not 8 as in the column that they become.
       key = jax.lax.broadcasted_iota(jnp.int32, (1, self.block_kv), 1) + at.kv * self.block_kv
-      of_keys = [x.T for x in dropout.of_keys(head_key, key)]
-      bits = dropout.bits(dropout.of_queries(head_key, query), of_keys)
+      of_keys = [x.T for x in dropout.of_keys(kv_seed, key)]
+      bits = dropout.bits(dropout.of_queries(q_seed, query), of_keys)
       return dropout.kept(bits, self._call.dropout_rate)
 
     # Seeded by squares of fixed size, so that blocks of all sizes draw the same.
+    head_key = dropout.head_key(q_seed, kv_seed).astype(jnp.int32)
+
     def square(row, column):
       row += at.kv * (self.block_kv // _LANES)
       column += at.i * (self.block_q // _LANES) + cols.start // _LANES

@@ -65,13 +65,11 @@ def attention(call: Call) -> tuple[jax.Array, jax.Array]:
   sum_BNT1 = jnp.where(empty_BNT1, 1, sum_BNT1)
   lse_BNT1 = jnp.where(empty_BNT1, lowest, max_BNT1 + jnp.log(sum_BNT1))
   if call.dropout_rate > 0:
-    keep_BNTS = dropout.keep(
-      call.head_keys[:, :, None, None],
-      jnp.arange(T)[None, None, :, None],
-      jnp.arange(S)[None, None, None, :],
-      call.dropout_rate,
-    )
-    weights_BNTS = jnp.where(keep_BNTS, weights_BNTS / (1 - call.dropout_rate), 0)
+    q_seeds, kv_seeds = (x[:, :, None, None] for x in (call.q_seeds, call.kv_seeds))
+    of_queries = dropout.of_queries(q_seeds, jnp.arange(T)[None, None, :, None])
+    of_keys = dropout.of_keys(kv_seeds, jnp.arange(S)[None, None, None, :])
+    kept_BNTS = dropout.kept(dropout.bits(of_queries, of_keys), call.dropout_rate)
+    weights_BNTS = jnp.where(kept_BNTS, weights_BNTS / (1 - call.dropout_rate), 0)
 
   # Divided by the sum after the product: H numbers a row instead of S, and the backward pass
   # needs only the weights and the output.

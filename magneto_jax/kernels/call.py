@@ -27,7 +27,8 @@ SKIP, PARTIAL, FULL = 0, 1, 2
     "kv_segment_ids",
     "kv_lengths",
     "traced_offset",
-    "head_keys",
+    "q_seeds",
+    "kv_seeds",
   ],
   meta_fields=[
     "static_offset",
@@ -43,9 +44,9 @@ class Call:
   """The arguments of `dot_product_attention`, causality folded into the window.
 
   A pytree: its arrays are leaves, the rest is static. The offset of the queries is an array or,
-  where it is known while tracing, static. Of the dropout's key it holds the `dropout.head_keys`,
-  uint32 [B, N], which can be cut along batch and heads as the queries are. Without `return_lse` the
-  cotangent of lse is zero.
+  where it is known while tracing, static. Of the dropout's key it holds the `dropout.seeds`, uint32
+  [B, N] each, which can be cut along batch and heads as the queries are, and moved along queries
+  and keys. Without `return_lse` the cotangent of lse is zero.
   """
 
   q_BTNH: jax.Array
@@ -56,7 +57,8 @@ class Call:
   kv_segment_ids: jax.Array | None = None
   kv_lengths: jax.Array | None = None
   traced_offset: jax.Array | None = None
-  head_keys: jax.Array | None = None
+  q_seeds: jax.Array | None = None
+  kv_seeds: jax.Array | None = None
   static_offset: int = 0
   window: tuple[int | None, int | None] = (None, None)
   logits_soft_cap: float | None = None
@@ -91,19 +93,22 @@ class Call:
     lengths = jnp.broadcast_to(jnp.asarray(lengths, jnp.int32), (B,))
     return dataclasses.replace(self, kv_lengths=lengths)
 
+  def gradient(self, dq_BTNH, dk_BSKH, dv_BSKH, dbias) -> "Call":
+    """Its cotangent: of the call's structure, but for None at what has no gradient."""
+    nothing = dict.fromkeys(
+      ("q_segment_ids", "kv_segment_ids", "kv_lengths", "traced_offset", "q_seeds", "kv_seeds")
+    )
+    return dataclasses.replace(
+      self, q_BTNH=dq_BTNH, k_BSKH=dk_BSKH, v_BSKH=dv_BSKH, bias=dbias, **nothing
+    )
+
   def varying_alike(self) -> "Call":
     """With all arrays marked as varying over the mesh axes over which one varies, in a shard_map.
 
     A gradient then varies as its array does; where the array did not vary before, what the devices
     send back is summed by JAX.
     """
-    axes = frozenset().union(*map(_varying, jax.tree.leaves(self)))
-
-    def vary(x):
-      missing = tuple(axes - _varying(x))
-      return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-    return jax.tree.map(vary, self)
+    return varying_like(self, self)
 
   def visible(self, query: jax.Array, key: jax.Array) -> jax.Array:
     """Which keys a query sees, broadcastable to [B, N, query, key], where any may be hidden.
@@ -167,6 +172,17 @@ def pad(x: jax.Array, axis: int, multiple: int, value: float = 0) -> jax.Array:
     return x
   widths = [(0, missing if a == axis else 0) for a in range(x.ndim)]
   return jnp.pad(x, widths, constant_values=value)
+
+
+def varying_like(tree, like):
+  """Arrays, marked as varying over the mesh axes over which any of `like` varies, and their own."""
+  axes = frozenset().union(*map(_varying, jax.tree.leaves(like)))
+
+  def vary(x):
+    missing = tuple(axes - _varying(x))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+  return jax.tree.map(vary, tree)
 
 
 def _varying(x: jax.Array) -> frozenset[str]:

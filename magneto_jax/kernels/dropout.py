@@ -11,30 +11,44 @@ import jax.numpy as jnp
 _SPREAD = 0x9E3779B9
 
 
-def head_keys(key: jax.Array, B: int, N: int) -> jax.Array:
-  """uint32[B, N] from a typed key of any generator: one a head and row of the batch."""
+def seeds(key: jax.Array, B: int, N: int) -> tuple[jax.Array, jax.Array]:
+  """Those of the queries and those of the keys, uint32 [B, N], from a typed key of any generator.
+
+  A head and row of the batch has a head_key; its queries have the seed head_key, and its keys the
+  seed mix(head_key), a sequence of their own: on that of the queries, heads whose keys lie close
+  would drop alike, but for a shift along the diagonal.
+  """
   seed = jax.random.bits(key, (2,), jnp.uint32)
   batch = _mix(seed[0] ^ _spread(jax.lax.broadcasted_iota(jnp.uint32, (B, 1), 0)))
   head = seed[1] + _spread(jax.lax.broadcasted_iota(jnp.uint32, (1, N), 1))
-  return _mix(batch ^ head)
+  head_key = _mix(batch ^ head)
+  return head_key, _mix(head_key)
 
 
-def of_queries(head_key: jax.Array, query: jax.Array) -> tuple[jax.Array, jax.Array]:
+def moved(seed: jax.Array, start: int | jax.Array) -> jax.Array:
+  """The seed of a part of the queries, or keys, that counts from 0 what is `start` in the whole."""
+  return seed + _spread(jnp.asarray(start))
+
+
+def head_key(q_seed: jax.Array, kv_seed: jax.Array) -> jax.Array:
+  """One number of both seeds: of those of `seeds` the head_key, another one once they moved."""
+  return q_seed + (kv_seed - _mix(q_seed))
+
+
+def of_queries(seed: jax.Array, query: jax.Array) -> tuple[jax.Array, jax.Array]:
   """(r, 2 mix(r) + 1), what `bits` needs to know of queries; see there.
 
   Args:
-    head_key: of `head_keys`; broadcasts with the queries.
-    query: int32, counted from 0.
+    seed: of the queries; broadcasts with them.
+    query: int32, counted from where the seed was `moved` to.
   """
-  r = _mix(head_key + _spread(query))
+  r = _mix(seed + _spread(query))
   return r, 2 * _mix(r) + 1
 
 
-def of_keys(head_key: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+def of_keys(seed: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
   """(k, mix(k)), what `bits` needs to know of keys, as in `of_queries`."""
-  # Keys have a sequence of their own: on that of the queries, heads whose keys lie close would drop
-  # alike, but for a shift along the diagonal.
-  k = _mix(_mix(head_key) + _spread(key))
+  k = _mix(seed + _spread(key))
   return k, _mix(k)
 
 
@@ -70,11 +84,6 @@ def kept(drawn: jax.Array, rate: float) -> jax.Array:
 def threshold(rate: float) -> int:
   """rate 2^32, rounded, of a rate in [0, 1): 0 drops nothing, the largest keeps one in 2^32."""
   return min(round(rate * 2**32), 2**32 - 1)
-
-
-def keep(head_key: jax.Array, query: jax.Array, key: jax.Array, rate: float) -> jax.Array:
-  """Whether the probability of a query and a key stays, by `bits`; all three broadcast together."""
-  return kept(bits(of_queries(head_key, query), of_keys(head_key, key)), rate)
 
 
 def _spread(index: jax.Array) -> jax.Array:

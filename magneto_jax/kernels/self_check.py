@@ -132,11 +132,13 @@ def _example(implementation) -> tuple[Call, np.ndarray, np.ndarray]:
   q_ids = np.where(np.arange(T) % 7 == 0, -1, ids[:, :T])
   q, dout = rng.normal(size=(2, B, T, N, H))
   k, v = rng.normal(size=(2, B, S, K, H))
+  q_seeds, kv_seeds = rng.integers(0, 2**32, (2, B, N), dtype=np.uint32)
   features = dict(
     bias=RelativeBias(rng.normal(size=(32, N)).astype(np.float32), False, 100),
     q_segment_ids=q_ids,
     kv_segment_ids=ids[:, :S],
-    head_keys=rng.integers(0, 2**32, (B, N), dtype=np.uint32),
+    q_seeds=q_seeds,
+    kv_seeds=kv_seeds,
     dropout_rate=0.1,
     return_lse=True,
   )

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from magneto_jax.kernels import dropout
 from magneto_jax.kernels.attention_gpu import KERNELS, Blocks, PallasGpu
 from magneto_jax.kernels.bias import RelativeBias
 from magneto_jax.kernels.call import Call
@@ -68,9 +69,9 @@ def _call(shape: Shape) -> Call:
     bias = RelativeBias(draw(32, shape.heads).astype(jnp.float32), not shape.is_causal)
   elif shape.feature == "dense":
     bias = draw(1, shape.heads, shape.length, shape.length)
-  head_keys = None
+  q_seeds, kv_seeds = None, None
   if shape.dropout_rate:
-    head_keys = jnp.asarray(rng.integers(0, 2**32, (shape.batch, shape.heads), dtype=np.uint32))
+    q_seeds, kv_seeds = dropout.seeds(jax.random.key(0), shape.batch, shape.heads)
   return Call(
     q_BTNH=q,
     k_BSKH=k,
@@ -78,7 +79,8 @@ def _call(shape: Shape) -> Call:
     bias=bias,
     window=(None, 0 if shape.is_causal else None),
     scale=shape.head_dim**-0.5,
-    head_keys=head_keys,
+    q_seeds=q_seeds,
+    kv_seeds=kv_seeds,
     dropout_rate=shape.dropout_rate,
   )
 

@@ -1,5 +1,6 @@
 """Multi-head attention with a key/value cache."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -193,11 +194,19 @@ class Attention(nn.Module):
         cache = cache.extend(k_BSKH, v_BSKH)
       k_BSKH, v_BSKH = cache.read()
 
-    q_BTNH, k_BSKH, v_BSKH = (
-      sharding.constrain(x, "batch", "length", "heads", None) for x in (q_BTNH, k_BSKH, v_BSKH)
-    )
+    attend = kernels.dot_product_attention
+    if (mesh := sharding.current()) is not None:
+      axes = sharding.ACTIVATION_AXES
+      (length,) = axes["length"]
+      attend = functools.partial(
+        kernels.sharded_attention,
+        mesh=mesh,
+        batch=axes["batch"],
+        heads=axes["heads"],
+        length=length,
+      )
     dropout_rate = 0.0 if deterministic else self.dropout_rate
-    o_BTNH = kernels.dot_product_attention(
+    o_BTNH = attend(
       q_BTNH,
       k_BSKH.astype(q_BTNH.dtype),
       v_BSKH.astype(q_BTNH.dtype),

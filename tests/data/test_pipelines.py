@@ -65,20 +65,54 @@ def test_batches_are_rows_of_samples():
       assert batch[key].dtype == values.dtype
 
 
-@pytest.mark.parametrize("host_count", [2, 4, 8])
-def test_hosts_together_see_the_stream_of_one(host_count):
-  """Row for row: the hosts' batches, one after the other, are the one-host batch."""
+# Which rows of a batch of 8 each of some hosts reads; "overlapping" as where a tensor axis lies
+# across hosts, "scattered" as on a torus.
+HOSTS = {
+  "contiguous": [range(0, 4), range(4, 8)],
+  "interleaved": [range(0, 8, 2), range(1, 8, 2)],
+  "overlapping": [[0, 1, 2, 3], [0, 1, 2, 3], [4, 5, 6, 7], [4, 5, 6, 7]],
+  "scattered": [[0, 3, 5], [7, 1], [2], [6, 4]],
+  "one row each": [[row] for row in range(8)],
+}
+
+
+def _joined(hosts, batches_of_hosts):
+  """The one-host batches from those of the hosts, which must agree where they overlap."""
+  joined = []
+  for batches in zip(*batches_of_hosts, strict=True):
+    whole = {}
+    for rows, batch in zip(hosts, batches, strict=True):
+      for key, values in batch.items():
+        assert len(values) == len(rows)
+        for row, value in zip(rows, values, strict=True):
+          np.testing.assert_array_equal(whole.setdefault((key, row), value), value)
+    keys = sorted({key for key, _ in whole})
+    joined.append({key: np.stack([whole[key, row] for row in range(8)]) for key in keys})
+  return joined
+
+
+@pytest.mark.parametrize("hosts", HOSTS.values(), ids=HOSTS)
+def test_hosts_together_see_the_stream_of_one(hosts):
+  """Row for row, over the end of an epoch; so row r of batch k is the same whoever reads it."""
   options = dict(batch_size=8, seed=5)
   alone = _take(pipelines.train_iterator(_dataset(), **options), 12)
-  hosts = [
-    _take(pipelines.train_iterator(_dataset(), host_index=i, host_count=host_count, **options), 12)
-    for i in range(host_count)
-  ]
-  joined = [
-    {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
-    for batches in zip(*hosts, strict=True)
-  ]
-  _assert_equal(alone, joined)
+  each = [_take(pipelines.train_iterator(_dataset(), rows=rows, **options), 12) for rows in hosts]
+  _assert_equal(alone, _joined(hosts, each))
+
+
+def test_a_host_goes_on_from_the_state_of_any_other():
+  """So a run may be resumed on more hosts, on fewer, or with its rows cut otherwise."""
+  options = dict(batch_size=8, seed=5)
+  states = []
+  for rows in (None, [0, 3, 5], [7]):
+    iterator = pipelines.train_iterator(_dataset(), rows=rows, **options)
+    _take(iterator, 7)
+    states.append(iterator.get_state())
+  assert states[0] == states[1] == states[2]
+  expected = _take(pipelines.train_iterator(_dataset(), rows=[6, 4], **options), 12)[7:]
+  resumed = pipelines.train_iterator(_dataset(), rows=[6, 4], **options)
+  resumed.set_state(states[0])
+  _assert_equal(_take(resumed, 5), expected)
 
 
 @pytest.mark.parametrize("step", [0, 1, 4, 5, 23])
@@ -115,11 +149,12 @@ def test_workers_give_the_same_stream_and_resume_exactly(tmp_path):
   dataset = packing.PackedDataset(stream.tokens, stream.offsets, 16)
   options = dict(batch_size=4, seed=0)
   alone = _take(pipelines.train_iterator(dataset, **options), 40)
-  iterator = pipelines.train_iterator(dataset, num_workers=2, **options)
+  iterator = pipelines.train_iterator(dataset, num_workers=2, rows=[2, 0], **options)
+  alone = [{key: values[[2, 0]] for key, values in batch.items()} for batch in alone]
   _assert_equal(_take(iterator, 15), alone[:15])
   state = json.loads(json.dumps(iterator.get_state()))
   iterator.close()
-  resumed = pipelines.train_iterator(dataset, num_workers=2, **options)
+  resumed = pipelines.train_iterator(dataset, num_workers=2, rows=[2, 0], **options)
   resumed.set_state(state)
   _assert_equal(_take(resumed, 25), alone[15:])
   resumed.close()
@@ -143,10 +178,13 @@ def test_negative_seed_is_refused():
 @pytest.mark.parametrize(
   ("options", "message"),
   [
-    (dict(batch_size=9, host_count=2), "host_count=2 must divide batch_size=9"),
-    (dict(batch_size=0), "must divide batch_size=0"),
-    (dict(batch_size=8, host_index=2, host_count=2), r"host_index=2 must lie in \[0, host_count=2"),
-    (dict(batch_size=8, host_index=-1), "host_index=-1 must lie in"),
+    (dict(batch_size=0), "batch_size=0 must be at least 1"),
+    (
+      dict(batch_size=8, rows=[]),
+      r"rows=\(\) must be some of the rows of a batch, \[0, batch_size=8",
+    ),
+    (dict(batch_size=8, rows=[0, 8]), r"rows=\(0, 8\) must be some"),
+    (dict(batch_size=8, rows=[-1, 0]), r"rows=\(-1, 0\) must be some"),
   ],
 )
 def test_sizes_that_do_not_fit_are_refused(options, message):
@@ -170,20 +208,13 @@ def test_evaluation_sees_every_sample_once_in_order_in_one_shape(batch_size):
     assert not values[38:].any()
 
 
-@pytest.mark.parametrize("host_count", [2, 4])
-def test_evaluating_hosts_share_the_batches_of_one(host_count):
+@pytest.mark.parametrize("hosts", HOSTS.values(), ids=HOSTS)
+def test_evaluating_hosts_share_the_batches_of_one(hosts):
   """Every host has as many batches, the last of which may be padding only."""
   dataset = _dataset(33)
   alone = list(pipelines.eval_batches(dataset, 8))
-  hosts = [
-    list(pipelines.eval_batches(dataset, 8, host_index=i, host_count=host_count))
-    for i in range(host_count)
-  ]
-  joined = [
-    {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
-    for batches in zip(*hosts, strict=True)
-  ]
-  _assert_equal(alone, joined)
+  each = [list(pipelines.eval_batches(dataset, 8, rows=rows)) for rows in hosts]
+  _assert_equal(alone, _joined(hosts, each))
 
 
 def test_evaluating_nothing_is_refused():

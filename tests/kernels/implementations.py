@@ -138,7 +138,7 @@ MISTAKES = {
   "no segments": _drop_segments,
   "no bias": lambda call: dataclasses.replace(call, bias=jax.tree.map(jnp.zeros_like, call.bias)),
   "no dropout": lambda call: dataclasses.replace(call, dropout_rate=0.0),
-  "other dropout": lambda call: dataclasses.replace(call, head_keys=call.head_keys + 1),
+  "other dropout": lambda call: dataclasses.replace(call, q_seeds=call.q_seeds + 1),
   "scale": lambda call: dataclasses.replace(call, scale=call.scale * 1.2),
   "scales": lambda call: call,
   "shifts lse": lambda call: call,

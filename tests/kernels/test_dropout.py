@@ -27,10 +27,14 @@ RATE = 0.3
 def drawn(seed: int, sizes=SIZES) -> np.ndarray:
   """uint32 [B, N, T, S]."""
   B, N, T, S = sizes
-  keys = dropout.head_keys(jax.random.key(seed), B, N)[:, :, None, None]
-  of_queries = dropout.of_queries(keys, jnp.arange(T)[None, None, :, None])
-  of_keys = dropout.of_keys(keys, jnp.arange(S)[None, None, None, :])
-  return np.asarray(dropout.bits(of_queries, of_keys))
+  return np.asarray(bits(*dropout.seeds(jax.random.key(seed), B, N), T, S))
+
+
+def bits(q_seeds, kv_seeds, T, S):
+  """Of T queries and S keys, counted from 0: [B, N, T, S]."""
+  of_queries = dropout.of_queries(q_seeds[:, :, None, None], jnp.arange(T)[None, None, :, None])
+  of_keys = dropout.of_keys(kv_seeds[:, :, None, None], jnp.arange(S)[None, None, None, :])
+  return dropout.bits(of_queries, of_keys)
 
 
 def mix(x):
@@ -53,9 +57,7 @@ def test_bits_are_those_of_the_formula():
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 1 - 1e-12])
 def test_a_place_is_kept_iff_its_bits_reach_the_rate(rate):
-  keys = dropout.head_keys(jax.random.key(1), B, N)[:, :, None, None]
-  query, key = jnp.arange(T)[None, None, :, None], jnp.arange(S)[None, None, None, :]
-  kept = dropout.keep(keys, query, key, rate)
+  kept = dropout.kept(jnp.asarray(drawn(1)), rate)
   np.testing.assert_array_equal(kept, drawn(1) / 2**32 >= min(rate, 1 - 2**-32))
   mask = conformance.dropout_mask(jax.random.key(1), B, N, T, S, min(rate, 1 - 2**-32))
   np.testing.assert_array_equal(kept, mask)
@@ -244,21 +246,41 @@ def test_related_rows_and_columns_are_uncorrelated(other, rate):
 
 def test_queries_and_keys_have_numbers_of_their_own():
   """Else a head's mask would be symmetric, and heads whose keys are neighbours drop alike."""
-  head_key, index = jnp.uint32(12345), jnp.arange(4096)
-  queries, _ = dropout.of_queries(head_key, index)
-  keys, _ = dropout.of_keys(head_key, index)
+  (q_seed, kv_seed), index = dropout.seeds(jax.random.key(0), 1, 1), jnp.arange(4096)
+  queries, _ = dropout.of_queries(q_seed[0], index)
+  keys, _ = dropout.of_keys(kv_seed[0], index)
   assert len(np.unique(np.concatenate([queries, keys]))) == 2 * 4096
 
 
-def test_heads_and_batch_rows_have_keys_of_their_own():
-  keys = np.asarray(dropout.head_keys(jax.random.key(0), 64, 64))
-  assert len(np.unique(keys)) == 64 * 64
+def test_heads_and_batch_rows_have_seeds_of_their_own():
+  seeds = np.asarray(dropout.seeds(jax.random.key(0), 64, 64))
+  assert len(np.unique(seeds)) == 2 * 64 * 64
+
+
+def test_a_part_draws_what_the_whole_does_there():
+  """Of the queries from 100 on and the keys from 30 on, counted from 0, with moved seeds."""
+  q_seeds, kv_seeds = dropout.seeds(jax.random.key(0), B, N)
+  part = bits(dropout.moved(q_seeds, 100), dropout.moved(kv_seeds, jnp.int32(30)), 7, 9)
+  np.testing.assert_array_equal(part, drawn(0)[:, :, 100:107, 30:39])
+
+
+def test_both_seeds_make_the_head_key_and_others_once_they_moved():
+  """What seeds a chip's own generator: no two of 32 x 32 parts draw alike."""
+  q_seeds, kv_seeds = dropout.seeds(jax.random.key(0), B, N)
+  np.testing.assert_array_equal(dropout.head_key(q_seeds, kv_seeds), q_seeds)
+  starts = range(0, 32 * 512, 512)
+  numbers = [
+    dropout.head_key(dropout.moved(q_seeds, q), dropout.moved(kv_seeds, kv))
+    for q in starts
+    for kv in starts
+  ]
+  assert len(np.unique(numbers)) == B * N * 32 * 32
 
 
 def test_keys_are_of_any_generator():
   for name in ("threefry2x32", "rbg"):
-    keys = dropout.head_keys(jax.random.key(0, impl=name), 2, 3)
-    assert (keys.dtype, keys.shape) == (jnp.uint32, (2, 3))
+    for seeds in dropout.seeds(jax.random.key(0, impl=name), 2, 3):
+      assert (seeds.dtype, seeds.shape) == (jnp.uint32, (2, 3))
 
 
 @ALL

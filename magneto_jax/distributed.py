@@ -1,0 +1,238 @@
+"""Several processes as one run: how they find each other, and what they must agree on.
+
+JAX runs one process a host (or a GPU), all with the same program; together they see all devices.
+Everything here is a no-op where there is only one.
+"""
+
+import importlib.util
+import json
+import os
+import re
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+T = TypeVar("T")
+
+# ---------------------------------------------------------------------------------------------
+# Start
+# ---------------------------------------------------------------------------------------------
+
+# How processes are started: JAX's name of the way to detect it, the variable that holds how many
+# there are, and variables that must be there too. The first that has several is taken: MPI before
+# SLURM, because what `mpirun` starts inherits the variables of SLURM's step that started it.
+_LAUNCHERS = (
+  ("ompi", "OMPI_COMM_WORLD_SIZE", ("OMPI_MCA_orte_hnp_uri",)),
+  # Open MPI from 5 on, and MPICH's Hydra, which only mpi4py knows how to ask.
+  ("mpi4py", "OMPI_COMM_WORLD_SIZE", ()),
+  ("mpi4py", "PMI_SIZE", ("MPI_LOCALNRANKS",)),
+  # A batch script that is not started by `srun` is no step, and one process however many tasks.
+  (
+    "slurm",
+    "SLURM_STEP_NUM_TASKS",
+    ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"),
+  ),
+  ("mpi4py", "PMI_SIZE", ()),
+)
+
+
+def initialize(
+  coordinator_address: str | None = None,
+  num_processes: int | None = None,
+  process_id: int | None = None,
+) -> None:
+  """Joins this process to those that run with it; to be called before devices are first used.
+
+  Without arguments the processes are found as JAX finds them: on TPU VMs, on GKE, under `srun` and
+  under `mpirun`. One process alone (a laptop, Colab, a SLURM job of one task) starts nothing.
+
+  Args:
+    coordinator_address: `host:port` of process 0, the same on all: it listens there.
+    num_processes: how many there are.
+    process_id: which this is, from 0.
+
+  Raises:
+    ValueError: if some of the arguments are given and not all, or they cannot be; or if MPI has
+      started the processes, and mpi4py, by which JAX asks it, is not installed.
+  """
+  given = (coordinator_address, num_processes, process_id)
+  if jax.distributed.is_initialized():
+    return
+  if given != (None, None, None):
+    _check(*given)
+    jax.distributed.initialize(*given, cluster_detection_method="deactivate")
+    return
+  method = launcher(os.environ, jax.config.jax_platforms or "")
+  if method == "mpi4py" and importlib.util.find_spec("mpi4py") is None:
+    raise ValueError(
+      "MPI has started several processes, and JAX asks it by mpi4py: pip install mpi4py, or give"
+      " --coordinator_address, --num_processes and --process_id"
+    )
+  if method == "gcetpu":
+    # A machine with TPUs: whether it is one of several, JAX asks the metadata of the machine.
+    try:
+      jax.distributed.initialize()
+    except ValueError as error:
+      # What JAX says where it finds nothing, as on Colab.
+      if "coordinator_address" not in str(error):
+        raise
+  elif method is not None:
+    local = local_devices(os.environ) if method == "slurm" else None
+    jax.distributed.initialize(cluster_detection_method=method, local_device_ids=local)
+
+
+def _check(coordinator_address, num_processes, process_id) -> None:
+  if None in (coordinator_address, num_processes, process_id):
+    raise ValueError(
+      "--coordinator_address, --num_processes and --process_id go together: give all three, or none"
+    )
+  if not re.fullmatch(r".+:\d+", coordinator_address):
+    raise ValueError(f"{coordinator_address=} must be host:port, e.g. 10.0.0.1:1234")
+  if not 0 <= process_id < num_processes:
+    raise ValueError(f"{process_id=} must lie in [0, {num_processes=})")
+
+
+def launcher(environ: Mapping[str, str], platforms: str) -> str | None:
+  """How JAX should find the other processes; None if this is the only one.
+
+  Reads the environment alone.
+
+  Args:
+    environ: of the process.
+    platforms: JAX's, as `jax.config.jax_platforms` has them: on a machine with TPUs JAX itself puts
+      `tpu` there.
+
+  Returns:
+    A `cluster_detection_method` of `jax.distributed.initialize`. "gcetpu" where only the machine's
+    metadata can tell.
+  """
+  for method, count, needed in _LAUNCHERS:
+    if int(environ.get(count) or 1) > 1 and all(name in environ for name in needed):
+      return method
+  if "tpu" not in platforms.split(","):
+    return None
+  # GKE tells every pod its slice's workers; of one slice with one worker there is nothing to join.
+  workers = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES")
+  if workers:
+    slices = int(environ.get("MEGASCALE_NUM_SLICES") or 1)
+    return "gketpu" if slices * len(workers.split(",")) > 1 else None
+  # Set by JAX where the machine has no TPU, and by whoever knows that there is nobody to ask.
+  return None if "TPU_SKIP_MDS_QUERY" in environ else "gcetpu"
+
+
+def local_devices(environ: Mapping[str, str]) -> list[int] | None:
+  """The GPUs of a SLURM task among those that it sees, where JAX's own choice is not meant.
+
+  JAX gives task i of a node its i-th GPU. A task that is alone on its node, or sees just one GPU
+  (`--gpus-per-task=1`), is meant to have all that it sees.
+  """
+  visible = [gpu for gpu in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
+  alone = environ.get("SLURM_STEP_NUM_TASKS") == environ.get("SLURM_STEP_NUM_NODES")
+  return list(range(len(visible))) if visible and (alone or len(visible) == 1) else None
+
+
+# ---------------------------------------------------------------------------------------------
+# Together
+# ---------------------------------------------------------------------------------------------
+
+
+def is_first() -> bool:
+  """Whether this is process 0: the one that writes logs and prints."""
+  return jax.process_index() == 0
+
+
+def local_rows(sharding: jax.sharding.Sharding, shape: Sequence[int]) -> tuple[int, ...]:
+  """The rows of a global array that this process's devices hold, in rising order.
+
+  It is the order in which `jax.make_array_from_process_local_data` expects them.
+
+  Args:
+    sharding: of the array.
+    shape: of the array; rows are its first axis.
+  """
+  held = sharding.addressable_devices_indices_map(tuple(shape)).values()
+  return tuple(sorted({row for index in held for row in range(shape[0])[index[0]]}))
+
+
+def barrier(name: str) -> None:
+  """Waits until all processes are here; they must all say the same `name`."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)
+
+
+def agree(name: str, value: Any) -> None:
+  """Raises unless the JSON-able `value` is the same on every process.
+
+  Raises:
+    ValueError: on every process alike, of one line: what differs and on which hosts.
+  """
+  texts = _gather(json.dumps(value, sort_keys=True))
+  if len(set(texts)) == 1:
+    return
+  hosts = _gather(socket.gethostname())
+  values = [_flatten(json.loads(text), name) for text in texts]
+  names = {key: None for flat in values for key in flat}
+  different = [key for key in names if len({flat.get(key) for flat in values}) > 1]
+  holders: dict[str, list[str]] = {}
+  for process, (host, flat) in enumerate(zip(hosts, values, strict=True)):
+    held = flat.get(different[0], "absent")
+    holders.setdefault(held, []).append(f"process {process} ({host})")
+  said = "; ".join(f"{held:.80} on {_first_few(where)}" for held, where in holders.items())
+  more = f" (and {_first_few(different[1:])})" if different[1:] else ""
+  raise ValueError(f"the processes of this run differ in {different[0]}{more}: it is {said}")
+
+
+def on_first(f: Callable[[], T]) -> T:
+  """Calls `f` on process 0, and when that is done on all others: for files on a shared disk.
+
+  Process 0 writes them, and the others find them. They wait in a collective operation, so what
+  takes an hour is better prepared before the run.
+
+  Returns:
+    What `f` returned on this process.
+
+  Raises:
+    ValueError: on the others, if `f` has failed on process 0, where its own error goes on.
+  """
+  if jax.process_count() == 1:
+    return f()
+  failure = result = None
+  if is_first():
+    try:
+      result = f()
+    except Exception as error:
+      failure = error
+  message = _gather("" if failure is None else f"{type(failure).__name__}: {failure}")[0]
+  if failure is not None:
+    raise failure
+  if message:
+    raise ValueError(f"process 0 has failed: {message}")
+  return result if is_first() else f()
+
+
+def _gather(text: str) -> list[str]:
+  """The texts of all processes."""
+  if jax.process_count() == 1:
+    return [text]
+  data = np.frombuffer(text.encode(), np.uint8)
+  sizes = multihost_utils.process_allgather(np.int32(data.size))
+  padded = np.zeros(max(sizes.max(), 1), np.uint8)
+  padded[: data.size] = data
+  gathered = multihost_utils.process_allgather(padded)
+  return [bytes(row[:size]).decode() for row, size in zip(gathered, sizes, strict=True)]
+
+
+def _flatten(value: Any, name: str) -> dict[str, str]:
+  """{dotted name: JSON} of a JSON value; lists are taken whole."""
+  if not isinstance(value, dict) or not value:
+    return {name: json.dumps(value)}
+  return {k: v for key, part in value.items() for k, v in _flatten(part, f"{name}.{key}").items()}
+
+
+def _first_few(names: Sequence[str], count: int = 4) -> str:
+  more = [f"{len(names) - count} more"] if len(names) > count else []
+  return ", ".join([*names[:count], *more])

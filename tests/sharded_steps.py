@@ -1,0 +1,235 @@
+"""Steps of small models on a mesh of simulated devices, in one process of perhaps several.
+
+`python -m tests.sharded_steps '{"cases": [...], ...}'` takes some train steps for each case and
+leaves the parameters and losses in an .npz a case; `tests/test_sharding.py` compares them.
+"""
+
+import functools
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from magneto_jax import distributed, program, sharding
+from magneto_jax.config import from_config_dict
+from magneto_jax.models import Encoder, MaskedLM, VisionEncoder
+from magneto_jax.tasks import TASKS
+from magneto_jax.theory import recipes, records
+
+STEPS = 5
+VOCAB, LENGTH, BATCH = 64, 16, 16
+
+SIZES = {"layers": 2, "width": 32, "heads": 4, "ffn_width": 64}
+DROPOUT = {
+  "dropout": 0.1,
+  "attention_dropout": 0.1,
+  "activation_dropout": 0.1,
+  "drop_path": 0.1,
+}
+
+
+def config(**changes):
+  model = {**SIZES, **DROPOUT, **changes.pop("model", {})}
+  data = {"seq_length": LENGTH, "vocab_size": VOCAB, **changes.pop("data", {})}
+  optimizer = {"clip_norm": 0.1, "learning_rate": 1e-2}
+  return from_config_dict(
+    {"batch_size": BATCH, "model": model, "data": data, "optimizer": optimizer, **changes}
+  )
+
+
+# ---------------------------------------------------------------------------------------------
+# A family: what `program.train_step` needs, and a batch
+# ---------------------------------------------------------------------------------------------
+
+
+def causal_lm(rng, config):
+  """Packed documents, with relative biases and grouped heads."""
+  task = TASKS["causal_lm"]
+  shape = BATCH, LENGTH
+  segments = np.sort(rng.integers(1, 4, shape), axis=1)
+  batch = {
+    "inputs": rng.integers(0, VOCAB, shape),
+    "targets": rng.integers(0, VOCAB, shape),
+    "positions": np.broadcast_to(np.arange(LENGTH), shape),
+    "segment_ids": segments,
+    "weights": rng.integers(0, 2, shape).astype(np.float32),
+  }
+  return task, task.build_model(config, {"vocab_size": VOCAB}), batch
+
+
+def _of_tokens(shape, rng):
+  return {
+    "inputs": rng.integers(0, VOCAB, shape),
+    "targets": rng.integers(0, VOCAB, shape),
+    "mask": np.arange(shape[1]) < rng.integers(1, shape[1], (shape[0], 1)),
+    "weights": rng.integers(0, 2, shape).astype(np.float32),
+  }
+
+
+def _encoder(recipe: str, **options):
+  architecture = records.Architecture(
+    "encoder",
+    encoder_layers=SIZES["layers"],
+    width=SIZES["width"],
+    ffn_width=SIZES["ffn_width"],
+    heads=SIZES["heads"],
+  )
+  return Encoder(
+    recipe=recipes.RECIPES[recipe](architecture).encoder,
+    width=SIZES["width"],
+    num_heads=SIZES["heads"],
+    ffn_width=SIZES["ffn_width"],
+    dropout_rate=0.1,
+    attention_dropout_rate=0.1,
+    **options,
+  )
+
+
+def masked_lm(rng, config):
+  """NormFormer's head scales, padding behind, an untied dense head."""
+  encoder = _encoder(
+    "normformer", vocab_size=VOCAB, positions="learned", max_length=LENGTH, relative_buckets=8
+  )
+
+  def inputs(batch):
+    return (batch["inputs"],), {"mask_BT": batch["mask"], "targets_BT": batch["targets"]}
+
+  task = TASKS["causal_lm"]._replace(
+    inputs=inputs, dummy_inputs=lambda config: (jnp.zeros((1, LENGTH), jnp.int32),)
+  )
+  return task, MaskedLM(encoder=encoder, tied=False), _of_tokens((BATCH, LENGTH), rng)
+
+
+def vision(rng, config):
+  """Images of 4 x 4 patches and a class token: 17 positions, which nothing divides."""
+  model = VisionEncoder(
+    encoder=_encoder("magneto", positions="learned", max_length=17), patch_size=4, mask_token=True
+  )
+
+  def score(out_BTD, batch):
+    return jnp.sum(jnp.square(out_BTD - batch["targets"])), jnp.sum(batch["weights"])
+
+  task = TASKS["causal_lm"]._replace(
+    inputs=lambda batch: ((batch["inputs"],), {"masked_BP": batch["masked"]}),
+    score=score,
+    dummy_inputs=lambda config: (jnp.zeros((1, 16, 16, 3)),),
+  )
+  batch = {
+    "inputs": rng.normal(size=(BATCH, 16, 16, 3)).astype(np.float32),
+    "masked": rng.integers(0, 2, (BATCH, 16)).astype(bool),
+    "targets": rng.normal(size=(BATCH, 17, SIZES["width"])).astype(np.float32),
+    "weights": np.ones((BATCH,), np.float32),
+  }
+  return task, model, batch
+
+
+def of_task(name: str):
+  """A family whose task is in the table: random integers for what is of integers."""
+
+  def family(rng, config):
+    task = TASKS[name]
+    facts = task.planned_facts(config)
+    batch = {}
+    for key, spec in task.batch_spec(config).items():
+      high = 2 if "mask" in key or spec.dtype == bool else VOCAB
+      values = rng.integers(0, high, spec.shape)
+      if jnp.issubdtype(spec.dtype, jnp.floating):
+        values = rng.normal(size=spec.shape) if "image" in key else rng.integers(0, 2, spec.shape)
+      batch[key] = values.astype(spec.dtype)
+    return task, task.build_model(config, facts), batch
+
+  return family
+
+
+FAMILIES = {
+  "causal_lm": causal_lm,
+  "masked_lm": masked_lm,
+  "vision": vision,
+  "translation": of_task("translation"),
+  "beit3": of_task("beit3"),
+}
+
+
+# ---------------------------------------------------------------------------------------------
+# The steps
+# ---------------------------------------------------------------------------------------------
+
+
+def take_steps(case: dict, dtype) -> dict[str, np.ndarray]:
+  """Parameters by path, and losses, after some steps of a case."""
+  changes = {**case.get("config", {})}
+  conf = config(**changes)
+  task, model, batch = FAMILIES[case["family"]](np.random.default_rng(0), conf)
+  model = _in_dtype(model, dtype)
+  devices = jax.devices()[: case.get("devices")]
+  mesh = sharding.make_mesh(case.get("mesh", {}), devices)
+  optimizer, _ = program.make_optimizer(conf.optimizer, conf.steps)
+  init = functools.partial(
+    program.init_state,
+    model=model,
+    inputs=task.dummy_inputs(conf),
+    optimizer=optimizer,
+    ema=conf.ema,
+  )
+
+  def wide_init(key):
+    narrow = init(key)
+    widen = lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+    return jax.tree.map(widen, narrow)
+
+  whole = sharding.replicated(mesh)
+  rows = sharding.rows_of_process(mesh, BATCH)
+  with sharding.use_mesh(mesh):
+    where = program.state_shardings(jax.eval_shape(wide_init, jax.random.key(0)), optimizer, mesh)
+    state = jax.jit(wide_init, out_shardings=where)(jax.random.key(1))
+    step = functools.partial(
+      program.train_step,
+      model=model,
+      task=task,
+      optimizer=optimizer,
+      accumulation=conf.accumulation,
+      ema=conf.ema,
+    )
+    step = jax.jit(step, donate_argnums=0, out_shardings=(where, whole))
+    key = jax.device_put(jax.random.key(2), whole)
+    # Each process gives its rows alone.
+    batch = {
+      name: jax.make_array_from_process_local_data(
+        sharding.batch_sharding(mesh, values.ndim), values[rows], values.shape
+      )
+      for name, values in batch.items()
+    }
+    losses = []
+    for _ in range(STEPS):
+      state, metrics = step(state, batch, key)
+      losses.append(float(metrics["loss"]))
+    params = jax.jit(lambda x: x, out_shardings=whole)(state.eval_params)
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  found = {sharding.path_name(path): np.asarray(leaf) for path, leaf in leaves}
+  return {**found, "losses": np.array(losses)}
+
+
+def _in_dtype(model, dtype):
+  """The model, and those in it, computing in a dtype."""
+  changes = {"dtype": dtype} if hasattr(model, "dtype") else {}
+  for part in ("encoder", "decoder"):
+    if hasattr(model, part):
+      changes[part] = _in_dtype(getattr(model, part), dtype)
+  return model.clone(**changes)
+
+
+def main() -> None:
+  """Takes the steps of all cases; of several processes the first writes."""
+  work = json.loads(sys.argv[1])
+  if "processes" in work:
+    distributed.initialize(**work["processes"])
+  for case in work["cases"]:
+    found = take_steps(case, jnp.dtype(work["dtype"]))
+    if jax.process_index() == 0:
+      np.savez(case["output"], **found)
+
+
+if __name__ == "__main__":
+  main()

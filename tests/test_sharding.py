@@ -1,0 +1,340 @@
+"""How models are cut over a mesh, and that cutting them changes nothing."""
+
+import itertools
+import json
+import math
+import os
+import pathlib
+import re
+import socket
+import subprocess
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+
+from magneto_jax import program, sharding
+from magneto_jax.config import ConfigError, MeshConfig, from_config_dict
+from magneto_jax.models import BEiT3, CausalLM, Encoder, EncoderDecoder, MaskedLM, VisionEncoder
+from magneto_jax.theory import recipes, records
+from tests import sharded_steps
+
+GOLDEN = pathlib.Path(__file__).parent / "testdata" / "sharding_2x4.txt"
+
+WIDTH, HEADS, FFN = 32, 4, 64
+SIZES = {"width": WIDTH, "num_heads": HEADS, "ffn_width": FFN}
+
+
+def abstract_mesh(**sizes) -> AbstractMesh:
+  shape = tuple(sizes.get(axis, 1) for axis in sharding.MESH_AXES)
+  return AbstractMesh(shape, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
+
+
+def parameters(model, *args):
+  return jax.eval_shape(model.init, jax.random.key(0), *args)["params"]
+
+
+def architecture(kind: str) -> records.Architecture:
+  depth = {f"{side}_layers": 2 for side in ("encoder", "decoder") if side in kind}
+  return records.Architecture(kind, width=WIDTH, ffn_width=FFN, heads=HEADS, **depth)
+
+
+TOKENS = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+IMAGES = jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32)
+
+
+def decoder(recipe: str = "magneto", **options):
+  stack = recipes.RECIPES[recipe](architecture("decoder")).decoder
+  if "qk_norm" in options:
+    stack = records.with_qk_norm(stack, options.pop("qk_norm"))
+  return CausalLM(recipe=stack, vocab_size=64, **SIZES, **options), (TOKENS,)
+
+
+def encoder(recipe: str = "magneto", **options):
+  return Encoder(
+    recipe=recipes.RECIPES[recipe](architecture("encoder")).encoder, **SIZES, **options
+  )
+
+
+def encoder_decoder(recipe: str = "magneto"):
+  both = recipes.RECIPES[recipe](architecture("encoder_decoder"))
+  read = Encoder(recipe=both.encoder, vocab_size=64, relative_buckets=8, **SIZES)
+  write = CausalLM(
+    recipe=both.decoder, vocab_size=64, relative_buckets=8, relative_cross=True, **SIZES
+  )
+  return EncoderDecoder(encoder=read, decoder=write), (TOKENS, TOKENS)
+
+
+MODELS = {
+  **{f"CausalLM {name}": lambda name=name: decoder(name) for name in recipes.RECIPES},
+  "CausalLM with all options": lambda: decoder(
+    "normformer",
+    qk_norm="head",
+    activation="swiglu",
+    positions=("learned", "sinusoidal"),
+    relative_buckets=8,
+    tied=False,
+  ),
+  "CausalLM, norms of all heads": lambda: decoder("deepscalelm", qk_norm="width"),
+  "MaskedLM": lambda: (
+    MaskedLM(
+      encoder=encoder("normformer", vocab_size=64, positions="learned", max_length=8), tied=False
+    ),
+    (TOKENS,),
+  ),
+  "EncoderDecoder": encoder_decoder,
+  "EncoderDecoder normformer": lambda: encoder_decoder("normformer"),
+  "VisionEncoder": lambda: (
+    VisionEncoder(
+      encoder=encoder(positions="learned", max_length=17), patch_size=4, mask_token=True
+    ),
+    (IMAGES,),
+  ),
+  "BEiT3": lambda: (
+    BEiT3(
+      encoder=encoder(positions="none", experts=("vision", "text")),
+      vocab_size=64,
+      num_patches=16,
+      patch_size=4,
+    ),
+    (IMAGES, TOKENS),
+  ),
+}
+
+
+# ---------------------------------------------------------------------------------------------
+# The tables
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_parameter_matches_one_pattern_and_only_small_ones_are_whole_everywhere(name):
+  model, args = MODELS[name]()
+  params = parameters(model, *args)
+  places = sharding.parameter_shardings(params, abstract_mesh(fsdp=2, tensor=4))
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  for (path, leaf), place in zip(leaves, jax.tree.leaves(places), strict=True):
+    if place.is_fully_replicated:
+      # A row of numbers a layer: its last dimension alone can be as wide as the model.
+      channels = max(WIDTH, FFN)
+      assert math.prod(leaf.shape[1:] if leaf.ndim > 1 else leaf.shape) <= channels, path
+
+
+def golden_lines() -> list[str]:
+  lines = []
+  for name in ("CausalLM with all options", "MaskedLM", "EncoderDecoder", "VisionEncoder", "BEiT3"):
+    model, args = MODELS[name]()
+    params = parameters(model, *args)
+    places = sharding.parameter_shardings(params, abstract_mesh(fsdp=2, tensor=4))
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    lines += ["", f"# {name}"]
+    for (path, leaf), place in zip(leaves, jax.tree.leaves(places), strict=True):
+      spec = ", ".join(str(axis) for axis in place.spec)
+      lines.append(f"{sharding.path_name(path)} {list(leaf.shape)} ({spec})")
+  return lines[1:]
+
+
+def test_golden_table_of_a_mesh_of_2_by_4():
+  """fsdp 2 by tensor 4. On purpose: `python -m tests.test_sharding` writes the table anew."""
+  assert golden_lines() == GOLDEN.read_text().splitlines()
+
+
+def test_what_no_pattern_or_two_match_is_refused():
+  tree = {"my_layer": {"weights": jnp.zeros((4, 4))}}
+  with pytest.raises(ValueError, match="my_layer/weights must match one pattern"):
+    sharding.parameter_shardings(tree, abstract_mesh(fsdp=2))
+  with pytest.raises(ValueError, match=r"a/b must match .* a/b, \(a\|c\)/b"):
+    sharding.parameter_axes("a/b", (("a/b", ()), ("(a|c)/b", ())))
+
+
+def test_a_dimension_that_its_axis_does_not_divide_is_refused_by_name():
+  params = parameters(*_flat(decoder()))
+  with pytest.raises(ValueError, match=r"mesh.tensor=8 does not divide the 4 of .*\(heads\)"):
+    sharding.parameter_shardings(params, abstract_mesh(tensor=8))
+
+
+def _flat(model_and_args):
+  model, args = model_and_args
+  return (model, *args)
+
+
+# ---------------------------------------------------------------------------------------------
+# The mesh
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  "sizes, devices, expected",
+  [
+    ({}, 1, {}),
+    ({"data": -1}, 8, {"data": 8}),
+    ({"data": -1, "tensor": 2}, 8, {"data": 4, "tensor": 2}),
+    ({"slice": 2, "fsdp": -1}, 8, {"slice": 2, "fsdp": 4}),
+    ({"data": 2, "sequence": 4}, 8, {"data": 2, "sequence": 4}),
+  ],
+)
+def test_sizes_of_the_mesh_are_filled_in(sizes, devices, expected):
+  assert sharding.resolve(sizes, devices) == dict.fromkeys(sharding.MESH_AXES, 1) | expected
+
+
+@pytest.mark.parametrize(
+  "sizes, message",
+  [
+    ({"data": 3}, "data=3 does not fit 8 devices"),
+    ({"data": -1, "tensor": 3}, "3 must divide them"),
+    ({"data": -1, "fsdp": -1}, "only one may be -1"),
+    ({}, "data=1 does not fit 8 devices"),
+  ],
+)
+def test_sizes_that_do_not_fit_are_refused(sizes, message):
+  with pytest.raises(ValueError, match=message):
+    sharding.resolve(sizes, 8)
+
+
+def test_the_config_group_is_the_mesh_axes():
+  assert tuple(MeshConfig().sizes()) == ("slice", "data", "fsdp", "sequence", "tensor")
+  assert set(MeshConfig().sizes()) == set(sharding.MESH_AXES)
+  with pytest.raises(ConfigError, match="mesh.tensor=0"):
+    MeshConfig(tensor=0)
+  with pytest.raises(ConfigError, match="one of them only"):
+    MeshConfig(fsdp=-1)
+
+
+def test_without_a_mesh_nothing_is_constrained():
+  x = jnp.ones((2, 3, 4))
+  assert sharding.constrain(x, "batch", "length", None) is x
+  assert sharding.current() is None and sharding.parts("heads") == 1
+  one = sharding.make_mesh({"data": 1}, jax.devices()[:1])
+  with sharding.use_mesh(one):
+    assert sharding.current() is None
+    assert sharding.constrain_parameters({"a": x})["a"] is x
+
+
+# ---------------------------------------------------------------------------------------------
+# Steps: every mesh takes those of one device
+# ---------------------------------------------------------------------------------------------
+
+SMALL = {"relative_buckets": 8, "kv_heads": 2}
+MIXED = {"fsdp": 2, "sequence": 2, "tensor": 2}
+MESHES = {
+  "data": {"data": 8},
+  "slices": {"slice": 2, "fsdp": 4},
+  "fsdp": {"fsdp": 8},
+  "tensor": {"fsdp": 4, "tensor": 2},
+  "sequence": {"data": 2, "sequence": 4},
+  "mixed": MIXED,
+}
+
+
+def run_steps(tmp_path, cases, *, processes=1, devices=8, dtype="float64"):
+  """{case's name: arrays} of the cases, each a dict with `family`, `mesh` and `config`."""
+  folder = tmp_path / f"{processes}x{devices}"
+  folder.mkdir(parents=True)
+  cases = {name: case | {"output": str(folder / f"{name}.npz")} for name, case in cases.items()}
+  environment = {
+    **os.environ,
+    "JAX_PLATFORMS": "cpu",
+    "JAX_ENABLE_X64": "true" if dtype == "float64" else "false",
+    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+  }
+  work = {"cases": list(cases.values()), "dtype": dtype}
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{free.getsockname()[1]}"
+  running = []
+  for i in range(processes):
+    if processes > 1:
+      where = {"coordinator_address": address, "num_processes": processes, "process_id": i}
+      work["processes"] = where
+    command = [sys.executable, "-W", "error", "-m", "tests.sharded_steps", json.dumps(work)]
+    root = pathlib.Path(__file__).parents[1]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    running.append(subprocess.Popen(command, env=environment, cwd=root, **pipes))
+  outputs = [process.communicate(timeout=600)[0] for process in running]
+  assert [process.returncode for process in running] == [0] * processes, "\n".join(outputs)[-4000:]
+  return {name: dict(np.load(case["output"])) for name, case in cases.items()}
+
+
+def distance(a: dict, b: dict) -> float:
+  """Norm of the difference of all parameters over their norm."""
+  assert a.keys() == b.keys()
+  names = a.keys() - {"losses"}
+  return math.sqrt(
+    sum(np.sum(np.square(a[n] - b[n])) for n in names) / sum(np.sum(np.square(b[n])) for n in names)
+  )
+
+
+def causal(mesh, devices=None, **changes):
+  model = SMALL | changes.pop("model", {})
+  case = {"family": "causal_lm", "mesh": mesh, "config": {"model": model, **changes}}
+  return case if devices is None else case | {"devices": devices}
+
+
+def assert_equal_steps(found: dict, expected: dict, bound: float):
+  np.testing.assert_allclose(found["losses"], expected["losses"], rtol=bound)
+  assert distance(found, expected) < bound
+  # The steps moved the parameters, and dropout was on: else there would be nothing to compare.
+  assert np.ptp(expected["losses"]) > 1e-3
+
+
+def test_a_mixed_mesh_takes_the_steps_of_one_device(tmp_path):
+  """FSDP, tensor and sequence together, dropout everywhere, two parts a batch; float64, 1e-12."""
+  found = run_steps(
+    tmp_path,
+    {
+      "one": causal({}, devices=1, accumulation=2, ema=0.9),
+      "mixed": causal(MIXED, accumulation=2, ema=0.9),
+    },
+  )
+  assert_equal_steps(found["mixed"], found["one"], 1e-12)
+
+
+@pytest.mark.ci
+def test_every_mesh_takes_the_steps_of_one_device(tmp_path):
+  cases = {name: causal(mesh) for name, mesh in MESHES.items() if name != "mixed"}
+  found = run_steps(tmp_path, {"one": causal({}, devices=1), **cases})
+  for name in cases:
+    assert_equal_steps(found[name], found["one"], 1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [name for name in sharded_steps.FAMILIES if name != "causal_lm"])
+def test_every_family_takes_the_steps_of_one_device(family, tmp_path):
+  cases = {name: {"family": family, "mesh": mesh} for name, mesh in MESHES.items()}
+  found = run_steps(tmp_path, {"one": {"family": family, "devices": 1}, **cases})
+  for name in cases:
+    assert_equal_steps(found[name], found["one"], 1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes, devices", [(2, 4), (4, 2)])
+def test_several_processes_take_the_steps_of_one(processes, devices, tmp_path):
+  """Twice alike to the bit; as one process with one and with all devices in float64 to 1e-12."""
+  cases = {name: causal(MESHES[name]) for name in ("fsdp", "mixed")}
+  one = run_steps(tmp_path, {"one": causal({}, devices=1), **cases})
+  several = [
+    run_steps(tmp_path / str(i), cases, processes=processes, devices=devices) for i in range(2)
+  ]
+  for name in cases:
+    assert_equal_steps(several[0][name], one["one"], 1e-12)
+    assert_equal_steps(several[0][name], one[name], 1e-12)
+    for array in several[0][name]:
+      np.testing.assert_array_equal(several[0][name][array], several[1][name][array])
+
+
+@pytest.mark.ci
+def test_two_processes_take_the_steps_of_one_in_float32(tmp_path):
+  """As users run: parameters to 1e-4 of their norm, losses to 1e-5."""
+  cases = {"mixed": causal(MIXED)}
+  (one,) = run_steps(tmp_path, {"one": causal({}, devices=1)}, dtype="float32").values()
+  (two,) = run_steps(tmp_path, cases, processes=2, devices=4, dtype="float32").values()
+  np.testing.assert_allclose(two["losses"], one["losses"], rtol=1e-5)
+  assert distance(two, one) < 1e-4
+
+
+if __name__ == "__main__":
+  GOLDEN.write_text("\n".join(golden_lines()) + "\n")
