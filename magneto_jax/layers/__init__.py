@@ -1,6 +1,7 @@
 """Leaf layers and the residual rule, as plain Linen modules for any project."""
 
 from magneto_jax.layers.attention import Attention, KVCache
+from magneto_jax.layers.cross_entropy import cross_entropy, vocabulary_logits
 from magneto_jax.layers.feed_forward import FeedForward
 from magneto_jax.layers.initializers import DenseInit, bias_init, dense_init, kernel_init
 from magneto_jax.layers.multiway import Multiway, multiway
@@ -19,6 +20,7 @@ __all__ = [
   "ROTATIONS",
   "Residual",
   "bias_init",
+  "cross_entropy",
   "dense_init",
   "drop_path",
   "kernel_init",
@@ -26,5 +28,6 @@ __all__ = [
   "norm_factory",
   "rotary",
   "sinusoidal",
+  "vocabulary_logits",
   "xpos",
 ]
