@@ -269,6 +269,9 @@ class TrainConfig(_Checked):
   steps: int = _positive(1000, "optimizer steps")
   batch_size: int = _positive(16, "sequences a step")
   accumulation: int = _positive(1, "parts a batch is split into, one after the other")
+  vocab_chunk: int = _field(
+    0, "rows of the vocabulary whose logits are held at a time in the loss; 0: all", min=0
+  )
   cast_weights: bool = _field(
     False,
     "whether weights are cast to model.dtype once a step, before devices exchange them, not where"
