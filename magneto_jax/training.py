@@ -198,7 +198,7 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict:
 
   # --------------------------------------------------------------------------------- The steps
   stopwatch = reporting.Stopwatch()
-  waited, read_at = 0.0, 0.0  # Seconds of waiting for input; the running time at the last line.
+  waited = read_at = 0.0  # Seconds of waiting for input, and of running, at the last line.
   validation: dict[str, float] = {}
 
   def report(step: int, metrics: dict[str, jax.Array]) -> None:
@@ -220,9 +220,9 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict:
         "train/gradient_norm": gradient_norm,
         "train/learning_rate": float(program.schedule(step - 1)),
         "tokens_per_second": rate,
-        "input_share": (job.batches.waited - waited) / (seconds - read_at),
+        "input_share": (waiting := job.batches.waited()) / (seconds - read_at),
       }
-      waited, read_at = job.batches.waited, seconds
+      waited, read_at = waited + waiting, seconds
       writer.write(step, row)
       left = reporting.duration((config.steps - step) * seconds / (step - start))
       progress.line(
@@ -265,7 +265,7 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict:
   summary = {
     **{f"validation_{k}": v for k, v in scores.items()},
     "baselines": task.baselines(job.data),
-    **_speed(job, config.steps - start, training_seconds),
+    **_speed(program, config.steps - start, training_seconds, waited),
     "steps": config.steps,
     "resumed_at_step": start,
     "wall_seconds": time.perf_counter() - started,
@@ -350,9 +350,8 @@ def schedule_notes(config: TrainConfig, earlier: TrainConfig | None) -> list[str
   return notes
 
 
-def _speed(job: Job, steps: int, seconds: float) -> dict[str, float | None]:
-  """Tokens and FLOPs a second; None where no step was taken."""
-  program = job.program
+def _speed(program: Program, steps: int, seconds: float, waited: float) -> dict[str, float | None]:
+  """Tokens and FLOPs a second, and the share of waiting; None where no step was taken."""
   tokens = program.config.batch_size * program.config.data.seq_length
   peak = hardware.peak_flops(jax.devices()[0].device_kind)
   flops_per_second = program.flops * steps / seconds if steps else None
@@ -361,7 +360,7 @@ def _speed(job: Job, steps: int, seconds: float) -> dict[str, float | None]:
     "flops_per_step": program.flops,
     "flops_per_second": flops_per_second,
     "share_of_peak": flops_per_second / (peak * program.mesh.size) if steps and peak else None,
-    "input_share": job.batches.waited / seconds if steps else None,
+    "input_share": waited / seconds if steps else None,
   }
 
 

@@ -1,24 +1,21 @@
 """How models are cut over a mesh, and that cutting them changes nothing."""
 
-import itertools
 import json
 import math
 import os
 import pathlib
-import re
 import socket
 import subprocess
 import sys
-import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType
 
-from magneto_jax import program, sharding
-from magneto_jax.config import ConfigError, MeshConfig, from_config_dict
+from magneto_jax import sharding
+from magneto_jax.config import ConfigError, MeshConfig
 from magneto_jax.models import BEiT3, CausalLM, Encoder, EncoderDecoder, MaskedLM, VisionEncoder
 from magneto_jax.theory import recipes, records
 from tests import sharded_steps

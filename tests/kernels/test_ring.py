@@ -8,17 +8,14 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import sys
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from magneto_jax import kernels
-from tests.kernels import elsewhere
 
 AXES = ("data", "tensor", "sequence")
 
