@@ -1,8 +1,8 @@
 """What a train step needs of a device's memory, what there is, and what would make it fit.
 
 Two kinds of figures. Those of a compiled step are the compiler's own (`of_program`). Those of a
-change to the config are estimates (`estimate`): closed forms of sizes alone, which take no compiler,
-and whose differences say which changes are worth compiling (`knobs`).
+change to the config are estimates (`estimate`): closed forms of sizes alone, which need no
+compiler, and whose differences say which changes are worth compiling (`knobs`).
 """
 
 import dataclasses
