@@ -295,26 +295,23 @@ def _fsdp(config: TrainConfig, mesh) -> Iterator[Knob]:
 
 
 def _tensor(config: TrainConfig, mesh) -> Iterator[Knob]:
-  for taken in ("data", "fsdp"):
-    if mesh[taken] % 2 == 0:
-      changes = {"mesh.tensor": mesh["tensor"] * 2, f"mesh.{taken}": mesh[taken] // 2}
-      if taken == "fsdp":
-        changes["mesh.data"] = mesh["data"]
-      yield Knob(changes, "activations are summed in every layer", 0.15)
+  for changes in _shared_rows(config, mesh, "tensor"):
+    yield Knob(changes, "activations are summed in every layer", 0.15)
 
 
 def _sequence(config: TrainConfig, mesh) -> Iterator[Knob]:
-  """Devices that share rows: where every device has its last row, they can only share those."""
-  for taken in ("data", "fsdp"):
-    if mesh[taken] % 2 == 0 and config.data.seq_length % (2 * mesh["sequence"]) == 0:
-      changes = {
-        "mesh.sequence": mesh["sequence"] * 2,
-        f"mesh.{taken}": mesh[taken] // 2,
-        "accumulation": config.accumulation * 2,
-      }
-      if taken == "fsdp":
-        changes["mesh.data"] = mesh["data"]
+  if config.data.seq_length % (2 * mesh["sequence"]) == 0:
+    for changes in _shared_rows(config, mesh, "sequence"):
       yield Knob(changes, "keys and values go around a ring in every layer", 0.2)
+
+
+def _shared_rows(config: TrainConfig, mesh, axis: str) -> Iterator[dict[str, Any]]:
+  """Twice as many devices share a row, half as many have rows of their own, at a time as before."""
+  for taken in ("data", "fsdp"):
+    if mesh[taken] % 2 == 0:
+      sizes = {"data": mesh["data"], axis: mesh[axis] * 2} | {taken: mesh[taken] // 2}
+      changes = {f"mesh.{name}": size for name, size in sizes.items()}
+      yield changes | {"accumulation": config.accumulation * 2}
 
 
 def _dtype(config: TrainConfig, mesh) -> Iterator[Knob]:

@@ -224,10 +224,10 @@ def transfers(cost: hlo.Cost, topology: Topology, mesh: jax.sharding.Mesh) -> It
 def _links(axes: Sequence[str], topology: Topology, mesh: jax.sharding.Mesh) -> str:
   within = [axis for axis in axes if axis != "slice"]
   way = hardware.path(topology, mesh, within) if within else None
-  words = [way.words] if way else []
-  return " + ".join(
-    words + ["network"] * ("slice" in axes and topology.chip.network_rate is not None)
-  )
+  words = [f"{way.words}, {way.rate / 1e9:g} GB/s"] if way else []
+  if "slice" in axes and (rate := topology.chip.network_rate):
+    words.append(f"data centre, {rate / 1e9:g} GB/s")
+  return " + ".join(words)
 
 
 def _seconds(each: hlo.Collective, topology: Topology, mesh: jax.sharding.Mesh) -> float | None:
@@ -258,14 +258,18 @@ def _roofline(attempt, cost, kernels, moved, topology) -> Roofline | None:
   flops = cost.matrix_flops + sum(total for _, total in kernels.values())
   seconds = {"compute": flops / chip.flops, "memory": cost.bytes / chip.memory_rate}
   for each in moved:
-    name = f"network: {', '.join(each.axes)}"
+    name = _network(each.axes)
     seconds[name] = seconds.get(name, 0.0) + each.seconds
   bound = max(seconds, key=seconds.get)
-  network = sum(value for name, value in seconds.items() if name.startswith("network"))
+  network = sum(each.seconds for each in moved)
   overlapped = seconds[bound]
   exposed = max(seconds["compute"], seconds["memory"]) + network
   ideal = attempt.lowered.flops / (attempt.lowered.mesh.size * chip.flops)
   return Roofline(seconds, bound, overlapped, exposed, (ideal / overlapped, ideal / exposed))
+
+
+def _network(axes: Sequence[str]) -> str:
+  return f"network: {', '.join(axes)}"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -320,7 +324,9 @@ def _table(title: str, *columns: str) -> rich.table.Table:
   """Words on the left, numbers on the right: a column whose name starts with > is of numbers."""
   table = rich.table.Table(title=title, title_justify="left", box=None, pad_edge=False)
   for column in columns:
-    table.add_column(column.removeprefix(">"), justify="right" if column[0] == ">" else "left")
+    table.add_column(
+      column.removeprefix(">"), justify="right" if column.startswith(">") else "left"
+    )
   return table
 
 
@@ -352,11 +358,11 @@ def show(plan: Plan, console: rich.console.Console) -> None:
     line()
   if plan.roofline:
     roofline = plan.roofline
-    low, high = (1e3 * x for x in (roofline.overlapped, roofline.exposed))
+    low, high = roofline.overlapped, roofline.exposed
     best, worst = roofline.utilisation
-    tokens = 1e3 * config.batch_size * config.data.seq_length / mesh.size
+    tokens = config.batch_size * config.data.seq_length / mesh.size
     line(
-      f"bound by {roofline.bound}: a step takes at least {low:.3g} ms, {high:.3g} ms if no"
+      f"bound by {roofline.bound}: a step takes at least {_time(low)}, {_time(high)} if no"
       f" transfer overlaps with work: {tokens / low:,.0f} to {tokens / high:,.0f} tokens a second a"
       f" device, MFU at most {best:.1%} to {worst:.1%}",
       "bold",
@@ -443,7 +449,7 @@ def _work_tables(plan: Plan) -> Iterator[rich.table.Table]:
       each.links,
       f"{each.times:,}",
       reporting.in_units(each.bytes, "B"),
-      "" if each.seconds is None else f"{1e3 * each.seconds:.3g} ms",
+      "" if each.seconds is None else _time(each.seconds),
     )
   if plan.transfers:
     yield table
@@ -451,12 +457,11 @@ def _work_tables(plan: Plan) -> Iterator[rich.table.Table]:
     rates = {
       "compute": f"{chip.flops / 1e12:g} TFLOP/s",
       "memory": f"{chip.memory_rate / 1e9:g} GB/s",
-    }
+    } | {_network(each.axes): each.links for each in plan.transfers}
     table = _table("Roofline", "what", "at", ">least time", "")
     for name, seconds in plan.roofline.seconds.items():
       mark = "<- the bound" if name == plan.roofline.bound else ""
-      rate = rates.get(name, f"{chip.link_rate / 1e9:g} GB/s a link, one way")
-      table.add_row(name, rate, f"{1e3 * seconds:.3g} ms", mark)
+      table.add_row(name, rates[name], _time(seconds), mark)
     yield table
 
 
@@ -480,6 +485,13 @@ def _remedy_table(plan: Plan) -> rich.table.Table:
       remedy.knob.why,
     )
   return table
+
+
+def _time(seconds: float) -> str:
+  """Three digits, in seconds or a part of them."""
+  units = (("s", 1), ("ms", 1e3), ("µs", 1e6), ("ns", 1e9))
+  unit, scale = next((u for u in units if seconds * u[1] >= 1), units[-1])
+  return f"{seconds * scale:.3g} {unit}"
 
 
 def _signed(size: int) -> str:
