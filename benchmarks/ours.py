@@ -29,7 +29,10 @@ VARIANTS = {
 
 # Attention knows no documents.
 _WHOLE = causal_lm.TASK._replace(
-  inputs=lambda batch: ((batch["inputs"],), {"positions_BT": batch["positions"]})
+  inputs=lambda batch: (
+    (batch["inputs"],),
+    {"positions_BT": batch["positions"], "targets_BT": batch["targets"]},
+  )
 )
 
 

@@ -152,6 +152,11 @@ class Call(NamedTuple):
       variables, *self.args, deterministic=False, rngs=rngs, **self.kwargs, **options
     )
 
+  def without_targets(self) -> "Call":
+    """The call whose output is what is scored, logits, and not already the targets' nats."""
+    kwargs = {name: value for name, value in self.kwargs.items() if name != "targets_BT"}
+    return self._replace(kwargs=kwargs)
+
 
 def statistics(model: nn.Module, params, call: Call):
   """(stream, gradient): the two collections of `layers.probes`; pure, to be jitted."""
@@ -248,9 +253,11 @@ def first_update(
     on: where the output is read, if not on that batch: J is that of `on.loss(output)`, which may
       be any tree of arrays.
   """
-  run = lambda params: call.apply(model, {"params": params})
-  read = run if on is None else lambda params: on.loss(on.apply(model, {"params": params}))
-  gradient = jax.grad(lambda params: call.loss(run(params)))(params)
+  gradient = jax.grad(lambda params: call.loss(call.apply(model, {"params": params})))(params)
+  output = call.without_targets()
+  read = lambda params: output.apply(model, {"params": params})
+  if on is not None:
+    read = lambda params: on.loss(on.apply(model, {"params": params}))
 
   # Both steps at once: the pass through the model is the same.
   steps = jax.tree_util.tree_map_with_path(

@@ -140,13 +140,15 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict:
   if earlier:
     runs.refuse_if_different(workdir, earlier, job.record)
   _print(console, [*_overview(job), *schedule_notes(config, earlier and earlier.config)])
-  root_key = jax.random.key(config.seed)
-  parameter_key, dropout_key, sample_key = (jax.random.fold_in(root_key, i) for i in range(3))
-  dropout_key = jax.device_put(dropout_key, program.key.sharding)
-  eval_step = jax.jit(
-    lambda params, batch: task.loss(model, params, batch),
-    out_shardings=program.key.sharding,
-  )
+
+  def make_keys() -> list[jax.Array]:
+    root_key = jax.random.key(config.seed)
+    return [jax.random.fold_in(root_key, i) for i in range(3)]
+
+  # Compiled, as a host can only put arrays on its own devices.
+  whole = program.key.sharding
+  parameter_key, dropout_key, sample_key = jax.jit(make_keys, out_shardings=whole)()
+  eval_step = jax.jit(lambda params, batch: task.loss(model, params, batch), out_shardings=whole)
   tokens_per_step = config.batch_size * config.data.seq_length
 
   def validate(params) -> dict[str, float]:

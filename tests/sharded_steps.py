@@ -193,7 +193,7 @@ def take_steps(case: dict, dtype) -> dict[str, np.ndarray]:
       ema=conf.ema,
     )
     step = jax.jit(step, donate_argnums=0, out_shardings=(where, whole))
-    key = jax.device_put(jax.random.key(2), whole)
+    key = jax.jit(lambda: jax.random.key(2), out_shardings=whole)()
     # Each process gives its rows alone.
     batch = {
       name: jax.make_array_from_process_local_data(
@@ -205,7 +205,7 @@ def take_steps(case: dict, dtype) -> dict[str, np.ndarray]:
     for _ in range(STEPS):
       state, metrics = step(state, batch, key)
       losses.append(float(metrics["loss"]))
-    params = jax.jit(lambda x: x, out_shardings=whole)(state.eval_params)
+    params = jax.jit(sharding.replicate)(state.eval_params)
   leaves = jax.tree_util.tree_leaves_with_path(params)
   found = {sharding.path_name(path): np.asarray(leaf) for path, leaf in leaves}
   return {**found, "losses": np.array(losses)}

@@ -69,6 +69,7 @@ def test_a_misspelt_field_names_the_right_one(name):
     ("steps", True, r"config.steps=True must be of type int"),
     ("model", 3, r"config.model is a group of fields"),
     ("data.train_files", "a.txt", r"are not read with data.name='embedded': set data.name=text_fi"),
+    ("vocab_chunk", -1, r"config.vocab_chunk=-1 must be at least 0"),
     ("seed", 2**32, r"config.seed=4294967296 must be at most 4294967295"),
     ("recipe_options.head_scale", "pre", r"head_scale='pre' must be one of '', none, pre_out_proj"),
     ("recipe_options.placement", "mid", r"placement='mid' must be one of '', pre, post"),

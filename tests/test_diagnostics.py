@@ -13,6 +13,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn
 
@@ -316,6 +317,20 @@ def test_the_first_update_is_a_small_step_of_sgd(make):
     if diagnostics.is_matrix(path)
   ]
   assert moved and all("segment_" in name and name.endswith("kernel") for name in moved)
+
+
+def test_the_first_update_of_a_scored_call_is_of_the_logits():
+  """Which move, and not only what the targets cost; also where the loss takes them by chunks."""
+  model = tiny_decoder(layers=1, vocab_chunk=5)
+  params = model.init(jax.random.key(0), TOKENS)["params"]
+  targets = TOKENS[:, ::-1].astype(np.int32)
+  costs = lambda logits: optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+  calls = (
+    diagnostics.Call((TOKENS,), {"targets_BT": targets}, jnp.mean, jax.random.key(2)),
+    diagnostics.Call((TOKENS,), {}, lambda logits: jnp.mean(costs(logits)), jax.random.key(2)),
+  )
+  run = lambda params: [diagnostics.first_update(model, params, call) for call in calls]
+  np.testing.assert_allclose(*compiled(run)(params), rtol=1e-5)  # float32
 
 
 def middle_model(name, layers):

@@ -99,10 +99,12 @@ class Bigrams(nn.Module):
   longest = None
 
   @nn.compact
-  def __call__(self, tokens_BT, *, state=None, deterministic=True, **unused):
+  def __call__(self, tokens_BT, *, targets_BT=None, state=None, deterministic=True, **unused):
     x_BTD = nn.Embed(self.vocab_size, 16)(tokens_BT)
     x_BTD = nn.Dropout(0.5)(x_BTD, deterministic=deterministic)
     logits_BTV = nn.Dense(self.vocab_size)(x_BTD)
+    if targets_BT is not None:
+      return optax.softmax_cross_entropy_with_integer_labels(logits_BTV, targets_BT)
     return logits_BTV if state is None else (logits_BTV, state)
 
   def init_state(self, batch, length):

@@ -70,7 +70,7 @@ def attend(
   parts = jax.lax.axis_size(axis)
   place = functools.partial(_meeting, axis, parts, call, _keys(call))
   own, other = (attention.choice_of(place(shift), implementation) for shift in (0, 1))
-  ring = _Ring(axis, parts, own, other, _ways(call, parts))
+  ring = _Ring(axis, parts, own, other, ways(call, parts))
   attention.log_once(f"ring of {parts}: {own}" + (f", then {other}" if other != own else ""))
   # What JAX differentiates itself can then be differentiated as often as that.
   return (_forward if own.is_reference else _attend)(ring, call)
@@ -159,7 +159,7 @@ def _has_columns(call: Call, S: int) -> bool:
   return is_dense and call.bias.shape[3] not in (1, S)
 
 
-def _ways(call: Call, parts: int) -> tuple[tuple[int, int], ...]:
+def ways(call: Call, parts: int) -> tuple[tuple[int, int], ...]:
   """The least number of steps, forth and back, that brings keys to all queries that may see them.
 
   Whoever needs keys of `shift` places before gets them by as many steps forth, or by the others

@@ -33,6 +33,7 @@ class EncoderDecoder(nn.Module, kw_only=True):
     *,
     source_mask_BS: jax.Array | None = None,
     mask_BT: jax.Array | None = None,
+    targets_BT: jax.Array | None = None,
     return_hidden_states: bool = False,
     deterministic: bool = True,
   ):
@@ -43,17 +44,24 @@ class EncoderDecoder(nn.Module, kw_only=True):
       tokens_BT: the decoder's input, which begins with the start token.
       source_mask_BS: True for tokens, False for padding; see `Encoder`.
       mask_BT: likewise of the decoder's input; see `CausalLM`.
+      targets_BT: the token after each; see `CausalLM`.
       return_hidden_states: whether to return both streams as well.
       deterministic: False switches dropout on and needs an rng named `dropout`.
 
     Returns:
-      Logits [B, T, V]; if asked for, then the streams of the encoder and of the decoder.
+      Logits [B, T, V], or the targets' nats [B, T]; if asked for, then the streams of the encoder
+      and of the decoder.
     """
     options = {"return_hidden_states": return_hidden_states, "deterministic": deterministic}
     memory = self.encode(source_BS, mask_BT=source_mask_BS, **options)
     memory_BSD, encoder_hidden = memory if return_hidden_states else (memory, None)
     out = self.decode(
-      tokens_BT, memory_BSD=memory_BSD, memory_mask_BS=source_mask_BS, mask_BT=mask_BT, **options
+      tokens_BT,
+      memory_BSD=memory_BSD,
+      memory_mask_BS=source_mask_BS,
+      mask_BT=mask_BT,
+      targets_BT=targets_BT,
+      **options,
     )
     return (out[0], encoder_hidden, out[1]) if return_hidden_states else out
 
@@ -62,7 +70,7 @@ class EncoderDecoder(nn.Module, kw_only=True):
     return self.encoder(source_BS, **kwargs)
 
   def decode(self, tokens_BT: jax.Array, **kwargs):
-    """Logits and, with a state, the new state; keywords are those of `CausalLM`."""
+    """Scores and, with a state, the new state; keywords are those of `CausalLM`."""
     embedding_VD = None
     if self.shared_embedding:
       embedding_VD = self.encoder.token_embedding(self.encoder.recipe.embedding.tokens)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from magneto_jax.layers.cross_entropy import cross_entropy, vocabulary_logits
 from magneto_jax.layers.feed_forward import ACTIVATIONS, GATED
 from magneto_jax.layers.initializers import dense_init
 from magneto_jax.layers.norms import norm_factory
@@ -46,10 +47,11 @@ class DecodingState(NamedTuple):
     return self.caches[0][0].self_attention.length
 
 
-def _logits(x_BTD: jax.Array, table_VD: jax.Array) -> jax.Array:
-  """x W^T with W of the dtype of x, summed in float32 or wider."""
-  wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
-  return jnp.einsum("btd,vd->btv", x_BTD, table_VD.astype(x_BTD.dtype), preferred_element_type=wide)
+def _scores(x_BTD, table_VD, bias_V, targets_BT, vocab_chunk: int) -> jax.Array:
+  """Logits [B, T, V]; with targets, what each costs [B, T]."""
+  if targets_BT is None:
+    return vocabulary_logits(x_BTD, table_VD, bias_V)
+  return cross_entropy(x_BTD, table_VD, targets_BT, bias_V, chunk=vocab_chunk)
 
 
 class CausalLM(Backbone, kw_only=True):
@@ -61,6 +63,8 @@ class CausalLM(Backbone, kw_only=True):
   Attributes:
     vocab_size: V.
     tied: whether W is the embedding table; else W is drawn as the table is.
+    vocab_chunk: rows of W whose logits are held at a time where targets are given; 0: all. See
+      `layers.cross_entropy`.
     All others: see `Backbone`.
 
   Reference: Foundation Transformers, arXiv 2210.06423, section 2.2.
@@ -68,6 +72,7 @@ class CausalLM(Backbone, kw_only=True):
 
   vocab_size: int
   tied: bool = True
+  vocab_chunk: int = 0
 
   def setup(self):
     self.token_embedding = TokenTable(self.vocab_size, self.width)
@@ -87,6 +92,7 @@ class CausalLM(Backbone, kw_only=True):
     state: DecodingState | None = None,
     recipe: records.Stack | None = None,
     embedding_VD: jax.Array | None = None,
+    targets_BT: jax.Array | None = None,
     return_hidden_states: bool = False,
     deterministic: bool = True,
   ):
@@ -107,15 +113,17 @@ class CausalLM(Backbone, kw_only=True):
       recipe: a record of the same structure to run instead, whose numbers may be traced: a sweep
         over them compiles once (`records.as_arrays` turns numbers into leaves).
       embedding_VD: a table of tokens to use in place of the model's own, as encoder-decoders share.
+      targets_BT: integers in [0, V), the token after each: then -log p of them comes out in place
+        of the logits.
       return_hidden_states: whether to return the stream as well.
       deterministic: False switches dropout on and needs an rng named `dropout`.
 
     Returns:
-      Logits [B, T, V] in float32 or wider; then, with a state, the new state; then, if asked for,
-      the stream [L + 1, B, T, D] before the first layer and after each, without the final norm.
-      Tokens that do not fit the state are lost, and all logits of the call are NaN, as they are
-      while the state has no memory that the recipe reads. A window and relative biases count the
-      rows of the state, padding too: pad prompts in front.
+      Logits [B, T, V], or the targets' nats [B, T], in float32 or wider; then, with a state, the
+      new state; then, if asked for, the stream [L + 1, B, T, D] before the first layer and after
+      each, without the final norm. Tokens that do not fit the state are lost, and all scores of the
+      call are NaN, as they are while the state has no memory that the recipe reads. A window and
+      relative biases count the rows of the state, padding too: pad prompts in front.
     """
     recipe = self._checked(recipe)
     if tokens_BT.ndim != 2:
@@ -160,8 +168,8 @@ class CausalLM(Backbone, kw_only=True):
       deterministic=deterministic,
     )
     table_VD = embedding_VD if self.tied else self.output_embedding(init)
-    logits_BTV = _logits(out.x_BTD, table_VD)
-    results = (logits_BTV,)
+    scores = _scores(out.x_BTD, table_VD, None, targets_BT, self.vocab_chunk)
+    results = (scores,)
     if state is not None:
       # The length may be traced, so this cannot raise; XLA would clamp, and overwrite rows.
       fits = state.length + tokens_BT.shape[1] <= state.segment_ids_BS.shape[1]
@@ -169,10 +177,10 @@ class CausalLM(Backbone, kw_only=True):
       if memory is not None:
         fits &= jnp.all(memory_ids != UNWRITTEN)
       new = DecodingState(out.caches, segment_ids[1], memory_ids)
-      results = jnp.where(fits, logits_BTV, jnp.nan), new
+      results = jnp.where(fits, scores, jnp.nan), new
     if return_hidden_states:
       results += (out.hidden_LBTD,)
-    return results if len(results) > 1 else logits_BTV
+    return results if len(results) > 1 else scores
 
   def _written(self, tokens_BT, segment_ids, state: DecodingState):
     """Segment ids of the queries, and of the state's tokens with the new ones behind them."""
@@ -238,6 +246,7 @@ class MaskedLM(nn.Module, kw_only=True):
     encoder: an `Encoder` with a vocabulary.
     head: one of HEADS; the dense one has the encoder's activation and norm.
     tied: whether W is the encoder's table of tokens; else W is drawn as the table is.
+    vocab_chunk: see `CausalLM`.
 
   Reference: BERT, arXiv 1810.04805, section 3.1.
   """
@@ -245,6 +254,7 @@ class MaskedLM(nn.Module, kw_only=True):
   encoder: Encoder
   head: str = "dense"
   tied: bool = True
+  vocab_chunk: int = 0
 
   @nn.compact
   def __call__(
@@ -253,10 +263,14 @@ class MaskedLM(nn.Module, kw_only=True):
     *,
     mask_BT: jax.Array | None = None,
     recipe: records.Stack | None = None,
+    targets_BT: jax.Array | None = None,
     return_hidden_states: bool = False,
     **kwargs,
   ):
-    """Logits [B, T, V], in float32 or wider, and, if asked for, the stream; see `Encoder`."""
+    """Logits [B, T, V], in float32 or wider, and, if asked for, the stream; see `Encoder`.
+
+    With `targets_BT`, integers in [0, V), -log p of them [B, T] in place of the logits.
+    """
     encoder = self.encoder
     if self.head not in HEADS:
       raise ValueError(f"head={self.head!r} must be one of {', '.join(HEADS)}")
@@ -285,8 +299,8 @@ class MaskedLM(nn.Module, kw_only=True):
     else:
       table = TokenTable(encoder.vocab_size, encoder.width, name="output_embedding")
       table_VD = table(recipe.embedding.tokens)
-    logits_BTV = _logits(h_BTD, table_VD)
+    bias_V = None
     if self.head == "dense":
       bias_V = self.param("head_bias", nn.initializers.zeros, (encoder.vocab_size,))
-      logits_BTV += bias_V.astype(logits_BTV.dtype).reshape(1, 1, -1)
-    return (logits_BTV, hidden_LBTD) if return_hidden_states else logits_BTV
+    scores = _scores(h_BTD, table_VD, bias_V, targets_BT, self.vocab_chunk)
+    return (scores, hidden_LBTD) if return_hidden_states else scores

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from magneto_jax.config import ConfigError, DataConfig, ModelConfig, TrainConfig
 from magneto_jax.data import baselines as data_baselines
@@ -133,6 +132,7 @@ def build_model(config: TrainConfig, facts: Facts) -> CausalLM:
     relative_buckets=model.relative_buckets,
     relative_max_distance=model.relative_max_distance,
     tied=model.tied_embeddings,
+    vocab_chunk=config.vocab_chunk,
     window=(model.window, 0) if model.window else None,
     logits_soft_cap=model.logits_soft_cap or None,
     dropout_rate=model.dropout,
@@ -147,14 +147,13 @@ def build_model(config: TrainConfig, facts: Facts) -> CausalLM:
 
 
 def inputs(batch: Batch) -> tuple[tuple, dict[str, Any]]:
-  """The model's arguments: packed tokens, each document with positions of its own."""
-  places = {"positions_BT": batch["positions"], "segment_ids_BT": batch["segment_ids"]}
-  return (batch["inputs"],), places
+  """The model's arguments: packed tokens, each document with positions of its own; targets."""
+  keywords = {"positions_BT": "positions", "segment_ids_BT": "segment_ids", "targets_BT": "targets"}
+  return (batch["inputs"],), {keyword: batch[name] for keyword, name in keywords.items()}
 
 
-def score(logits_BTV, batch: Batch):
+def score(nats_BT, batch: Batch):
   """Sum over tokens of -log p(target) (nats) and the number of tokens, both weighted."""
-  nats_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, batch["targets"])
   return jnp.sum(nats_BT * batch["weights"]), jnp.sum(batch["weights"])
 
 

@@ -16,6 +16,16 @@ from magneto_jax import kernels
 # From JAX 0.11 on, Triton's kernels are lowered for one kind of GPU, which has to be named where
 # there is none; JAX 0.10 lets it be named. Those of other platforms need no name.
 DEVICES = {"cuda": jax.sharding.AbstractDevice("NVIDIA H100", None, "gpu")}
+# The environment in which libtpu compiles.
+LIBTPU = {
+  "JAX_PLATFORMS": "cpu",
+  # Nothing is run, so that nobody needs the chip for himself, nor a cloud's metadata.
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+  "TPU_SKIP_MDS_QUERY": "1",
+  "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+  "TPU_WORKER_ID": "0",
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -129,17 +129,8 @@ def compiled_for_several(devices) -> dict[str, dict]:
 def compiled(topology: str) -> dict[str, dict]:
   """What `compile_all` printed, by case."""
   assert importlib.util.find_spec("libtpu"), "no TPU compiler: pip install -e '.[tpu]'"
-  variables = {
-    "JAX_PLATFORMS": "cpu",
-    # Nothing is run, so that nobody needs the chip for himself, nor a cloud's metadata.
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_WORKER_ID": "0",
-  }
   return elsewhere.compiled_apart(
-    "tests.kernels.test_attention_tpu_compiles", topology, variables, timeout=1200
+    "tests.kernels.test_attention_tpu_compiles", topology, elsewhere.LIBTPU, timeout=1200
   )
 
 

@@ -6,16 +6,22 @@ JAX starts.
 
 import dataclasses
 import functools
+import importlib.util
 import json
 import math
+import re
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from jax.experimental import topologies
 
 from magneto_jax import kernels
+from magneto_jax.kernels import attention, ring
+from tests.kernels import elsewhere
+from tests.kernels.implementations import ENTRIES
 
 AXES = ("data", "tensor", "sequence")
 
@@ -32,7 +38,6 @@ class Case:
     options: of `dot_product_attention`.
     offset: of the queries, traced.
     implementation: of the mesh; the one device has `xla`.
-    hops: how many times keys are sent forwards, in the program; None to leave it unchecked.
   """
 
   mesh: tuple[int, int, int]
@@ -48,17 +53,59 @@ class Case:
 CAUSAL, DROPOUT = {"is_causal": True}, {"dropout_rate": 0.3}
 EIGHT, FOUR_BY_TWO, TWO_BY_FOUR = (1, 1, 8), (1, 2, 4), (2, 1, 4)
 CASES = {
-  "plain": Case(EIGHT, (1, 16, 16, 2, 2, 4)),
   "causal, relative, dropout": Case(
     EIGHT, (2, 16, 16, 2, 1, 4), (8, True, 6), (), CAUSAL | DROPOUT
   ),
   "causal, padding, dense": Case(
     TWO_BY_FOUR, (2, 12, 12, 4, 2, 4), (2, 4, 12, 12), ("segments", "lengths"), CAUSAL
   ),
-  "padding, soft cap, T != S": Case(
+  "soft cap, more keys": Case(
     TWO_BY_FOUR, (4, 8, 20, 2, 2, 4), (4, 1, 1, 20), ("lengths",), {"logits_soft_cap": 2.0}
   ),
+  "one key head, window": Case(
+    FOUR_BY_TWO, (2, 12, 12, 4, 1, 4), (8, False, 5), ("segments",), DROPOUT | {"window": (2, 2)}
+  ),
+  "float32": Case(EIGHT, (1, 32, 32, 2, 2, 8), options=CAUSAL, dtype="float32"),
 }
+MORE = {
+  "plain": Case(EIGHT, (1, 16, 16, 2, 2, 4)),
+  "window": Case(EIGHT, (1, 16, 16, 2, 1, 4), (1, 2, 16, 16), (), {"window": (3, 0)} | DROPOUT),
+  "traced offset": Case(
+    TWO_BY_FOUR, (2, 8, 16, 2, 1, 4), (8, True, 6), ("lengths",), CAUSAL | DROPOUT, offset=5
+  ),
+  "known offset": Case(
+    TWO_BY_FOUR, (2, 16, 8, 2, 1, 4), (1, 1, 16, 1), (), CAUSAL | {"q_offset": -2, "scale": 0.7}
+  ),
+  "differentiated by JAX": Case(
+    FOUR_BY_TWO,
+    (2, 12, 12, 4, 2, 4),
+    (8, True, 6),
+    ("segments", "lengths"),
+    CAUSAL | DROPOUT,
+    implementation="xla",
+  ),
+  "keys not cut": Case(
+    FOUR_BY_TWO,
+    (1, 8, 10, 4, 2, 4),
+    (8, True, 6),
+    ("segments",),
+    CAUSAL | DROPOUT | {"q_offset": 2},
+  ),
+  "two key heads for four": Case((1, 4, 2), (1, 8, 8, 8, 2, 4), (1, 8, 1, 1), (), DROPOUT),
+  "heads that do not fit": Case((1, 4, 2), (1, 8, 8, 12, 3, 4), (8, True, 6), (), DROPOUT),
+  "nothing cut": Case((2, 2, 2), (3, 1, 5, 3, 3, 4), None, (), CAUSAL | DROPOUT | {"q_offset": 4}),
+}
+for _name in ("pallas_tpu", "pallas_gpu"):
+  MORE[f"{_name}, interpreted"] = Case(
+    (1, 1, 3),
+    (2, 12, 12, 2, 1, 4),
+    (8, True, 6),
+    ("segments", "lengths"),
+    CAUSAL | DROPOUT,
+    implementation=ENTRIES[_name].small,
+    dtype="float32",
+  )
+SUITES = {"cases": CASES, "more": MORE}
 
 
 def arrays_of(case: Case) -> tuple[dict, dict]:
@@ -132,21 +179,131 @@ def differences(case: Case) -> dict[str, float]:
   return {name: difference(found[name], expected[name]) for name in expected}
 
 
-def run_all() -> None:
-  for name, case in CASES.items():
-    if len(sys.argv) > 2 and name not in sys.argv[2:]:
-      continue
-    start = time.perf_counter()
+def run(suite: str) -> None:
+  """Prints one line of JSON a case: what differs by how much, or its error."""
+  for name, case in SUITES[suite].items():
     try:
       with jax.enable_x64(case.dtype == "float64"):
         found = differences(case)
-    except Exception as error:
-      import traceback
-
-      traceback.print_exc()
+    except Exception as error:  # Whatever it is: the case's own test shows it.
       found = {"error": f"{type(error).__name__}: {error}"}
-    print(json.dumps({"name": name} | found | {"seconds": time.perf_counter() - start}), flush=True)
+    print(json.dumps({"name": name} | found), flush=True)
+
+
+@functools.cache
+def measured(suite: str) -> dict[str, dict]:
+  """What `run` printed, by case."""
+  variables = {
+    "JAX_PLATFORMS": "cpu",
+    # Not optimised: it is compiled once and run once.
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
+  }
+  return elsewhere.compiled_apart("tests.kernels.test_ring", suite, variables, timeout=1200)
+
+
+@pytest.mark.parametrize(
+  "suite, name",
+  [
+    pytest.param(suite, name, id=name, marks=[pytest.mark.ci] * (suite == "more"))
+    for suite, cases in SUITES.items()
+    for name in cases
+  ],
+)
+def test_a_mesh_computes_what_one_device_does(suite, name):
+  """Results and gradients, in norm: float64 to 1e-13, float32 to 1e-6."""
+  found = measured(suite)[name]
+  assert "error" not in found, found["error"]
+  tolerance = {"float64": 1e-13, "float32": 1e-6}[SUITES[suite][name].dtype]
+  assert max(found.values()) < tolerance, found
+
+
+# T, S, parts, options: ways.
+WAYS = {
+  "everybody sees all": ((2, 2, 8, {}), ((1, 7),)),
+  "causal": ((2, 2, 8, CAUSAL), ((1, 7),)),
+  "causal, one part back": ((4, 4, 8, CAUSAL | {"window": (4, None)}), ((1, 1),)),
+  "causal, a key further": ((4, 4, 8, CAUSAL | {"window": (5, None)}), ((1, 2),)),
+  "itself alone": ((4, 4, 8, CAUSAL | {"window": (0, None)}), ()),
+  "both sides": ((4, 4, 8, {"window": (3, 5)}), ((1, 1), (-1, 2))),
+  "ahead": ((4, 4, 8, {"window": (0, 4)}), ((-1, 1),)),
+  "both sides meet": ((4, 4, 4, {"window": (5, 4)}), ((1, 3),)),
+  "traced": ((4, 4, 4, {"window": (4, 0), "q_offset": jnp.int32(0)}), ((1, 3),)),
+  "offset of two parts": ((4, 4, 8, {"window": (0, 0), "q_offset": -8}), ((1, 2),)),
+}
+
+
+@pytest.mark.parametrize("given, ways", WAYS.values(), ids=WAYS)
+def test_keys_travel_as_far_as_they_are_seen(given, ways):
+  T, S, parts, options = given
+  q, k = jnp.zeros((1, T, 1, 4)), jnp.zeros((1, S, 1, 4))
+  assert ring.ways(attention.checked_call(q, k, k, None, **options), parts) == ways
+
+
+def one_device():
+  return jax.make_mesh((1,) * 3, AXES, (jax.sharding.AxisType.Auto,) * 3, devices=jax.devices()[:1])
+
+
+def test_nothing_to_attend_to_is_as_without_a_mesh():
+  q, k = jnp.ones((2, 3, 4, 8)), jnp.ones((2, 0, 4, 8))
+  run = functools.partial(kernels.sharded_attention, mesh=one_device(), length="sequence")
+  out, lse = run(q, k, k, return_lse=True)
+  assert not out.any() and (lse == jnp.finfo(jnp.float32).min).all()
+
+
+@pytest.mark.parametrize(
+  "axes",
+  [{"batch": ("rows",)}, {"batch": ("data",), "length": "data"}, {"heads": ("tensor", "tensor")}],
+  ids=str,
+)
+def test_axes_must_be_there_and_differ(axes):
+  q = jnp.ones((2, 3, 4, 8))
+  with pytest.raises(ValueError, match="must be different axes of .'data', 'tensor', 'sequence'."):
+    kernels.sharded_attention(q, q, q, mesh=one_device(), **axes)
+
+
+CHIPS = "v5e:2x2"
+
+
+def compile_for_chips() -> None:
+  """Prints, of a causal ring of 4 chips, forwards and backwards, what its program holds."""
+  devices = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS).devices
+  mesh = jax.sharding.Mesh(np.array(devices), ("sequence",))
+  sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "sequence"))
+  x = jax.ShapeDtypeStruct((1, 2048, 2, 128), jnp.bfloat16, sharding=sharding)
+
+  def loss(q, k, v, key):
+    options = dict(mesh=mesh, length="sequence", dropout_rate=0.1, dropout_key=key)
+    return kernels.sharded_attention(q, k, v, is_causal=True, **options).sum()
+
+  gradient = jax.jit(jax.grad(loss, (0, 1, 2)))
+  text = gradient.lower(x, x, x, jax.random.key(0)).compile().as_text()
+  # Of each loop's body, in the order of execution, what is sent or attended.
+  event = re.compile(r" (collective-permute-(?:start|done)|custom-call)\(")
+  bodies = [
+    [found[0] for line in body.splitlines() if (found := event.findall(line))]
+    for body in re.findall(r"^%[^\n]*\{\n(.*?)^\}", text, re.MULTILINE | re.DOTALL)
+  ]
+  found = {
+    "kernels": text.count('"tpu_custom_call"'),
+    "permutes": text.count(" collective-permute-start("),
+    "others": [x for x in ("all-gather", "all-to-all", "all-reduce") if f" {x}" in text],
+    "bodies": [body for body in bodies if "collective-permute-start" in body],
+  }
+  print(json.dumps({"name": CHIPS} | found))
+
+
+@pytest.mark.ci
+def test_chips_send_the_next_keys_while_they_attend():
+  """Each pass: its own keys, the loop, the last ones. In each loop all that is sent is on its way
+  while the kernel runs: keys and values, and backwards their gradients.
+  """
+  assert importlib.util.find_spec("libtpu"), "no TPU compiler: pip install -e '.[tpu]'"
+  module = "tests.kernels.test_ring"
+  found = elsewhere.compiled_apart(module, CHIPS, elsewhere.LIBTPU, timeout=600)[CHIPS]
+  assert (found["kernels"], found["others"]) == (6, [])
+  starts, dones = (f"collective-permute-{x}" for x in ("start", "done"))
+  assert found["bodies"] == [[starts] * n + ["custom-call"] + [dones] * n for n in (2, 4)]
 
 
 if __name__ == "__main__":
-  run_all()
+  compile_for_chips() if sys.argv[1] == CHIPS else run(sys.argv[1])

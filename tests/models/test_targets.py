@@ -1,0 +1,95 @@
+"""Language models that are given targets: what the logits say of them, in place of the logits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from magneto_jax.models.encoder import Encoder
+from magneto_jax.models.encoder_decoder import EncoderDecoder
+from magneto_jax.models.language import CausalLM, MaskedLM
+from tests import reference
+from tests.models.common import SIZES, VOCAB, compiled, recipe
+
+RNG = np.random.default_rng(0)
+TOKENS, SOURCE = RNG.integers(0, VOCAB, (2, 2, 6))
+TARGETS = RNG.integers(0, VOCAB, (2, 6)).astype(np.int32)
+
+
+def encoder(kind="encoder", **fields):
+  both = {"kind": kind, "layers": 1}
+  return Encoder(recipe=recipe("pre_ln", **both).encoder, vocab_size=VOCAB, **SIZES, **fields)
+
+
+def decoder(kind="decoder", **fields):
+  both = {"kind": kind, "layers": 1}
+  return CausalLM(recipe=recipe("pre_ln", **both).decoder, vocab_size=VOCAB, **SIZES, **fields)
+
+
+def encoder_decoder(**fields):
+  kind = "encoder_decoder"
+  return EncoderDecoder(encoder=encoder(kind), decoder=decoder(kind, **fields))
+
+
+MODELS = {
+  "causal": (decoder, (TOKENS,)),
+  "masked": (lambda **fields: MaskedLM(encoder=encoder(), **fields), (TOKENS,)),
+  "encoder_decoder": (encoder_decoder, (SOURCE, TOKENS)),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_targets_cost_what_their_logits_say(name):
+  """To the bit all at once; by chunks to float32's rounding."""
+  make, args = MODELS[name]
+  params = reference.random_params(make(), *args)
+
+  def of_logits(params):
+    logits = make().apply({"params": params}, *args)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, TARGETS)
+
+  def of_targets(params, **fields):
+    return make(**fields).apply({"params": params}, *args, targets_BT=TARGETS)
+
+  expected, found = compiled(of_logits)(params), compiled(of_targets)(params)
+  assert (found.shape, found.dtype) == (TARGETS.shape, jnp.float32)
+  np.testing.assert_array_equal(found, expected)
+  found = compiled(lambda params: of_targets(params, vocab_chunk=5))(params)
+  np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+def test_the_gradient_is_that_of_the_logits():
+  """To the bit all at once; by chunks to float32's rounding; the table is input and output."""
+  params = reference.random_params(decoder(), TOKENS)
+
+  def of_logits(params):
+    logits = decoder().apply({"params": params}, TOKENS)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, TARGETS).sum()
+
+  def of_targets(params, **fields):
+    return decoder(**fields).apply({"params": params}, TOKENS, targets_BT=TARGETS).sum()
+
+  by_chunks = lambda params: of_targets(params, vocab_chunk=5)
+  losses = of_logits, of_targets, by_chunks
+  # In one program: what they share is compiled once.
+  expected, whole, found = compiled(lambda params: [jax.grad(f)(params) for f in losses])(params)
+  jax.tree.map(np.testing.assert_array_equal, whole, expected)
+  scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
+  close = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * scale)
+  jax.tree.map(close, found, expected)
+
+
+def test_targets_with_a_state_and_the_stream():
+  """Where tokens do not fit the state what they cost is NaN, as their logits are."""
+  model = decoder(vocab_chunk=5)
+  params = reference.random_params(model, TOKENS)
+  apply = compiled(model.apply, static_argnames="return_hidden_states")
+  call = lambda tokens, **more: apply({"params": params}, tokens, **more)
+  nats, stream = call(TOKENS, targets_BT=TARGETS, return_hidden_states=True)
+  assert stream.shape == (2, *TOKENS.shape, model.width)
+  half = TOKENS[:, :3], TARGETS[:, :3]
+  first, state = call(half[0], targets_BT=half[1], state=model.init_state(2, 5))
+  np.testing.assert_allclose(first, nats[:, :3], rtol=0, atol=1e-5)
+  second, _ = call(half[0], targets_BT=half[1], state=state)
+  assert np.isnan(second).all()
