@@ -56,13 +56,7 @@ def of_program(compiled, state, batch) -> Memory:
     state: its state, shapes with shardings: a `TrainState`.
     batch: likewise.
   """
-  found = compiled.memory_analysis()
-  parts = {
-    "parameters": held(state.params),
-    "average": held(state.ema_params),
-    "optimizer": held(state.opt_state) + held(state.step),
-    "batch": held(batch),
-  }
+  found, parts = compiled.memory_analysis(), _arguments(state, batch)
   return Memory(
     **parts,
     # CPUs drop an argument that nothing reads.
@@ -71,6 +65,29 @@ def of_program(compiled, state, batch) -> Memory:
     temporaries=found.temp_size_in_bytes,
     code=found.generated_code_size_in_bytes,
   )
+
+
+def of_refused(error: BaseException, state, batch) -> Memory | None:
+  """What a step needs that its compiler refuses: beside its arguments all is temporaries.
+
+  None of an error that does not say how much is needed.
+  """
+  needed, _ = exhausted(error) or (None, None)
+  if needed is None:
+    return None
+  parts = _arguments(state, batch)
+  if "temporaries" not in str(error):  # Of all that is needed does it speak.
+    needed = max(needed - sum(parts.values()), 0)
+  return Memory(**parts, padding=0, results=0, temporaries=needed, code=0)
+
+
+def _arguments(state, batch) -> dict[str, int]:
+  return {
+    "parameters": held(state.params),
+    "average": held(state.ema_params),
+    "optimizer": held(state.opt_state) + held(state.step),
+    "batch": held(batch),
+  }
 
 
 def held(tree) -> int:
@@ -137,7 +154,7 @@ def estimate(config: TrainConfig, sizes: Sizes) -> int:
 
   State: parameters, the optimizer's two moments, the average, and the gradients, each cut as its
   parameter is. Activations, for each token that a device has at a time: what `remat` keeps of every
-  layer; of one layer, all; and of the loss the logits and their gradient, float32.
+  layer; of one layer, all; and of the loss the logits and their gradient.
 
   Raises:
     ValueError: if the mesh does not fit the devices, or does not divide what it cuts.
@@ -180,7 +197,7 @@ def estimate(config: TrainConfig, sizes: Sizes) -> int:
   if config.vocab_chunk:
     logits = min(logits, config.vocab_chunk)
   working = kept[config.model.remat] + 2 * layers["widest"]
-  return int(state + tokens * (working * number + 2 * 4 * logits))
+  return int(state + tokens * number * (working + 2 * logits))
 
 
 def _count(layers: dict, names, shape, repeats: int, by) -> None:
@@ -306,7 +323,13 @@ def _sequence(config: TrainConfig, mesh) -> Iterator[Knob]:
 
 
 def _shared_rows(config: TrainConfig, mesh, axis: str) -> Iterator[dict[str, Any]]:
-  """Twice as many devices share a row, half as many have rows of their own, at a time as before."""
+  """Twice as many devices share a row, and half as many have rows of their own, as many as before.
+
+  Only where every device has its last row: before that, more parts of a batch save as much.
+  """
+  rows = math.prod(mesh[name] for name in sharding.ACTIVATION_AXES["batch"])
+  if config.batch_size % (2 * rows * config.accumulation) == 0:
+    return
   for taken in ("data", "fsdp"):
     if mesh[taken] % 2 == 0:
       sizes = {"data": mesh["data"], axis: mesh[axis] * 2} | {taken: mesh[taken] // 2}

@@ -33,17 +33,20 @@ class Attempt(NamedTuple):
     config: what was compiled.
     lowered: its step before that.
     compiled: its step; None if it does not fit.
-    parts: memory by part; None likewise.
-    peak: bytes a device; as the compiler's error has it where it does not fit.
+    parts: memory by part; where it does not fit, as the compiler's error has it.
     available: bytes a device has; None where that is not known.
   """
 
   config: TrainConfig
   lowered: program.Lowered
   compiled: program.Program | None
-  parts: memory.Memory | None
-  peak: int
+  parts: memory.Memory
   available: int | None
+
+  @property
+  def peak(self) -> int:
+    """Bytes of a device."""
+    return self.parts.peak
 
   @property
   def fits(self) -> bool:
@@ -159,17 +162,12 @@ def compile_for(config: TrainConfig, facts: Facts, topology: Topology) -> Attemp
   try:
     compiled = lowered.compile()
   except (jax.errors.JaxRuntimeError, MemoryError) as error:
-    found = memory.exhausted(error)
-    if found is None:
+    parts = memory.of_refused(error, lowered.state, lowered.batch)
+    if parts is None:
       raise
-    needed, limit = found
-    if needed is None:
-      raise
-    if "temporaries" in str(error):  # Of those alone does it speak.
-      needed += memory.held(lowered.state) + memory.held(lowered.batch)
-    return Attempt(config, lowered, None, None, needed, limit or there)
+    return Attempt(config, lowered, None, parts, there)
   parts = memory.of_program(compiled.step, lowered.state, lowered.batch)
-  return Attempt(config, lowered, compiled, parts, parts.peak, there)
+  return Attempt(config, lowered, compiled, parts, there)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -405,10 +403,9 @@ def tables(plan: Plan) -> Iterator[rich.table.Table]:
   attempt = plan.attempt
   share = lambda size: f"{size / attempt.available:.1%}" if attempt.available else ""
   table = _table("Memory of a device", "part", ">bytes", ">of it")
-  if attempt.parts:
-    for name, words in _PARTS.items():
-      if size := getattr(attempt.parts, name):
-        table.add_row(words, _binary(size), share(size))
+  for name, words in _PARTS.items():
+    if size := getattr(attempt.parts, name):
+      table.add_row(words, _binary(size), share(size))
   table.add_section()
   table.add_row("at once", _binary(attempt.peak), share(attempt.peak))
   if attempt.available:
@@ -467,7 +464,7 @@ def _work_tables(plan: Plan) -> Iterator[rich.table.Table]:
 
 def _remedy_table(plan: Plan) -> rich.table.Table:
   table = _table(
-    "What would make it fit",
+    "What would help",
     "change",
     ">saves, estimated",
     ">compiled",
@@ -535,7 +532,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
     "fits": attempt.fits,
     "peak_bytes_per_chip": attempt.peak,
     "available_bytes_per_chip": attempt.available,
-    "memory": attempt.parts and attempt.parts._asdict(),
+    "memory": attempt.parts._asdict(),
     "model_flops": plan.model_flops,
     "matrix_flops_per_chip": plan.cost and plan.cost.matrix_flops,
     "memory_traffic_bytes_per_chip": plan.cost and plan.cost.bytes,

@@ -94,7 +94,7 @@ def test_every_knob_can_be_turned_and_saves_what_it_says():
   for knob in found:
     turned = memory.changed(config, knob.changes)
     assert knob.saves == now - memory.estimate(turned, sizes) > 0
-    # The whole of it is a valid run: on as many devices, with rows for each.
+    # A valid run: on as many devices, with rows for each.
     mesh = sharding.resolve(turned.mesh.sizes(), 16)
     assert turned.batch_size % (mesh["data"] * mesh["fsdp"] * turned.accumulation) == 0
     assert 64 % mesh["tensor"] == 0
@@ -106,20 +106,24 @@ def test_every_knob_can_be_turned_and_saves_what_it_says():
     "batch_size",
     "ema",
     "mesh.fsdp",
-    "mesh.sequence",
-    "mesh.tensor",
     "model.dtype",
     "model.remat",
   }
 
 
-def test_what_does_not_divide_is_no_knob():
-  """Of 3 heads none can be given to two devices; and every device has its last row."""
-  config = config_of(**{"batch_size": 16, "model.heads": 3, "model.width": 48, "mesh.tensor": 1})
-  fields = [set(knob.changes) for knob in memory.knobs(config, sizes_of(config))]
-  assert fields and not any("mesh.tensor" in each for each in fields)
-  # Parts are fewer rows than devices unless they share a row.
-  assert all("mesh.sequence" in each for each in fields if "accumulation" in each)
+def test_the_last_row_of_a_device_is_shared():
+  """Before that, parts of a batch save as much; and of 3 heads none can be given to two devices."""
+  few = {"batch_size": 8, "mesh.data": 4, "mesh.tensor": 2}
+  fields = lambda config: [set(knob.changes) for knob in memory.knobs(config, sizes_of(config))]
+  named = set().union(*fields(config_of(**few)))
+  assert {"mesh.tensor", "mesh.sequence"} <= named
+  named = set().union(*fields(config_of()))
+  assert "accumulation" in named and not {"mesh.tensor", "mesh.sequence"} & named
+  odd = {"model.heads": 3, "model.width": 48, "mesh.tensor": 1, "mesh.data": 8}
+  config = config_of(**few | odd | {"batch_size": 16})
+  named = fields(config)
+  assert named and not any("mesh.tensor" in each for each in named)
+  assert all("mesh.sequence" in each for each in named if "accumulation" in each)
 
 
 def test_those_that_are_enough_are_named_first_the_cheapest_before():
@@ -154,6 +158,20 @@ SAID = {
 @pytest.mark.parametrize("text", SAID)
 def test_errors_of_memory_are_read(text):
   assert memory.exhausted(jax.errors.JaxRuntimeError(text)) == SAID[text]
+
+
+def test_what_a_compiler_refuses_is_told_apart():
+  """Of errors that speak of temporaries alone, and of those that speak of all."""
+  at = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  array = jax.ShapeDtypeStruct((2**18,), jnp.float32, sharding=at)  # 1 MiB.
+  state = types.SimpleNamespace(params=array, ema_params=None, opt_state=(array,) * 2, step=())
+  of = lambda text: memory.of_refused(jax.errors.JaxRuntimeError(text), state, {"x": array})
+  said = "RESOURCE_EXHAUSTED: Ran out of memory"
+  alone = of(f"{said} on HBM, total HLO temporaries (9.00M) exceeds available HBM (8.00M)")
+  together = of(f"{said} in memory space hbm. Used 13.00M of 8.00M hbm.")
+  expected = memory.Memory(*(m * 2**20 for m in (1, 0, 2, 1, 0, 0, 9, 0)))
+  assert alone == together == expected and expected.peak == 13 * 2**20
+  assert of(f"{said}, so much for that") is None
 
 
 def test_other_errors_are_left_alone():

@@ -7,6 +7,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import pytest
@@ -143,12 +144,11 @@ class Machine:
 
   def compile_for(self, config, facts, topology):
     self.compiled.append(config)
-    state = type("State", (), {"params": self.sizes.params})
-    lowered = type("Lowered", (), {"state": state, "batch": self.sizes.batch})
-    peak = memory.estimate(config, self.sizes) + 100
-    fits = peak <= self.available
-    compiled = object() if fits else None
-    return planning.Attempt(config, lowered, compiled, None, peak, self.available)
+    state = types.SimpleNamespace(params=self.sizes.params)
+    lowered = types.SimpleNamespace(state=state, batch=self.sizes.batch)
+    parts = memory.Memory(*[0] * 7, code=memory.estimate(config, self.sizes) + 100)
+    compiled = object() if parts.peak <= self.available else None
+    return planning.Attempt(config, lowered, compiled, parts, self.available)
 
 
 @pytest.fixture(scope="module")
