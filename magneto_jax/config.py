@@ -62,7 +62,10 @@ class ModelConfig(_Checked):
 
   _group = "model."
 
-  layers: int = _positive(6, "L, the number of layers")
+  layers: int = _positive(6, "L, the number of layers; of an encoder-decoder's decoder")
+  encoder_layers: int = _field(
+    0, "the number of layers of an encoder-decoder's encoder; 0: as many as layers", min=0
+  )
   width: int = _positive(256, "D, the width of the residual stream")
   ffn_width: int = _field(0, "F, the width of the FFN's hidden layer; 0: 4 x width", min=0)
   heads: int = _field(
@@ -93,6 +96,9 @@ class ModelConfig(_Checked):
   )
   use_bias: bool = _field(True, "whether projections have biases")
   tied_embeddings: bool = _field(True, "whether the output projection is the embedding table")
+  image_size: int = _positive(224, "pixels on an image's side")
+  patch_size: int = _positive(16, "pixels on a patch's side")
+  image_vocab_size: int = _positive(8192, "how many tokens there are for patches of images")
   window: int = _field(0, "how many earlier tokens attention reaches; 0: all", min=0)
   logits_soft_cap: float = _field(0.0, "cap of the attention logits; 0: none", min=0.0)
   dropout: float = _rate(0.0, "after the embedding and every sublayer")
@@ -130,10 +136,23 @@ class ModelConfig(_Checked):
       raise ConfigError(
         f"{self.positions} positions need an even head width, not {head_dim}: see model.heads"
       )
-    if self.unroll == 0 or (self.unroll > 0 and self.layers % self.unroll):
+    for name in ("layers", "encoder_layers"):
+      layers = getattr(self, name)
+      if self.unroll == 0 or (self.unroll > 0 and layers % self.unroll):
+        raise ConfigError(f"model.unroll={self.unroll} must divide model.{name}={layers}, or be -1")
+    if self.image_size % self.patch_size:
       raise ConfigError(
-        f"model.unroll={self.unroll} must divide model.layers={self.layers}, or be -1"
+        f"model.patch_size={self.patch_size} must divide model.image_size={self.image_size}"
       )
+
+
+# Fields of the model that one task alone reads.
+OF_ONE_TASK = {
+  "encoder_layers": "translation",
+  "image_size": "beit3",
+  "patch_size": "beit3",
+  "image_vocab_size": "beit3",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,7 +279,7 @@ class MeshConfig(_Checked):
 class TrainConfig(_Checked):
   """One run."""
 
-  task: str = _field("causal_lm", "what is learned", choices=("causal_lm",))
+  task: str = _field("causal_lm", "what is learned", choices=("causal_lm", "translation", "beit3"))
   recipe: str = _field(
     "magneto", "how the model is normalised, scaled and initialised", choices=tuple(recipes.RECIPES)
   )
@@ -271,6 +290,9 @@ class TrainConfig(_Checked):
   accumulation: int = _positive(1, "parts a batch is split into, one after the other")
   vocab_chunk: int = _field(
     0, "rows of the vocabulary whose logits are held at a time in the loss; 0: all", min=0
+  )
+  label_smoothing: float = _rate(
+    0.0, "share of the targets' probability that other tokens are given in training"
   )
   cast_weights: bool = _field(
     False,
@@ -300,6 +322,12 @@ class TrainConfig(_Checked):
       raise ConfigError(
         f"accumulation={self.accumulation} must divide batch_size={self.batch_size}"
       )
+    for name, task in OF_ONE_TASK.items():
+      default = next(f.default for f in dataclasses.fields(ModelConfig) if f.name == name)
+      if self.task != task and getattr(self.model, name) != default:
+        raise ConfigError(
+          f"config.model.{name} is not read with config.task={self.task!r}, only with {task!r}"
+        )
     for name in self.recipe_options.chosen():
       if name not in recipes.options(self.recipe):
         having = [recipe for recipe in recipes.RECIPES if name in recipes.options(recipe)]

@@ -7,7 +7,7 @@ model; `predict` gives the same numbers from `theory.propagation`.
 import dataclasses
 import math
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -51,11 +51,7 @@ class Part(NamedTuple):
 
 def parts_of(model: nn.Module) -> dict[str, Part]:
   """The stacks of a model: `encoder`, `decoder`, or both, in the order in which they run."""
-  if isinstance(model, Backbone):
-    part = Part((), model)
-    return {"decoder" if part.is_causal else "encoder": part}
-  inner = ((f.name, getattr(model, f.name, None)) for f in dataclasses.fields(model))
-  parts = [Part((name,), module) for name, module in inner if isinstance(module, Backbone)]
+  parts = list(_stacks(model, ()))
   named = {"decoder" if part.is_causal else "encoder": part for part in parts}
   if not parts or len(named) < len(parts):
     raise TypeError(
@@ -63,6 +59,16 @@ def parts_of(model: nn.Module) -> dict[str, Part]:
       " magneto_jax.models, or a module that holds one"
     )
   return {kind: named[kind] for kind in ("encoder", "decoder") if kind in named}
+
+
+def _stacks(model: nn.Module, path: tuple[str, ...]) -> Iterator[Part]:
+  """The module, if it is a stack, or those in its fields."""
+  if isinstance(model, Backbone):
+    yield Part(path, model)
+    return
+  for name in (f.name for f in dataclasses.fields(model) if f.name != "parent"):
+    if isinstance(inner := getattr(model, name, None), nn.Module):
+      yield from _stacks(inner, (*path, name))
 
 
 # ---------------------------------------------------------------------------------------------

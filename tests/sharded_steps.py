@@ -4,6 +4,7 @@
 leaves the parameters and losses in an .npz a case; `tests/test_sharding.py` compares them.
 """
 
+import dataclasses
 import functools
 import json
 import sys
@@ -125,11 +126,14 @@ def vision(rng, config):
   return task, model, batch
 
 
-def of_task(name: str):
+def of_task(name: str, **fields):
   """A family whose task is in the table: random integers for what is of integers."""
 
   def family(rng, config):
+    model = dataclasses.replace(config.model, **fields)
+    config = dataclasses.replace(config, task=name, model=model)
     task = TASKS[name]
+    task = task._replace(dummy_inputs=lambda _, make=task.dummy_inputs: make(config))
     facts = task.planned_facts(config)
     batch = {}
     for key, spec in task.batch_spec(config).items():
@@ -148,7 +152,7 @@ FAMILIES = {
   "masked_lm": masked_lm,
   "vision": vision,
   "translation": of_task("translation"),
-  "beit3": of_task("beit3"),
+  "beit3": of_task("beit3", positions="learned", image_size=16, patch_size=4),
 }
 
 

@@ -6,10 +6,11 @@ rows each; C rows of a chunk.
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+
+from magneto_jax import sharding
 
 # Sizes of a chunk are multiples of it where they can be: a row of an accelerator's registers.
 _LANES = 128
@@ -23,7 +24,15 @@ def vocabulary_logits(
   logits_BTV = jnp.einsum(
     "btd,vd->btv", x_BTD, table_VD.astype(x_BTD.dtype), preferred_element_type=wide
   )
+  logits_BTV = sharding.constrain(logits_BTV, "batch", "length", "vocab")
   return logits_BTV if bias_V is None else logits_BTV + bias_V.astype(wide).reshape(1, 1, -1)
+
+
+def scores_of(x_BTD, table_VD, targets_BT=None, bias_V=None, **options) -> jax.Array:
+  """What a model puts out: logits [B, T, V], or, given targets, their `cross_entropy` [B, T]."""
+  if targets_BT is None:
+    return vocabulary_logits(x_BTD, table_VD, bias_V)
+  return cross_entropy(x_BTD, table_VD, targets_BT, bias_V, **options)
 
 
 def cross_entropy(
@@ -34,8 +43,7 @@ def cross_entropy(
   *,
   smoothing: float = 0.0,
   chunk: int = 0,
-  parts: int = 1,
-  constrain: Callable[..., jax.Array] = lambda x, *axes: x,
+  parts: int | None = None,
 ) -> jax.Array:
   """-log p(target) [B, T] in nats, p = softmax(x W^T + b), in float32 or wider.
 
@@ -54,9 +62,9 @@ def cross_entropy(
     bias_V: b.
     smoothing: e, in [0, 1).
     chunk: rows of the vocabulary (of each part of it) whose logits are held at a time; 0: all.
-    parts: P, how many contiguous parts of equal size the vocabulary lies in, on different devices.
-      Chunks are cut within each part, so that none needs another device's rows.
-    constrain: `(x, *logical axes) -> x`, which lays an array out on the mesh.
+    parts: P, how many contiguous parts of equal size the vocabulary lies in, on different devices;
+      as the present mesh cuts it by default. Chunks are cut within each part, so that none needs
+      another device's rows.
 
   Raises:
     ValueError: the parts do not divide the vocabulary.
@@ -65,13 +73,14 @@ def cross_entropy(
   Milakov and Gimelshein, arXiv 1805.02867, algorithm 3 (the online sum).
   """
   vocab_size = table_VD.shape[0]
+  parts = sharding.parts("vocab") if parts is None else parts
   if chunk:
     if vocab_size % parts:
       raise ValueError(f"{parts} parts of a vocabulary must divide its {vocab_size} rows")
     rows = vocab_size // parts
     # As many chunks as are needed, of one size.
     even = -(-rows // -(-rows // chunk))
-    cut = _Cut(parts, min(chunk, rows, -(-even // _LANES) * _LANES), constrain)
+    cut = _Cut(parts, min(chunk, rows, -(-even // _LANES) * _LANES))
     lse_BT, picked_BT = _by_chunks(cut, x_BTD, table_VD, bias_V, targets_BT)
   else:
     logits_BTV = vocabulary_logits(x_BTD, table_VD, bias_V)
@@ -97,17 +106,15 @@ class _Cut:
 
   Attributes:
     parts, size: P and C.
-    constrain: see `cross_entropy`.
   """
 
   parts: int
   size: int
-  constrain: Callable[..., jax.Array]
 
   def parted(self, array_V: jax.Array) -> jax.Array:
     """[V, ...] as [P, R, ...]: each part on its devices, whole."""
     array_PR = array_V.reshape(self.parts, -1, *array_V.shape[1:])
-    return self.constrain(array_PR, "vocab", *(None,) * (array_PR.ndim - 1))
+    return sharding.constrain(array_PR, "vocab", *(None,) * (array_PR.ndim - 1))
 
   def scan(self, step, carry, rows: int):
     """The carry after `step(carry, start, seen)` of all chunks, (start, seen) see `_chunk`."""
@@ -138,7 +145,7 @@ class _Cut:
     )
     if bias_PR is not None:
       logits_BTPC += self.take(bias_PR, start)[None, None].astype(wide)
-    return self.constrain(logits_BTPC, "batch", "length", "vocab", None)
+    return sharding.constrain(logits_BTPC, "batch", "length", "vocab", None)
 
   def is_target(self, targets_BT, start, rows: int) -> jax.Array:
     """[B, T, P, C]: by comparison, as a look-up would have to reach into other parts."""
@@ -166,7 +173,7 @@ def _by_chunks(cut: _Cut, x_BTD, table_VD, bias_V, targets_BT):
 
   wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
   zeros_BTP = jnp.zeros((*targets_BT.shape, cut.parts), wide)
-  zeros_BTP = cut.constrain(zeros_BTP, "batch", "length", "vocab")
+  zeros_BTP = sharding.constrain(zeros_BTP, "batch", "length", "vocab")
   # Bounded from below, so that a chunk of logits that are all -inf adds exp(-inf) = 0, not NaN.
   lowest_BTP = jnp.full_like(zeros_BTP, jnp.finfo(wide).min)
   top_BTP, sum_BTP, picked_BTP = cut.scan(step, (lowest_BTP, zeros_BTP, zeros_BTP), rows)
@@ -204,7 +211,7 @@ def _backward(cut: _Cut, kept, cotangents):
   batch, length, width = x_BTD.shape
   # Each part sums its own; they meet after the loop.
   dx_PBTD = jnp.zeros((cut.parts, batch, length, width), wide)
-  dx_PBTD = cut.constrain(dx_PBTD, "vocab", "batch", "length", None)
+  dx_PBTD = sharding.constrain(dx_PBTD, "vocab", "batch", "length", None)
   dtable_PRD = jnp.zeros(table_PRD.shape, table_VD.dtype)
   dbias_PR = None if bias_V is None else jnp.zeros(bias_PR.shape, bias_V.dtype)
   dx_PBTD, dtable_PRD, dbias_PR = cut.scan(step, (dx_PBTD, dtable_PRD, dbias_PR), rows)

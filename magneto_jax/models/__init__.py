@@ -3,7 +3,7 @@
 from magneto_jax.models.encoder import Encoder
 from magneto_jax.models.encoder_decoder import EncoderDecoder
 from magneto_jax.models.language import CausalLM, DecodingState, MaskedLM
-from magneto_jax.models.multimodal import BEiT3
+from magneto_jax.models.multimodal import BEiT3, MaskedBEiT3
 from magneto_jax.models.transformer import Block, Context, Stack, StackOutput, init_caches
 from magneto_jax.models.vision import VisionEncoder
 
@@ -15,6 +15,7 @@ __all__ = [
   "DecodingState",
   "Encoder",
   "EncoderDecoder",
+  "MaskedBEiT3",
   "MaskedLM",
   "Stack",
   "StackOutput",

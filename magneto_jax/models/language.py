@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from magneto_jax.layers.cross_entropy import cross_entropy, vocabulary_logits
+from magneto_jax.layers.cross_entropy import scores_of
 from magneto_jax.layers.feed_forward import ACTIVATIONS, GATED
 from magneto_jax.layers.initializers import dense_init
 from magneto_jax.layers.norms import norm_factory
@@ -47,13 +47,6 @@ class DecodingState(NamedTuple):
     return self.caches[0][0].self_attention.length
 
 
-def _scores(x_BTD, table_VD, bias_V, targets_BT, vocab_chunk: int) -> jax.Array:
-  """Logits [B, T, V]; with targets, what each costs [B, T]."""
-  if targets_BT is None:
-    return vocabulary_logits(x_BTD, table_VD, bias_V)
-  return cross_entropy(x_BTD, table_VD, targets_BT, bias_V, chunk=vocab_chunk)
-
-
 class CausalLM(Backbone, kw_only=True):
   """A decoder: p(x_t | x_<t) = softmax(W h_t), h = stack(embed(x)).
 
@@ -65,6 +58,7 @@ class CausalLM(Backbone, kw_only=True):
     tied: whether W is the embedding table; else W is drawn as the table is.
     vocab_chunk: rows of W whose logits are held at a time where targets are given; 0: all. See
       `layers.cross_entropy`.
+    label_smoothing: likewise where targets are given, in training alone.
     All others: see `Backbone`.
 
   Reference: Foundation Transformers, arXiv 2210.06423, section 2.2.
@@ -73,6 +67,7 @@ class CausalLM(Backbone, kw_only=True):
   vocab_size: int
   tied: bool = True
   vocab_chunk: int = 0
+  label_smoothing: float = 0.0
 
   def setup(self):
     self.token_embedding = TokenTable(self.vocab_size, self.width)
@@ -113,8 +108,8 @@ class CausalLM(Backbone, kw_only=True):
       recipe: a record of the same structure to run instead, whose numbers may be traced: a sweep
         over them compiles once (`records.as_arrays` turns numbers into leaves).
       embedding_VD: a table of tokens to use in place of the model's own, as encoder-decoders share.
-      targets_BT: integers in [0, V), the token after each: then -log p of them comes out in place
-        of the logits.
+      targets_BT: integers in [0, V), the token after each: then -log p of them (in training with
+        the model's smoothing) comes out in place of the logits.
       return_hidden_states: whether to return the stream as well.
       deterministic: False switches dropout on and needs an rng named `dropout`.
 
@@ -168,7 +163,13 @@ class CausalLM(Backbone, kw_only=True):
       deterministic=deterministic,
     )
     table_VD = embedding_VD if self.tied else self.output_embedding(init)
-    scores = _scores(out.x_BTD, table_VD, None, targets_BT, self.vocab_chunk)
+    scores = scores_of(
+      out.x_BTD,
+      table_VD,
+      targets_BT,
+      chunk=self.vocab_chunk,
+      smoothing=0.0 if deterministic else self.label_smoothing,
+    )
     results = (scores,)
     if state is not None:
       # The length may be traced, so this cannot raise; XLA would clamp, and overwrite rows.
@@ -302,5 +303,5 @@ class MaskedLM(nn.Module, kw_only=True):
     bias_V = None
     if self.head == "dense":
       bias_V = self.param("head_bias", nn.initializers.zeros, (encoder.vocab_size,))
-    scores = _scores(h_BTD, table_VD, bias_V, targets_BT, self.vocab_chunk)
+    scores = scores_of(h_BTD, table_VD, targets_BT, bias_V, chunk=self.vocab_chunk)
     return (scores, hidden_LBTD) if return_hidden_states else scores

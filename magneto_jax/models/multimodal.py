@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from magneto_jax.layers.cross_entropy import scores_of
 from magneto_jax.layers.initializers import dense_init, kernel_init
 from magneto_jax.layers.patches import PatchEmbedding
-from magneto_jax.models.backbone import padding_mask, positions_of
+from magneto_jax.models.backbone import TokenTable, padding_mask, positions_of
 from magneto_jax.models.encoder import Encoder
 from magneto_jax.theory import records
 
@@ -140,3 +141,83 @@ class BEiT3(nn.Module, kw_only=True):
     if not parts:
       raise ValueError("give images, tokens, or both")
     return parts
+
+
+class MaskedBEiT3(nn.Module, kw_only=True):
+  """Masked data modelling: p(what a patch or token was | all that is not masked of both).
+
+  Of a patch it is softmax(W_I h) over the tokens that an image tokenizer gives patches, of a text's
+  token softmax(W h) with W the table of the text's embeddings. The paper does not state the heads:
+  these are linear.
+
+  Attributes:
+    encoder: a `BEiT3`.
+    image_vocab_size: how many tokens there are for patches.
+    vocab_chunk, label_smoothing: see `CausalLM`.
+
+  Reference: BEiT-3, arXiv 2208.10442, section 2.2; BEiT v2, arXiv 2208.06366 (tokens of patches).
+  """
+
+  encoder: BEiT3
+  image_vocab_size: int = 8192
+  vocab_chunk: int = 0
+  label_smoothing: float = 0.0
+
+  @nn.compact
+  def __call__(
+    self,
+    images_BHWC: jax.Array,
+    tokens_BT: jax.Array,
+    *,
+    masked_BP: jax.Array | None = None,
+    mask_BT: jax.Array | None = None,
+    targets_BT: jax.Array | None = None,
+    recipe: records.Stack | None = None,
+    return_hidden_states: bool = False,
+    deterministic: bool = True,
+  ):
+    """Scores the patches and tokens of pairs.
+
+    Args:
+      images_BHWC, tokens_BT, masked_BP, mask_BT, recipe: see `BEiT3`; tokens that are masked are
+        the mask's token.
+      targets_BT: [B, P + T], the tokens of the patches, then those of the text.
+      return_hidden_states: whether to return the stream as well.
+      deterministic: False switches dropout on and needs an rng named `dropout`.
+
+    Returns:
+      Logits of the patches [B, P, V_I] and of the text [B, T, V], in float32 or wider; or, with
+      targets, what these cost, [B, P + T] in nats. If asked for, then also the stream.
+    """
+    encoder, stack = self.encoder, self.encoder.encoder
+    out = encoder(
+      images_BHWC,
+      tokens_BT,
+      masked_BP=masked_BP,
+      mask_BT=mask_BT,
+      recipe=recipe,
+      return_hidden_states=return_hidden_states,
+      deterministic=deterministic,
+    )
+    x_BTD, hidden_LBTD = out if return_hidden_states else (out, None)
+    table = TokenTable(self.image_vocab_size, stack.width, name="output_embedding")
+    image_table_VD = table((stack.recipe if recipe is None else recipe).embedding.tokens)
+    ends = 1 + encoder.num_patches  # Behind the class token.
+    parts = (
+      (x_BTD[:, 1:ends], image_table_VD, slice(None, encoder.num_patches)),
+      (x_BTD[:, ends:], encoder.text_embedding.embedding, slice(encoder.num_patches, None)),
+    )
+    smoothing = 0.0 if deterministic else self.label_smoothing
+    scores = tuple(
+      scores_of(
+        part_BTD,
+        table_VD,
+        None if targets_BT is None else targets_BT[:, places],
+        chunk=self.vocab_chunk,
+        smoothing=smoothing,
+      )
+      for part_BTD, table_VD, places in parts
+    )
+    if targets_BT is not None:
+      scores = jnp.concatenate(scores, axis=1)
+    return (scores, hidden_LBTD) if return_hidden_states else scores

@@ -10,92 +10,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from magneto_jax.config import ConfigError, DataConfig, ModelConfig, TrainConfig
+from magneto_jax.config import DataConfig, TrainConfig
 from magneto_jax.data import baselines as data_baselines
 from magneto_jax.data import text
-from magneto_jax.layers.feed_forward import GATED
 from magneto_jax.models.language import CausalLM
-from magneto_jax.tasks.task import Batch, Facts, Task
+from magneto_jax.tasks import common
+from magneto_jax.tasks.task import Batch, Facts, Task, mean_nats, weighted_sums
 from magneto_jax.theory import flops as theory_flops
-from magneto_jax.theory import recipes, records
+from magneto_jax.theory import records
 
 # Above this size of the text its baselines are left out: xz alone would take a minute.
 _BASELINE_BYTES = 16 * 2**20
 # So many are counted in a tenth of a second, and settle the frequencies.
 _COUNTED_TOKENS = 10_000_000
-# The recipes whose formulae are of a text; no other is given its correlation, so that a run whose
-# tokens were never counted can still be read.
-OF_A_TEXT = ("deepscalelm", "deepscalelm_simple")
 
 
 def architecture(config: TrainConfig, facts: Facts) -> records.Architecture:
   """What the recipe needs to know of the decoder."""
-  model = config.model
-  of_text = {}
-  if config.recipe in OF_A_TEXT:
-    of_text["token_correlation"] = input_correlation(config, facts)
-  return records.Architecture(
-    kind="decoder",
-    decoder_layers=model.layers,
-    width=model.width,
-    ffn_width=model.ffn_width,
-    heads=model.heads,
-    dropout=model.dropout,
-    embedding_tables=_tables(model),
-    **of_text,
-  )
-
-
-def _tables(model: ModelConfig) -> int:
-  """How many learned tables are summed at the stack's input."""
-  return 2 if model.positions == "learned" else 1
-
-
-def input_correlation(config: TrainConfig, facts: Facts) -> float:
-  """r_0, the correlation of two tokens of a sample at DeepScaleLM's input, before its dropout.
-
-  Two rows of a table agree if they are the same row: in s = sum_k p_k^2 of the text's pairs of
-  tokens, and in none of a sample's pairs of positions. So r_0 = s, and s / 2 with learned
-  positions. With sinusoidal ones, of the variance v = 1/2 and the covariance c between two
-  positions, r_0 = ((1 - p) s + c) / ((1 - p) + v): tokens have the variance 1 - p. Samples count
-  as one document each.
-
-  Raises:
-    ConfigError: if the facts are of a run that did not count its tokens.
-  """
-  if "token_correlation" not in facts:
-    raise ConfigError(
-      f"this run has no token_correlation, which config.recipe={config.recipe!r} goes by: it was"
-      " not started with that recipe; start another in a new workdir"
-    )
-  same, model = facts["token_correlation"], config.model
-  if model.positions != "sinusoidal":
-    return same / _tables(model)
-  variance, covariance = _sinusoidal_moments(config.data.seq_length, model.width)
-  tokens = 1 - model.dropout
-  return (tokens * same + covariance) / (tokens + variance)
-
-
-def _sinusoidal_moments(length: int, width: int) -> tuple[float, float]:
-  """Mean square of a channel of `layers.sinusoidal`, and mean product over pairs of positions.
-
-  With e_t the encoding of t < T: |e_t|^2 = h = width // 2, and the products of all pairs t != u sum
-  to |sum_t e_t|^2 - T h.
-  """
-  half = width // 2
-  frequencies = 10_000.0 ** (-np.arange(half) / max(half - 1, 1))
-  turns = np.exp(1j * np.arange(length)[:, None] * frequencies).sum(0)
-  pairs = np.sum(np.abs(turns) ** 2) - length * half
-  return half / width, float(pairs) / (length * (length - 1) * width)
+  return common.architecture(config, facts, "decoder", decoder_layers=config.model.layers)
 
 
 def decoder_recipe(config: TrainConfig, facts: Facts) -> records.Stack:
   """The decoder stack's record of the config's recipe."""
-  model, options = config.model, config.recipe_options.chosen()
-  stack = recipes.RECIPES[config.recipe](architecture(config, facts), **options).decoder
-  if model.qk_norm:
-    stack = records.with_qk_norm(stack, None if model.qk_norm == "none" else model.qk_norm)
-  return dataclasses.replace(stack, norm=model.norm) if model.norm else stack
+  return common.recipe(config, architecture(config, facts)).decoder
 
 
 def facts(data: text.TextData) -> Facts:
@@ -115,34 +52,12 @@ def facts(data: text.TextData) -> Facts:
 
 def build_model(config: TrainConfig, facts: Facts) -> CausalLM:
   """The config's decoder over the data's vocabulary."""
-  model = config.model
   return CausalLM(
     recipe=decoder_recipe(config, facts),
     vocab_size=facts["vocab_size"],
-    width=model.width,
-    num_heads=model.heads,
-    ffn_width=model.ffn_width,
-    num_kv_heads=model.kv_heads or None,
-    head_dim=model.head_dim or None,
-    activation=model.activation,
-    use_bias=model.use_bias,
-    positions=model.positions,
-    max_length=config.data.seq_length,
-    xpos_scale_base=model.xpos_scale_base,
-    relative_buckets=model.relative_buckets,
-    relative_max_distance=model.relative_max_distance,
-    tied=model.tied_embeddings,
-    vocab_chunk=config.vocab_chunk,
-    window=(model.window, 0) if model.window else None,
-    logits_soft_cap=model.logits_soft_cap or None,
-    dropout_rate=model.dropout,
-    attention_dropout_rate=model.attention_dropout,
-    activation_dropout_rate=model.activation_dropout,
-    drop_path_rate=model.drop_path,
-    remat=model.remat,
-    unroll=model.unroll,
-    dtype=jnp.dtype(model.dtype),
-    attention_implementation=model.attention_implementation or None,
+    tied=config.model.tied_embeddings,
+    **common.scoring(config),
+    **common.backbone(config),
   )
 
 
@@ -152,16 +67,11 @@ def inputs(batch: Batch) -> tuple[tuple, dict[str, Any]]:
   return (batch["inputs"],), {keyword: batch[name] for keyword, name in keywords.items()}
 
 
-def score(nats_BT, batch: Batch):
-  """Sum over tokens of -log p(target) (nats) and the number of tokens, both weighted."""
-  return jnp.sum(nats_BT * batch["weights"]), jnp.sum(batch["weights"])
-
-
 def metrics(
   loss_sum: float, weight_sum: float, data: text.TextData, *, whole: bool
 ) -> dict[str, float]:
   """Nats a token; over the whole validation text also bits a byte, whatever the tokenizer."""
-  values = {"loss_nats_per_token": loss_sum / weight_sum}
+  values = mean_nats(loss_sum, weight_sum, data, whole=whole)
   if whole:
     values["bits_per_byte"] = loss_sum / math.log(2) / data.validation_bytes
   return values
@@ -176,18 +86,11 @@ def baselines(data: text.TextData) -> dict[str, dict[str, float]]:
 
 def flops(config: TrainConfig, facts: Facts) -> int:
   """FLOPs of one step; see `theory.flops`."""
-  model = config.model
   return theory_flops.train_step_flops(
-    layers=model.layers,
-    width=model.width,
-    ffn_width=model.ffn_width,
-    heads=model.heads,
-    kv_heads=model.kv_heads or model.heads,
-    head_dim=model.head_dim or model.width // model.heads,
     vocab_size=facts["vocab_size"],
     seq_length=config.data.seq_length,
     batch_size=config.batch_size,
-    gated=model.activation in GATED,
+    **common.sizes(config.model),
   )
 
 
@@ -220,9 +123,10 @@ TASK = Task(
   dummy_inputs=lambda config: (jnp.zeros((1, config.data.seq_length), jnp.int32),),
   architecture=architecture,
   inputs=inputs,
-  score=score,
+  score=weighted_sums,
   metrics=metrics,
   baselines=baselines,
   flops=flops,
+  planned_facts=common.planned_facts,
   batch_spec=batch_spec,
 )

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from magneto_jax.config import DataConfig, TrainConfig
@@ -12,6 +13,16 @@ from magneto_jax.theory.records import Architecture
 
 Batch = dict[str, jax.Array]
 Facts = dict[str, int | float]
+
+
+def weighted_sums(nats_BT: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+  """Sum over tokens of -log p(target) (nats) and the number of tokens, both weighted."""
+  return jnp.sum(nats_BT * batch["weights"]), jnp.sum(batch["weights"])
+
+
+def mean_nats(loss_sum: float, weight_sum: float, data, *, whole: bool) -> dict[str, float]:
+  """Nats a token."""
+  return {"loss_nats_per_token": loss_sum / weight_sum}
 
 
 class Task(NamedTuple):
@@ -31,7 +42,9 @@ class Task(NamedTuple):
       or of a part of it.
     baselines: `data -> {metric: {model: value}}`: what trivial models score on the validation set;
       empty where that would take long.
-    flops: `(config, data) -> FLOPs` of one optimizer step.
+    flops: `(config, facts) -> FLOPs` of one optimizer step.
+    planned_facts: `config -> facts` as they would be, without reading data.
+    batch_spec: `config -> {name: jax.ShapeDtypeStruct}` of the global batch [batch_size, ...].
   """
 
   load_data: Callable[[DataConfig, pathlib.Path, Mapping[str, Any] | None], Any]
@@ -44,8 +57,9 @@ class Task(NamedTuple):
   score: Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
   metrics: Callable[..., dict[str, float]]
   baselines: Callable[[Any], dict[str, dict[str, float]]]
-  flops: Callable[[TrainConfig, Any], int]
-  batch_spec: Callable[[TrainConfig], Any] = None
+  flops: Callable[[TrainConfig, Facts], int]
+  planned_facts: Callable[[TrainConfig], Facts]
+  batch_spec: Callable[[TrainConfig], dict[str, jax.ShapeDtypeStruct]]
 
   def loss(
     self, model: nn.Module, params, batch: Batch, dropout_key: jax.Array | None = None

@@ -13,11 +13,11 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from magneto_jax import sharding
 from magneto_jax.layers import cross_entropy
 from tests.models.common import compiled
 
 B, T, D, V, CHUNK = 4, 8, 16, 512, 48
-AXES = {"batch": ("data", "fsdp"), "length": None, "vocab": "tensor", None: None}
 
 
 def collectives_in_loops(hlo: str) -> list[tuple[int, ...]]:
@@ -35,10 +35,8 @@ def collectives_in_loops(hlo: str) -> list[tuple[int, ...]]:
 
 def check() -> None:
   """float32 to 1e-5."""
-  auto = (jax.sharding.AxisType.Auto,) * 3
-  mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=auto)
+  mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
   on = lambda *axes: NamedSharding(mesh, P(*axes))
-  constrain = lambda x, *names: jax.lax.with_sharding_constraint(x, on(*(AXES[n] for n in names)))
   rng = np.random.default_rng(0)
   x = rng.normal(size=(B, T, D)).astype(np.float32)
   table = rng.normal(size=(V, D)).astype(np.float32)
@@ -51,11 +49,12 @@ def check() -> None:
   expected = jax.tree.leaves(compiled(step())(x, table, targets))
   rows, cut = on(("data", "fsdp")), on("tensor", "fsdp")
   sharded = compiled(
-    step(chunk=CHUNK, parts=2, constrain=constrain),
+    step(chunk=CHUNK),
     in_shardings=(rows, cut, rows),
     out_shardings=(on(), (rows, cut)),
   )
-  program = sharded.lower(x, table, targets).compile()
+  with sharding.use_mesh(mesh):
+    program = sharded.lower(x, table, targets).compile()
   found = jax.tree.leaves(program(x, table, targets))
   for a, b in zip(found, expected, strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)

@@ -12,13 +12,14 @@ import pytest
 
 from magneto_jax import layers
 from magneto_jax.config import (
+  OF_ONE_TASK,
   ConfigError,
   ModelConfig,
   RecipeConfig,
   TrainConfig,
   from_config_dict,
 )
-from magneto_jax.tasks import TASKS, causal_lm
+from magneto_jax.tasks import TASKS, causal_lm, common
 from magneto_jax.theory import recipes
 from magneto_jax.theory.recipes import RECIPES
 from magneto_jax.theory.records import Init
@@ -58,10 +59,12 @@ REACHED = {
 
 
 def test_every_field_of_the_model_reaches_it():
-  assert REACHED.keys() == {field.name for field in dataclasses.fields(ModelConfig)}
+  fields = {field.name for field in dataclasses.fields(ModelConfig)}
+  assert REACHED.keys() == fields - OF_ONE_TASK.keys()
   config = from_config_dict(
     {
       "vocab_chunk": 9,
+      "label_smoothing": 0.2,
       "model": {name: value for name, (value, _, _) in REACHED.items()},
       "data": {"seq_length": 96},
     }
@@ -73,7 +76,8 @@ def test_every_field_of_the_model_reaches_it():
     for part in attribute.split("."):
       got = got[int(part)] if part.isdigit() else getattr(got, part)
     assert got == expected, name
-  assert (model.vocab_size, model.max_length, model.vocab_chunk) == (77, 96, 9)
+  assert (model.vocab_size, model.max_length) == (77, 96)
+  assert (model.vocab_chunk, model.label_smoothing) == (9, 0.2)
 
 
 def test_options_reach_the_recipe():
@@ -166,7 +170,7 @@ def test_sinusoidal_positions_are_counted_as_the_layer_draws_them(dropout, seq_l
   tokens = 1 - dropout
   covariance, variance = products[apart].mean(), np.diag(products).mean()
   expected = (tokens * 0.02 + covariance) / (tokens + variance)
-  assert causal_lm.input_correlation(config, FACTS) == pytest.approx(expected, rel=1e-4)
+  assert common.input_correlation(config, FACTS) == pytest.approx(expected, rel=1e-4)
   if width % 2 == 0:
     assert variance == pytest.approx(0.5, rel=1e-6)
 
@@ -186,7 +190,7 @@ def test_the_correlation_is_that_of_a_drawn_embedding():
     total = x.sum(1)
     product += np.mean(np.sum(total**2, -1) - np.sum(x**2, (1, 2))) / (24 * 23 * 64)
   facts = FACTS | {"token_correlation": float(np.sum(p**2))}
-  assert product / square == pytest.approx(causal_lm.input_correlation(config, facts), rel=0.05)
+  assert product / square == pytest.approx(common.input_correlation(config, facts), rel=0.05)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

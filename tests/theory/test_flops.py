@@ -1,44 +1,59 @@
-"""FLOPs against the model's own parameters."""
+"""FLOPs against the products of the very step, as they stand in its program."""
 
 import math
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from magneto_jax.config import from_config_dict
 from magneto_jax.tasks import TASKS
-from magneto_jax.theory import flops
 
 
-@pytest.mark.parametrize("changes", [{}, {"activation": "swiglu", "kv_heads": 2, "head_dim": 10}])
-def test_flops_are_six_a_weight_and_token_and_attention(changes):
-  """6 for every weight of a matrix (forward 2, backward 4), and 12 L N H T for the scores."""
-  sizes = {"layers": 3, "width": 32, "ffn_width": 48, "heads": 4, **changes}
-  data = {"seq_length": 8}
-  config = from_config_dict({"batch_size": 5, "model": sizes, "data": data})
-  task = TASKS[config.task]
-  model = task.build_model(config, {"vocab_size": 70})
-  inputs = jnp.zeros((1, 8), jnp.int32)
-  params = jax.eval_shape(model.init, jax.random.key(0), inputs)["params"]
-  matrices = sum(
-    math.prod(leaf.shape)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    if path[-1].key in ("kernel", "embedding")  # The table is tied: it is the output projection.
-  )
-  head_dim = sizes.get("head_dim", 8)
-  got = flops.train_step_flops(
-    layers=3,
-    width=32,
-    ffn_width=48,
-    heads=4,
-    kv_heads=sizes.get("kv_heads", 4),
-    head_dim=head_dim,
-    vocab_size=70,
-    seq_length=8,
-    batch_size=5,
-    gated="activation" in changes,
-  )
-  assert got == 5 * 8 * (6 * matrices + 12 * 3 * 4 * head_dim * 8)
-  tokenizer = type("Tokenizer", (), {"vocab_size": 70})
-  assert task.flops(config, type("Data", (), {"tokenizer": tokenizer})) == got
+def product_flops(program) -> int:
+  """Of all matrix products and convolutions of a traced program, a loop's as often as it turns."""
+  total = 0
+  for equation in program.eqns:
+    params = equation.params
+    if equation.primitive.name in ("dot_general", "conv_general_dilated"):
+      (left, right), (result,) = (
+        [v.aval.shape for v in vs] for vs in (equation.invars, equation.outvars)
+      )
+      if equation.primitive.name == "dot_general":
+        summed = [left[axis] for axis in params["dimension_numbers"][0][0]]
+      else:
+        outputs, *summed = (right[axis] for axis in params["dimension_numbers"].rhs_spec)
+      total += 2 * math.prod(result) * math.prod(summed)
+    for value in params.values():
+      for inner in value if isinstance(value, (tuple, list)) else (value,):
+        inner = getattr(inner, "jaxpr", inner)
+        if hasattr(inner, "eqns"):
+          total += params.get("length", 1) * product_flops(inner)
+  return total
+
+
+SIZES = {"layers": 3, "width": 32, "ffn_width": 48, "heads": 4}
+PAIRS = {"positions": "learned", "image_size": 12, "patch_size": 4, "image_vocab_size": 24}
+
+
+@pytest.mark.parametrize(
+  "task, fields",
+  [
+    ("causal_lm", {}),
+    ("causal_lm", {"activation": "swiglu", "kv_heads": 2, "head_dim": 10}),
+    ("translation", {"encoder_layers": 2}),
+    ("translation", {"activation": "swiglu", "kv_heads": 2, "head_dim": 10}),
+    ("beit3", PAIRS),
+  ],
+)
+def test_flops_are_those_of_the_steps_products(task, fields):
+  """To the last one: loss and gradient as they are traced, attention by full scores."""
+  model = SIZES | {"attention_implementation": "xla"} | fields
+  data = {"seq_length": 8, "vocab_size": 70}
+  config = from_config_dict({"task": task, "batch_size": 5, "model": model, "data": data})
+  task = TASKS[task]
+  facts = task.planned_facts(config)
+  module = task.build_model(config, facts)
+  params = jax.eval_shape(module.init, jax.random.key(0), *task.dummy_inputs(config))["params"]
+  step = jax.value_and_grad(lambda params, batch: task.loss(module, params, batch)[0])
+  traced = jax.make_jaxpr(step)(params, task.batch_spec(config))
+  assert task.flops(config, facts) == product_flops(traced.jaxpr)

@@ -1,0 +1,189 @@
+"""What tasks share: from a config's fields to recipes, modules and facts."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from magneto_jax.config import ConfigError, DataConfig, ModelConfig, TrainConfig
+from magneto_jax.data.tokenizers import ByteTokenizer
+from magneto_jax.layers.feed_forward import GATED
+from magneto_jax.tasks.task import Facts
+from magneto_jax.theory import recipes, records
+
+# The recipes whose formulae are of a text; no other is given its correlation, so that a run whose
+# tokens were never counted can still be read.
+OF_A_TEXT = ("deepscalelm", "deepscalelm_simple")
+
+
+def architecture(
+  config: TrainConfig, facts: Facts, kind: str, **layers: int
+) -> records.Architecture:
+  """What the recipe needs to know of a model of this kind, whose stacks read a text."""
+  model = config.model
+  of_text = {}
+  if config.recipe in OF_A_TEXT:
+    of_text["token_correlation"] = input_correlation(config, facts)
+  return records.Architecture(
+    kind=kind,
+    width=model.width,
+    ffn_width=model.ffn_width,
+    heads=model.heads,
+    dropout=model.dropout,
+    embedding_tables=_tables(model),
+    **layers,
+    **of_text,
+  )
+
+
+def _tables(model: ModelConfig) -> int:
+  """How many learned tables are summed at the stack's input."""
+  return 2 if model.positions == "learned" else 1
+
+
+def input_correlation(config: TrainConfig, facts: Facts) -> float:
+  """r_0, the correlation of two tokens of a sample at DeepScaleLM's input, before its dropout.
+
+  Two rows of a table agree if they are the same row: in s = sum_k p_k^2 of the text's pairs of
+  tokens, and in none of a sample's pairs of positions. So r_0 = s, and s / 2 with learned
+  positions. With sinusoidal ones, of the variance v = 1/2 and the covariance c between two
+  positions, r_0 = ((1 - p) s + c) / ((1 - p) + v): tokens have the variance 1 - p. Samples count
+  as one document each.
+
+  Raises:
+    ConfigError: if the facts are of a run that did not count its tokens.
+  """
+  if "token_correlation" not in facts:
+    raise ConfigError(
+      f"this run has no token_correlation, which config.recipe={config.recipe!r} goes by: it was"
+      " not started with that recipe; start another in a new workdir"
+    )
+  same, model = facts["token_correlation"], config.model
+  if model.positions != "sinusoidal":
+    return same / _tables(model)
+  variance, covariance = _sinusoidal_moments(config.data.seq_length, model.width)
+  tokens = 1 - model.dropout
+  return (tokens * same + covariance) / (tokens + variance)
+
+
+def _sinusoidal_moments(length: int, width: int) -> tuple[float, float]:
+  """Mean square of a channel of `layers.sinusoidal`, and mean product over pairs of positions.
+
+  With e_t the encoding of t < T: |e_t|^2 = h = width // 2, and the products of all pairs t != u sum
+  to |sum_t e_t|^2 - T h.
+  """
+  half = width // 2
+  frequencies = 10_000.0 ** (-np.arange(half) / max(half - 1, 1))
+  turns = np.exp(1j * np.arange(length)[:, None] * frequencies).sum(0)
+  pairs = np.sum(np.abs(turns) ** 2) - length * half
+  return half / width, float(pairs) / (length * (length - 1) * width)
+
+
+def recipe(config: TrainConfig, architecture: records.Architecture) -> records.Recipe:
+  """The config's recipe for an architecture, with the norms that the config sets."""
+  model = config.model
+  made = recipes.RECIPES[config.recipe](architecture, **config.recipe_options.chosen())
+
+  def changed(stack: records.Stack | None) -> records.Stack | None:
+    if stack is not None and model.qk_norm:
+      stack = records.with_qk_norm(stack, None if model.qk_norm == "none" else model.qk_norm)
+    return dataclasses.replace(stack, norm=model.norm) if stack and model.norm else stack
+
+  return dataclasses.replace(made, encoder=changed(made.encoder), decoder=changed(made.decoder))
+
+
+def backbone(config: TrainConfig) -> dict[str, Any]:
+  """The keywords of a `Backbone` that the config's model sets, all but its recipe."""
+  model = config.model
+  return {
+    "width": model.width,
+    "num_heads": model.heads,
+    "ffn_width": model.ffn_width,
+    "num_kv_heads": model.kv_heads or None,
+    "head_dim": model.head_dim or None,
+    "activation": model.activation,
+    "use_bias": model.use_bias,
+    "positions": model.positions,
+    "max_length": config.data.seq_length,
+    "xpos_scale_base": model.xpos_scale_base,
+    "relative_buckets": model.relative_buckets,
+    "relative_max_distance": model.relative_max_distance,
+    "window": (model.window, 0) if model.window else None,
+    "logits_soft_cap": model.logits_soft_cap or None,
+    "dropout_rate": model.dropout,
+    "attention_dropout_rate": model.attention_dropout,
+    "activation_dropout_rate": model.activation_dropout,
+    "drop_path_rate": model.drop_path,
+    "remat": model.remat,
+    "unroll": model.unroll,
+    "dtype": jnp.dtype(model.dtype),
+    "attention_implementation": model.attention_implementation or None,
+  }
+
+
+def scoring(config: TrainConfig) -> dict[str, Any]:
+  """The keywords of a model that say how targets are scored."""
+  return {"vocab_chunk": config.vocab_chunk, "label_smoothing": config.label_smoothing}
+
+
+def sizes(model: ModelConfig) -> dict[str, Any]:
+  """Those of `theory.flops`."""
+  return {
+    "layers": model.layers,
+    "width": model.width,
+    "ffn_width": model.ffn_width,
+    "heads": model.heads,
+    "kv_heads": model.kv_heads or model.heads,
+    "head_dim": model.head_dim or model.width // model.heads,
+    "gated": model.activation in GATED,
+  }
+
+
+def planned_facts(config: TrainConfig) -> Facts:
+  """The facts that a run of the config would have, as far as they are known without its data.
+
+  vocab_size: what the tokenizer will have.
+  token_correlation: 1 / V, as if all tokens were as frequent; a text's is larger. It changes the
+    numbers of DeepScaleLM's recipes, and no shape.
+
+  Raises:
+    ConfigError: the tokenizer is a file, which would have to be read.
+  """
+  data = config.data
+  if data.tokenizer == "byte":
+    vocab_size = ByteTokenizer.vocab_size
+  elif data.tokenizer_file:
+    raise ConfigError(
+      f"the vocabulary of data.tokenizer_file={data.tokenizer_file!r} is not known without reading"
+      " it: to plan, set data.tokenizer_file='' and data.vocab_size to its size"
+    )
+  else:
+    vocab_size = data.vocab_size
+  return {"vocab_size": vocab_size, "token_correlation": 1 / vocab_size}
+
+
+def refuse_window(config: TrainConfig) -> None:
+  """Raises where the config asks for a window: of tokens before, which only a decoder has."""
+  if config.model.window:
+    raise ConfigError(
+      f"model.window={config.model.window} is of earlier tokens, and the encoder of"
+      f" config.task={config.task!r} has no order: set model.window=0"
+    )
+
+
+def no_data(name: str):
+  """The `load_data` of a task whose data have no source here."""
+
+  def load_data(config: DataConfig, directory, expected=None):
+    raise ConfigError(
+      f"config.task={name!r} can be planned, and its model diagnosed (diagnostics.diagnose), but"
+      " not trained yet: no source of its data is built in"
+    )
+
+  return load_data
+
+
+def no_facts(data) -> Facts:
+  """The `facts` of such a task."""
+  raise ConfigError("there are no data: see `planned_facts`")

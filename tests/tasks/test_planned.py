@@ -1,0 +1,212 @@
+"""What a plan needs of every task, and the tasks whose data are not built in."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from magneto_jax import diagnostics
+from magneto_jax.config import OF_ONE_TASK, ConfigError, from_config_dict
+from magneto_jax.tasks import TASKS
+from tests import reference
+from tests.models.common import compiled
+
+SMALL = {"layers": 2, "width": 16, "ffn_width": 24, "heads": 2}
+PLANNED = {
+  "causal_lm": {},
+  "translation": {"encoder_layers": 3},
+  "beit3": {"positions": "learned", "image_size": 8, "patch_size": 4, "image_vocab_size": 11},
+}
+
+
+def config_of(name, *, model=None, **fields):
+  model = SMALL | PLANNED[name] | (model or {})
+  data = {"seq_length": 6, "vocab_size": 40}
+  return from_config_dict({"task": name, "batch_size": 4, "model": model, "data": data} | fields)
+
+
+def batch_of(config, rng):
+  """Random values of the batch's spec, no padding, half of the positions counting."""
+  batch = {}
+  for name, spec in TASKS[config.task].batch_spec(config).items():
+    values = rng.integers(0, 8, spec.shape)
+    if spec.dtype == jnp.float32:
+      values = rng.normal(size=spec.shape) if name == "image" else values % 2
+    batch[name] = np.ones(spec.shape, bool) if name.endswith("mask") else values.astype(spec.dtype)
+  return batch
+
+
+def test_every_task_can_be_planned():
+  assert TASKS.keys() == PLANNED.keys()
+  assert set(OF_ONE_TASK.values()) <= TASKS.keys()
+
+
+# ---------------------------------------------------------------------------------------------
+# Facts and batches without data
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokenizer, size", (("byte", 260), ("sentencepiece", 300)))
+def test_planned_facts_and_batches_are_those_of_the_data(tokenizer, size, tmp_path):
+  """Of the data that a run of the config loads: the same names, sizes and types."""
+  (tmp_path / "a.txt").write_text("to be or not to be, that is the question. " * 40)
+  files = {"name": "text_files", "train_files": f"{tmp_path}/a.txt", "validation_fraction": 0.3}
+  files |= {"tokenizer": tokenizer, "vocab_size": 300, "seq_length": 16}
+  config = from_config_dict({"batch_size": 3, "data": files})
+  task = TASKS["causal_lm"]
+  data = task.load_data(config.data, tmp_path / "run")
+  facts, planned = task.facts(data), task.planned_facts(config)
+  assert planned.keys() == facts.keys()
+  assert planned["vocab_size"] == facts["vocab_size"] == size
+  # Of tokens that are all as frequent: the least that a text's can be.
+  assert planned["token_correlation"] == pytest.approx(1 / size) and (
+    planned["token_correlation"] < facts["token_correlation"]
+  )
+  spec = task.batch_spec(config)
+  assert spec == {
+    name: jax.ShapeDtypeStruct((3, *array.shape), array.dtype)
+    for name, array in data.train[0].items()
+  }
+
+
+def test_a_vocabulary_that_is_a_file_cannot_be_planned():
+  config = from_config_dict({"data": {"tokenizer_file": "my.model"}})
+  with pytest.raises(ConfigError, match="tokenizer_file='my.model' is not known without") as error:
+    TASKS["causal_lm"].planned_facts(config)
+  assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ("translation", "beit3"))
+def test_without_data_a_task_says_what_it_can_do(name, tmp_path):
+  config = config_of(name)
+  with pytest.raises(ConfigError, match=f"task='{name}' can be planned, .* not trained yet") as e:
+    TASKS[name].load_data(config.data, tmp_path)
+  assert "\n" not in str(e.value)
+  with pytest.raises(ConfigError, match="there are no data"):
+    TASKS[name].facts(None)
+
+
+# ---------------------------------------------------------------------------------------------
+# Models and losses
+# ---------------------------------------------------------------------------------------------
+
+
+def test_the_encoder_has_a_depth_of_its_own():
+  build = lambda config: TASKS["translation"].build_model(config, {"vocab_size": 40})
+  model = build(config_of("translation", vocab_chunk=9, label_smoothing=0.1))
+  assert (model.encoder.recipe.num_layers, model.decoder.recipe.num_layers) == (3, 2)
+  assert (model.decoder.vocab_chunk, model.decoder.label_smoothing) == (9, 0.1)
+  assert model.shared_embedding and model.decoder.tied
+  model = build(config_of("translation", model={"encoder_layers": 0}))
+  assert model.encoder.recipe.num_layers == 2
+
+
+def test_the_recipes_know_both_depths():
+  """DeepNet's alpha: 0.81 (N^4 M)^(1/16) in the encoder and (3M)^(1/4) in the decoder."""
+  config = config_of("translation", recipe="deepnet")
+  model = TASKS["translation"].build_model(config, {"vocab_size": 40})
+  skips = [part.recipe.layers[0].ffn.skip.value for part in (model.encoder, model.decoder)]
+  assert skips == pytest.approx([0.81 * (3**4 * 2) ** (1 / 16), 6**0.25])
+  lines = TASKS["translation"].describe(config, {"vocab_size": 40})
+  assert {line.split(":")[0] for line in lines} == {"encoder", "decoder"}
+
+
+def test_the_pairs_model_is_of_the_configs_sizes():
+  config = config_of("beit3", vocab_chunk=9, label_smoothing=0.1)
+  model = TASKS["beit3"].build_model(config, {"vocab_size": 40})
+  assert (model.image_vocab_size, model.vocab_chunk, model.label_smoothing) == (11, 9, 0.1)
+  inner = model.encoder
+  assert (inner.num_patches, inner.patch_size, inner.max_text_length) == (4, 4, 6)
+  assert inner.encoder.experts == ("vision", "text") and inner.vocab_size == 40
+
+
+@pytest.mark.parametrize(
+  "name, model, message",
+  [
+    ("translation", {"window": 3}, "model.window=3 is of earlier tokens"),
+    ("beit3", {"window": 3}, "model.window=3 is of earlier tokens"),
+    ("beit3", {"positions": "rotary"}, "set model.positions='learned', not 'rotary'"),
+    ("beit3", {"tied_embeddings": False}, "set model.tied_embeddings=True"),
+  ],
+)
+def test_what_a_model_cannot_have_is_refused(name, model, message):
+  with pytest.raises(ConfigError, match=message) as error:
+    TASKS[name].build_model(config_of(name, model=model), {"vocab_size": 40})
+  assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ("translation", "beit3"))
+def test_the_loss_is_of_what_counts_and_smooth_in_training_alone(name):
+  """From the model's logits, by hand: sum of w_i (-log p_i), and in training of q . (-log p)."""
+  config, smooth = config_of(name), config_of(name, label_smoothing=0.2, vocab_chunk=7)
+  task, facts = TASKS[name], {"vocab_size": 40}
+  batch = batch_of(config, np.random.default_rng(0))
+  model, smoothed = (task.build_model(c, facts) for c in (config, smooth))
+  params = reference.random_params(model, *task.dummy_inputs(config))
+  args, keywords = task.inputs(batch)
+  del keywords["targets_BT"]
+
+  @compiled
+  def run(params):
+    losses = [
+      task.loss(model, params, batch),
+      task.loss(smoothed, params, batch),
+      task.loss(smoothed, params, batch, jax.random.key(1)),
+    ]
+    return model.apply({"params": params}, *args, **keywords), losses
+
+  logits, losses = run(params)
+  nats, uniform, start = [], [], 0
+  for part in [logits] if name == "translation" else logits:
+    part = np.asarray(part, np.float64)
+    costs = np.log(np.exp(part).sum(-1, keepdims=True)) - part
+    targets = batch["targets"][:, start : start + part.shape[1], None]
+    own = np.take_along_axis(costs, targets, -1)[..., 0]
+    others = (costs.sum(-1) - own) / (part.shape[2] - 1)
+    nats, uniform, start = [*nats, own], [*uniform, others], start + part.shape[1]
+  nats, uniform = (np.concatenate(parts, axis=1) for parts in (nats, uniform))
+  assert nats.shape == batch["weights"].shape
+  plain = np.sum(nats * batch["weights"])
+  trained = np.sum((0.8 * nats + 0.2 * uniform) * batch["weights"])
+  count = batch["weights"].sum()
+  np.testing.assert_allclose(losses, [(plain, count), (plain, count), (trained, count)], rtol=1e-5)
+  found = task.metrics(plain, count, None, whole=True)
+  assert found == {"loss_nats_per_token": plain / count}
+
+
+def test_padding_of_a_source_is_not_read():
+  config = config_of("translation")
+  task, batch = TASKS["translation"], batch_of(config, np.random.default_rng(0))
+  model = task.build_model(config, {"vocab_size": 40})
+  params = reference.random_params(model, *task.dummy_inputs(config))
+  batch["source_mask"][:, 4:] = False
+  loss = compiled(lambda params, batch: task.loss(model, params, batch)[0])
+  before, source = loss(params, batch), batch["source"]
+  at = lambda places: source + 20 * np.isin(np.arange(6), places)
+  assert loss(params, batch | {"source": at([4, 5])}) == before
+  assert abs(loss(params, batch | {"source": at([3])}) - before) > 1e-4
+
+
+def test_each_part_of_a_pair_is_seen_by_the_other():
+  """A patch changes what the text costs; a patch that is masked changes nothing."""
+  config = config_of("beit3")
+  task, batch = TASKS["beit3"], batch_of(config, np.random.default_rng(0))
+  batch["image_masked"][:] = [False, True, True, False]
+  batch["weights"][:] = [0, 0, 0, 0, 1, 1, 1, 1, 1, 1]
+  model = task.build_model(config, {"vocab_size": 40})
+  params = reference.random_params(model, *task.dummy_inputs(config))
+  loss = compiled(lambda params, batch: task.loss(model, params, batch)[0])
+  before = loss(params, batch)
+  hidden, seen = batch["image"].copy(), batch["image"].copy()
+  hidden[:, :4, 4:], seen[:, :4, :4] = 5.0, 5.0
+  assert loss(params, batch | {"image": hidden}) == before
+  assert abs(loss(params, batch | {"image": seen}) - before) > 1e-4
+
+
+def test_the_stack_of_a_model_of_pairs_is_found():
+  model = TASKS["beit3"].build_model(config_of("beit3"), {"vocab_size": 40})
+  parts = diagnostics.parts_of(model)
+  assert tuple(parts) == ("encoder",) and parts["encoder"].path == ("encoder", "encoder")
+  assert dataclasses.replace(parts["encoder"].backbone) == model.encoder.encoder
