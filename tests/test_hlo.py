@@ -131,6 +131,84 @@ def test_a_start_and_its_done_are_one_transfer():
   assert cost.bytes == 4 * (8 + 32 + 8 + 8 + 2)
 
 
+# What a TPU's compiler makes of a gather that runs beside other work, and of a reduce-scatter.
+TPU = """HloModule m
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[]{:T(128)} parameter(0)
+  %b = f32[]{:T(128)} parameter(1)
+  ROOT %sum = f32[]{:T(128)} add(%a, %b)
+}
+
+%begin (p: f32[8]) -> (f32[8], f32[32]) {
+  %p = f32[8]{0:T(8,128)} parameter(0)
+  %g = f32[32]{0} all-gather(%p), replica_groups=[1,4]<=[4], frontend_attributes={chain_id="5"}
+  ROOT %s = (f32[8]{0}, f32[32]{0:S(1)}) custom-call(%g), custom_call_target="AsyncCollectiveStart"
+}
+
+%middle (p: f32[8], q: f32[8,4]) -> f32[8,8] {
+  %p = f32[8]{0} parameter(0)
+  %q = f32[8,4]{1,0} parameter(1)
+  %g = f32[32]{0} all-gather(%p), replica_groups=[1,4]<=[4], frontend_attributes={chain_id="5"}
+  ROOT %c = f32[8,8]{1,0} convolution(%q, %q), dim_labels=bf_oi->bf
+}
+
+%end (p: f32[8]) -> f32[32] {
+  %p = f32[8]{0} parameter(0)
+  %g = f32[32]{0} all-gather(%p), replica_groups=[1,4]<=[4], frontend_attributes={chain_id="5"}
+  ROOT %d = f32[32]{0:S(1)} custom-call(%p, %g), custom_call_target="AsyncCollectiveDone"
+}
+
+%scattered (p: f32[8]) -> f32[2] {
+  %p = f32[8]{0} parameter(0)
+  %r = f32[8]{0} all-reduce(%p), replica_groups={{0,1,2,3}}, to_apply=%add
+  %i = u32[] partition-id()
+  ROOT %own = f32[2]{0} dynamic-slice(%r, %i), dynamic_slice_sizes={2}
+}
+
+%body (s: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %s = (s32[], f32[8]{0}) parameter(0)
+  %n = s32[] get-tuple-element(%s), index=0
+  %x = f32[8]{0} get-tuple-element(%s), index=1
+  %one = s32[] constant(1)
+  %next = s32[] add(%n, %one)
+  %q = f32[8,4]{1,0} broadcast(%x), dimensions={0}
+  %f1 = (f32[8]{0}, f32[32]{0:S(1)}) fusion(%x), kind=kCustom, calls=%begin
+  %f2 = f32[8,8]{1,0} fusion(%x, %q), kind=kOutput, calls=%middle
+  %f3 = f32[32]{0:S(1)} fusion(%x), kind=kCustom, calls=%end
+  %f4 = f32[2]{0} fusion(%x), kind=kCustom, calls=%scattered
+  ROOT %t = (s32[], f32[8]{0}) tuple(%next, %x)
+}
+
+%condition (s: (s32[], f32[8])) -> pred[] {
+  %s = (s32[], f32[8]{0}) parameter(0)
+  %n = s32[] get-tuple-element(%s), index=0
+  %end.1 = s32[] constant(9)
+  ROOT %lt = pred[] compare(%n, %end.1), direction=LT
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  %zero = s32[] constant(2)
+  %begin.1 = s32[] copy(%zero)
+  %t = (s32[], f32[8]{0}) tuple(%begin.1, %x)
+  %w = (s32[], f32[8]{0}) while(%t), condition=%condition, body=%body
+  ROOT %out = f32[8]{0} get-tuple-element(%w), index=1
+}
+"""
+
+
+def test_what_a_tpus_compiler_takes_apart_is_one():
+  """In a loop from 2 to 9: a gather in three parts, a sum of which each keeps its own part."""
+  cost = hlo.cost(TPU, {"a": 4})
+  assert [(x.kind, x.bytes, x.times) for x in cost.collectives] == [
+    ("all-gather", 128, 7),
+    ("reduce-scatter", 32, 7),
+  ]
+  assert cost.matrix_flops == 7 * 2 * 8 * 8 * 4
+  assert cost.custom_calls == () and cost.unknown_loops == ()
+
+
 def test_a_text_that_is_none_is_refused():
   with pytest.raises(ValueError, match="not the text of an HLO module"):
     hlo.parse("something else")
