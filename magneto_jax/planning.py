@@ -356,15 +356,14 @@ def show(plan: Plan, console: rich.console.Console) -> None:
     line()
   if plan.roofline:
     roofline = plan.roofline
-    low, high = roofline.overlapped, roofline.exposed
-    best, worst = roofline.utilisation
     tokens = config.batch_size * config.data.seq_length / mesh.size
-    line(
-      f"bound by {roofline.bound}: a step takes at least {_time(low)}, {_time(high)} if no"
-      f" transfer overlaps with work: {tokens / low:,.0f} to {tokens / high:,.0f} tokens a second a"
-      f" device, MFU at most {best:.1%} to {worst:.1%}",
-      "bold",
-    )
+    line(f"bound by {roofline.bound}", "bold")
+    for seconds, share, case in (
+      (roofline.overlapped, roofline.utilisation[0], "if everything overlaps"),
+      (roofline.exposed, roofline.utilisation[1], "if no transfer overlaps with work"),
+    ):
+      rate = f"{tokens / seconds:,.0f} tokens a second a device, MFU {share:.1%}"
+      line(f"  at least {_time(seconds)} a step {case}: at most {rate}")
   for assumption in assumptions(plan):
     line(f"- {assumption}")
   line()

@@ -85,6 +85,11 @@ def stacked(x):
   return jax.lax.scan(lambda c, _: (jnp.sin(c), jnp.cos(c)), x, length=64)[1]
 
 
+def sliced(x, rows):
+  """A scan that reads a row a turn."""
+  return jax.lax.scan(lambda c, row: (jnp.sin(c + row), None), x, rows)[0]
+
+
 def fsdp(mesh):
   """Layers in a scan, each gathered for its turn; the batch is cut along both axes."""
   rows = NamedSharding(mesh, P(("data", "tensor")))
@@ -129,6 +134,10 @@ PROGRAMS = {
   ),
   # A turn reads the carry, writes the next one and its own row of the result, not all of it.
   "stacked": Program(plain(stacked), ((10_000,),), bytes=(64 * 3 * 40_000, 64 * 8 * 40_000)),
+  # Likewise: the carry, the row, the next carry.
+  "sliced": Program(
+    plain(sliced), ((10_000,), (64, 10_000)), bytes=(64 * 3 * 40_000, 64 * 6 * 40_000)
+  ),
   "all-reduce": Program(
     mapped(lambda x: psum(x, "data")), ((N,),), moved={(("data",), "all-reduce"): (1, 4 * N)}
   ),

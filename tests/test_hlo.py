@@ -159,11 +159,15 @@ TPU = """HloModule m
   ROOT %d = f32[32]{0:S(1)} custom-call(%p, %g), custom_call_target="AsyncCollectiveDone"
 }
 
-%scattered (p: f32[8]) -> f32[2] {
+%scattered (p: f32[8]) -> (f32[2], f32[2]) {
   %p = f32[8]{0} parameter(0)
-  %r = f32[8]{0} all-reduce(%p), replica_groups={{0,1,2,3}}, to_apply=%add
+  %r = (f32[8]{0}, f32[8]{0}) all-reduce(%p, %p), replica_groups={{0,1,2,3}}, to_apply=%add
   %i = u32[] partition-id()
-  ROOT %own = f32[2]{0} dynamic-slice(%r, %i), dynamic_slice_sizes={2}
+  %r0 = f32[8]{0} get-tuple-element(%r), index=0
+  %r1 = f32[8]{0} get-tuple-element(%r), index=1
+  %own0 = f32[2]{0} dynamic-slice(%r0, %i), dynamic_slice_sizes={2}
+  %own1 = f32[2]{0} dynamic-slice(%r1, %i), dynamic_slice_sizes={2}
+  ROOT %own = (f32[2]{0}, f32[2]{0}) tuple(%own0, %own1)
 }
 
 %body (s: (s32[], f32[8])) -> (s32[], f32[8]) {
@@ -176,7 +180,7 @@ TPU = """HloModule m
   %f1 = (f32[8]{0}, f32[32]{0:S(1)}) fusion(%x), kind=kCustom, calls=%begin
   %f2 = f32[8,8]{1,0} fusion(%x, %q), kind=kOutput, calls=%middle
   %f3 = f32[32]{0:S(1)} fusion(%x), kind=kCustom, calls=%end
-  %f4 = f32[2]{0} fusion(%x), kind=kCustom, calls=%scattered
+  %f4 = (f32[2]{0}, f32[2]{0}) fusion(%x), kind=kCustom, calls=%scattered
   ROOT %t = (s32[], f32[8]{0}) tuple(%next, %x)
 }
 
@@ -203,7 +207,7 @@ def test_what_a_tpus_compiler_takes_apart_is_one():
   cost = hlo.cost(TPU, {"a": 4})
   assert [(x.kind, x.bytes, x.times) for x in cost.collectives] == [
     ("all-gather", 128, 7),
-    ("reduce-scatter", 32, 7),
+    ("reduce-scatter", 64, 7),
   ]
   assert cost.matrix_flops == 7 * 2 * 8 * 8 * 4
   assert cost.custom_calls == () and cost.unknown_loops == ()
