@@ -301,6 +301,14 @@ class FakeConfig:
     self.jax_platforms = platforms or None
 
 
+def test_what_is_given_is_taken_and_nothing_is_looked_for(monkeypatch):
+  calls = []
+  monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: calls.append((a, k)))
+  monkeypatch.setattr(os, "environ", dict(SLURM))
+  distributed.initialize("10.0.0.1:1234", 2, 1)
+  assert calls == [(("10.0.0.1:1234", 2, 1), {"cluster_detection_method": "deactivate"})]
+
+
 def test_mpi_without_mpi4py_is_one_line(monkeypatch):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
   monkeypatch.setattr(os, "environ", dict(HYDRA))

@@ -128,7 +128,7 @@ class _Ring:
 
 
 class _Keys(NamedTuple):
-  """What travels."""
+  """What travels around the ring."""
 
   k_BSKH: jax.Array
   v_BSKH: jax.Array
@@ -230,7 +230,7 @@ def _attend_backward(ring, kept, cotangents):
     found = attention.backward(choice, met, *results, *cotangents)
     return jax.tree.map(lambda x: x.astype(dtype), found)
 
-  def meet(carry, keys, shift):
+  def meet(carry, keys, shift, by):
     dk, dv, dq, dbias = carry
     dk, dv = ring.rotated((dk, dv), by)
     found = gradient(ring.other, keys, shift)
@@ -242,7 +242,8 @@ def _attend_backward(ring, kept, cotangents):
   dbias = ring.with_bias(varying_like(dbias, call), call, found.bias, 0)
   dk, dv, dq = found.k_BSKH, found.v_BSKH, found.q_BTNH
   for by, steps in ring.ways:
-    dk, dv, dq, dbias = ring.travel(own_keys, by, steps, meet, (dk, dv, dq, dbias))
+    meet_by, carry = functools.partial(meet, by=by), (dk, dv, dq, dbias)
+    dk, dv, dq, dbias = ring.travel(own_keys, by, steps, meet_by, carry)
     dk, dv = ring.rotated((dk, dv), -by * steps)  # Home.
   like = call.q_BTNH, call.k_BSKH, call.v_BSKH, call.bias
   gradients = jax.tree.map(lambda x, like: x.astype(like.dtype), (dq, dk, dv, dbias), like)

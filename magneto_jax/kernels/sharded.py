@@ -72,7 +72,8 @@ def sharded_attention(
     NotImplementedError: if the named implementation cannot serve a device's part of the call.
 
   Example:
-    >>> mesh = jax.make_mesh((1, 1), ("data", "sequence"), (jax.sharding.AxisType.Auto,) * 2)
+    >>> auto = (jax.sharding.AxisType.Auto,) * 2
+    >>> mesh = jax.make_mesh((1, 1), ("data", "sequence"), axis_types=auto)
     >>> q = jax.numpy.ones((2, 8, 4, 16))
     >>> sharded_attention(q, q, q, mesh=mesh, batch=("data",), length="sequence").shape
     (2, 8, 4, 16)

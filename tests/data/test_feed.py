@@ -75,6 +75,21 @@ def test_a_state_goes_on_behind_the_last_batch_handed_out(make, ahead, taken):
     assert [int(next(resumed)[0]) for _ in range(4)] == following
 
 
+def test_a_place_is_set_behind_the_read_that_is_under_way(make):
+  going_on = threading.Event()
+
+  class Slow(Counting):
+    def __next__(self):
+      assert going_on.wait(timeout=60)
+      return super().__next__()
+
+  iterator = make(Slow(), place)
+  iterator.start_prefetch()
+  threading.Timer(0.2, going_on.set).start()
+  iterator.set_state({"next": 50})
+  assert int(next(iterator)[0]) == 50
+
+
 def test_a_checkpoint_of_grains_saves_and_restores_it(make, tmp_path):
   iterator = make(Counting(), place)
   for _ in range(3):
