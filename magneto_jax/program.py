@@ -216,7 +216,40 @@ class Program(NamedTuple):
     }
 
 
+class Lowered(NamedTuple):
+  """A train step for a mesh, traced and not yet compiled: what a `Program` is made of.
+
+  Attributes:
+    config, mesh, task, model, schedule, state, batch, key, lower_seconds, flops: its own.
+    step: the lowered step.
+  """
+
+  config: TrainConfig
+  mesh: jax.sharding.Mesh
+  task: Task
+  model: nn.Module
+  schedule: optax.Schedule
+  state: TrainState
+  batch: dict[str, jax.ShapeDtypeStruct]
+  key: jax.ShapeDtypeStruct
+  step: jax.stages.Lowered
+  lower_seconds: float
+  flops: int
+
+  def compile(self) -> Program:
+    """What runs; on a machine that it does not fit, XLA says so instead."""
+    begin = time.perf_counter()
+    compiled = self.step.compile()
+    seconds = time.perf_counter() - begin
+    return Program(**(self._asdict() | {"step": compiled, "compile_seconds": seconds}))
+
+
 def compile_step(config: TrainConfig, facts: Facts, mesh: jax.sharding.Mesh) -> Program:
+  """The config's train step, compiled for a mesh; see `lower_step`."""
+  return lower_step(config, facts, mesh).compile()
+
+
+def lower_step(config: TrainConfig, facts: Facts, mesh: jax.sharding.Mesh) -> Lowered:
   """The config's train step for a mesh, whose devices need not be there.
 
   Args:
@@ -256,8 +289,7 @@ def compile_step(config: TrainConfig, facts: Facts, mesh: jax.sharding.Mesh) -> 
       state, batch, key
     )
     lower_seconds = time.perf_counter() - begin
-  compiled = lowered.compile()
-  return Program(
+  return Lowered(
     config=config,
     mesh=mesh,
     task=task,
@@ -266,9 +298,8 @@ def compile_step(config: TrainConfig, facts: Facts, mesh: jax.sharding.Mesh) -> 
     state=state,
     batch=batch,
     key=key,
-    step=compiled,
+    step=lowered,
     lower_seconds=lower_seconds,
-    compile_seconds=time.perf_counter() - begin - lower_seconds,
     flops=task.flops(config, facts),
   )
 
