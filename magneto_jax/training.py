@@ -96,7 +96,8 @@ def dry_run(config: TrainConfig, workdir: str | os.PathLike) -> None:
       runs.refuse_if_different(workdir, earlier, job.record)
     _print(console, _overview(job))
     console.print(reporting.parameter_table(job.program.state.params))
-    _print(console, _first_batch(job))
+    with contextlib.closing(job.batches):
+      _print(console, _first_batch(job))
 
 
 def train(config: TrainConfig, workdir: str | os.PathLike) -> dict:
@@ -167,6 +168,7 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict:
     checkpointer = opened.enter_context(
       Checkpointer(runs.checkpoints_in(workdir), keep=config.keep_checkpoints)
     )
+    opened.enter_context(contextlib.closing(job.batches))
     opened.enter_context(sharding.use_mesh(program.mesh))
     if start:
       parts = checkpointer.restore(start, program.state.parts(), job.batches)
