@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import itertools
 import json
+import os
+import socket
 import subprocess
 import sys
 
@@ -88,6 +90,52 @@ def test_twenty_steps_equal_ten_a_new_process_and_ten(tmp_path):
   assert tokens == pytest.approx(10 * 4 * 16)
   rows = [json.loads(line) for line in (resumed / "metrics.jsonl").read_text().splitlines()]
   assert [row["step"] for row in rows if "train/loss" in row] == [10, 20]
+
+
+def start_run(workdir, changes, *, devices: int, processes: int = 1) -> list[str]:
+  """What each process of a run prints."""
+  command = [sys.executable, "-m", "magneto_jax.train", "--config=configs/gpt.py:tiny"]
+  command += [f"--workdir={workdir}", *flags(changes)]
+  count = f"--xla_force_host_platform_device_count={devices}"
+  environment = os.environ | {"XLA_FLAGS": count, "JAX_PLATFORMS": "cpu"}
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{free.getsockname()[1]}"
+  own = [[]]
+  if processes > 1:
+    joined = [f"--coordinator_address={address}", f"--num_processes={processes}"]
+    own = [[*joined, f"--process_id={i}"] for i in range(processes)]
+  pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+  started = [subprocess.Popen([*command, *more], env=environment, **pipes) for more in own]
+  said = [process.communicate(timeout=500) for process in started]
+  assert [process.returncode for process in started] == [0] * processes, said
+  return [out for out, _ in said]
+
+
+@pytest.mark.ci
+def test_a_run_of_two_hosts_is_that_of_one_and_goes_on_on_another_number(tmp_path):
+  """Same metrics, validation and sample; one host prints and writes; the data go on in place."""
+  mesh = {"fsdp": 2, "tensor": 2, "data": 1}
+  changes = {**TINY, "mesh": mesh, "diagnostics_every": 2, "eval_batches": 3}
+  changes["optimizer"] = {"learning_rate": 1e-3, "warmup_steps": 2, "decay_steps": 20}
+  one, two = tmp_path / "one", tmp_path / "two"
+  start_run(one, {**changes, "steps": 6}, devices=4)
+  first, second = start_run(two, {**changes, "steps": 4}, devices=2, processes=2)
+  assert "step 4/4" in first and "2 hosts" in first
+  assert not [line for line in second.splitlines() if "[Gloo]" not in line and "Rank" not in line]
+  (last,) = start_run(two, {**changes, "steps": 6}, devices=4)
+  assert "resumed at step 4" in last
+  rows = [reporting.read_metrics(workdir) for workdir in (one, two)]
+  assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]]
+  timed = {"tokens_per_second", "input_share"}
+  for a, b in zip(*rows, strict=True):
+    assert a.keys() == b.keys()
+    for name in a.keys() - timed:
+      assert a[name] == pytest.approx(b[name], rel=1e-4), (a["step"], name)
+  summaries = [json.loads((workdir / "summary.json").read_text()) for workdir in (one, two)]
+  assert summaries[0]["sample"] == summaries[1]["sample"]
+  assert [s["devices"] for s in summaries] == [4, 4]
+  assert [row["step"] for row in monitor.read(two)] == [0, 2, 4, 6]
 
 
 class Bigrams(nn.Module):
