@@ -34,10 +34,10 @@ LEVELS = {
   "tasks": 3,
   "decoding": 3,
   "diagnostics": 3,
+  "memory": 3,
   "convert": 3,
   # What the commands share.
   "cli": 4,
-  "memory": 4,
   "program": 4,
   "monitor": 4,
   "runs": 4,
