@@ -54,10 +54,12 @@ def test_targets_cost_what_their_logits_say(name):
   def of_targets(params, **fields):
     return make(**fields).apply({"params": params}, *args, targets_BT=TARGETS)
 
-  expected, found = compiled(of_logits)(params), compiled(of_targets)(params)
+  by_chunks = lambda params: of_targets(params, vocab_chunk=5)
+  costs = of_logits, of_targets, by_chunks
+  # In one program: what they share is compiled once.
+  expected, whole, found = compiled(lambda params: [f(params) for f in costs])(params)
   assert (found.shape, found.dtype) == (TARGETS.shape, jnp.float32)
-  np.testing.assert_array_equal(found, expected)
-  found = compiled(lambda params: of_targets(params, vocab_chunk=5))(params)
+  np.testing.assert_array_equal(whole, expected)
   np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
@@ -74,7 +76,6 @@ def test_the_gradient_is_that_of_the_logits():
 
   by_chunks = lambda params: of_targets(params, vocab_chunk=5)
   losses = of_logits, of_targets, by_chunks
-  # In one program: what they share is compiled once.
   expected, whole, found = compiled(lambda params: [jax.grad(f)(params) for f in losses])(params)
   jax.tree.map(np.testing.assert_array_equal, whole, expected)
   scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
