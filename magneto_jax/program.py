@@ -108,9 +108,8 @@ def train_step(
       gradient is that of the whole batch's mean, however its weights fall.
     ema: decay of `ema_params`; early on it is (1 + step) / (10 + step), so that they forget the
       initial parameters.
-    weights_dtype: to which kernels and embedding tables are cast once, before devices exchange
-      them; None leaves it to each layer. Their gradients then are of this dtype too (of each part
-      of the batch, summed in that of the parameters).
+    weights_dtype: to which kernels are cast once, before devices exchange them; None leaves it to
+      each layer. It changes no number where it is the dtype of the model.
 
   Returns:
     The new state, and the metrics `loss` (mean over weights) and `gradient_norm`.
@@ -122,7 +121,7 @@ def train_step(
     loss_sum, _ = task.loss(model, params, part, jax.random.fold_in(dropout_key, index))
     return loss_sum / weight_sum
 
-  weights = state.params if weights_dtype is None else _cast_weights(state.params, weights_dtype)
+  weights = state.params if weights_dtype is None else _cast_kernels(state.params, weights_dtype)
   grad = jax.value_and_grad(mean_loss)
   if accumulation == 1:
     loss, gradients = grad(weights, batch, 0)
@@ -152,14 +151,14 @@ def train_step(
   return TrainState(state.step + 1, params, opt_state, ema_params), metrics
 
 
-def _cast_weights(params, dtype):
-  """Kernels and tables, which layers would cast themselves; what they need in full stays as it is.
+def _cast_kernels(params, dtype):
+  """Kernels in the dtype to which layers cast them themselves; tables are looked up in full.
 
   Laid out as before, so that devices cast what they hold, then exchange it.
   """
 
   def cast(path, leaf):
-    return leaf.astype(dtype) if path[-1].key in optimizers.MATRICES else leaf
+    return leaf.astype(dtype) if path[-1].key == "kernel" else leaf
 
   return sharding.constrain_parameters(jax.tree_util.tree_map_with_path(cast, params))
 
@@ -217,7 +216,40 @@ class Program(NamedTuple):
     }
 
 
+class Lowered(NamedTuple):
+  """A train step for a mesh, traced and not yet compiled: what a `Program` is made of.
+
+  Attributes:
+    config, mesh, task, model, schedule, state, batch, key, lower_seconds, flops: its own.
+    step: the lowered step.
+  """
+
+  config: TrainConfig
+  mesh: jax.sharding.Mesh
+  task: Task
+  model: nn.Module
+  schedule: optax.Schedule
+  state: TrainState
+  batch: dict[str, jax.ShapeDtypeStruct]
+  key: jax.ShapeDtypeStruct
+  step: jax.stages.Lowered
+  lower_seconds: float
+  flops: int
+
+  def compile(self) -> Program:
+    """What runs; on a machine that it does not fit, XLA says so instead."""
+    begin = time.perf_counter()
+    compiled = self.step.compile()
+    seconds = time.perf_counter() - begin
+    return Program(**(self._asdict() | {"step": compiled, "compile_seconds": seconds}))
+
+
 def compile_step(config: TrainConfig, facts: Facts, mesh: jax.sharding.Mesh) -> Program:
+  """The config's train step, compiled for a mesh; see `lower_step`."""
+  return lower_step(config, facts, mesh).compile()
+
+
+def lower_step(config: TrainConfig, facts: Facts, mesh: jax.sharding.Mesh) -> Lowered:
   """The config's train step for a mesh, whose devices need not be there.
 
   Args:
@@ -257,8 +289,7 @@ def compile_step(config: TrainConfig, facts: Facts, mesh: jax.sharding.Mesh) -> 
       state, batch, key
     )
     lower_seconds = time.perf_counter() - begin
-  compiled = lowered.compile()
-  return Program(
+  return Lowered(
     config=config,
     mesh=mesh,
     task=task,
@@ -267,9 +298,8 @@ def compile_step(config: TrainConfig, facts: Facts, mesh: jax.sharding.Mesh) -> 
     state=state,
     batch=batch,
     key=key,
-    step=compiled,
+    step=lowered,
     lower_seconds=lower_seconds,
-    compile_seconds=time.perf_counter() - begin - lower_seconds,
     flops=task.flops(config, facts),
   )
 

@@ -6,7 +6,6 @@ import json
 import math
 import pathlib
 import platform
-import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,29 +18,6 @@ import rich.progress
 import rich.table
 
 from magneto_jax import sharding
-
-# Dense bfloat16 peaks of one JAX device in FLOP/s, from the makers' data sheets, by a pattern of
-# the whole `device_kind`. A device of TPU v2, v3 and 7x is one of a chip's two cores.
-PEAK_FLOPS = {
-  "TPU v2": 22.5e12,
-  "TPU v3": 61.5e12,
-  "TPU v4": 275e12,
-  "TPU v5 lite": 197e12,
-  "TPU v5p?": 459e12,
-  "TPU v6 lite": 918e12,
-  "TPU7x": 1153.5e12,
-  "NVIDIA A100.*": 312e12,
-  "NVIDIA H100 80GB HBM3": 989e12,
-  "NVIDIA H100 PCIe": 756e12,
-  "NVIDIA H200.*": 989e12,
-  "NVIDIA L4": 121e12,
-}
-
-
-def peak_flops(device_kind: str) -> float | None:
-  """The device's bfloat16 peak, or None where it is not known."""
-  peaks = (peak for kind, peak in PEAK_FLOPS.items() if re.fullmatch(kind, device_kind))
-  return next(peaks, None)
 
 
 def in_units(value: float, unit: str, *, base: int = 1000) -> str:

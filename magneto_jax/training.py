@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from magneto_jax import decoding, diagnostics, distributed, reporting, runs, sharding
+from magneto_jax import decoding, diagnostics, distributed, hardware, reporting, runs, sharding
 from magneto_jax.checkpoints import Checkpointer
 from magneto_jax.config import ConfigError, TrainConfig, config_errors
 from magneto_jax.data import feed, pipelines
@@ -96,7 +96,8 @@ def dry_run(config: TrainConfig, workdir: str | os.PathLike) -> None:
       runs.refuse_if_different(workdir, earlier, job.record)
     _print(console, _overview(job))
     console.print(reporting.parameter_table(job.program.state.params))
-    _print(console, _first_batch(job))
+    with contextlib.closing(job.batches):
+      _print(console, _first_batch(job))
 
 
 def train(config: TrainConfig, workdir: str | os.PathLike) -> dict:
@@ -167,6 +168,7 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict:
     checkpointer = opened.enter_context(
       Checkpointer(runs.checkpoints_in(workdir), keep=config.keep_checkpoints)
     )
+    opened.enter_context(contextlib.closing(job.batches))
     opened.enter_context(sharding.use_mesh(program.mesh))
     if start:
       parts = checkpointer.restore(start, program.state.parts(), job.batches)
@@ -314,7 +316,7 @@ def _overview(job: Job) -> list[str]:
   config, mesh = program.config, program.mesh
   memory = program.step.memory_analysis()
   kind = mesh.devices.flat[0].device_kind
-  peak = reporting.peak_flops(kind)
+  peak = hardware.peak_flops(kind)
   least = peak and 1e3 * program.flops / (peak * mesh.size)
   bound = f", at least {least:.3g} ms at the devices' peak" if peak else ""
   cut = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
@@ -355,7 +357,7 @@ def schedule_notes(config: TrainConfig, earlier: TrainConfig | None) -> list[str
 def _speed(program: Program, steps: int, seconds: float, waited: float) -> dict[str, float | None]:
   """Tokens and FLOPs a second, and the share of waiting; None where no step was taken."""
   tokens = program.config.batch_size * program.config.data.seq_length
-  peak = reporting.peak_flops(jax.devices()[0].device_kind)
+  peak = hardware.peak_flops(jax.devices()[0].device_kind)
   flops_per_second = program.flops * steps / seconds if steps else None
   return {
     "tokens_per_second": tokens * steps / seconds if steps else None,
