@@ -56,7 +56,7 @@ def test_every_variant_is_a_config(file, variant):
 
 
 # Made for 256 chips: parameters in billions, tokens of a step in thousands, and the papers' sizes.
-# GPT-3 (arXiv 2005.14165), table 2.1; DeepNet (arXiv 2203.00555), sections 5 and 6, whose count of
+# GPT-3 (arXiv 2005.14165), table 2.1; DeepNet (arXiv 2203.00555), whose count of
 # the second is 3.2 with a vocabulary that it does not state; BEiT-3 (arXiv 2208.10442), table 11.
 AT_SCALE = {
   ("gpt", "gpt_1b3"): (1.3, 1048, {"model.width": 2048, "model.layers": 24}),
