@@ -1,19 +1,19 @@
 """Translation by deep encoder-decoders. Can be planned; no source of their data is built in yet.
 
 deepnet_500_500
-  DeepNet: Scaling Transformers to 1,000 Layers (arXiv 2203.00555), section 5: 500 encoder and 500
-  decoder layers of width 512, FFN 2048, 8 heads, on OPUS-100 (100 languages to and from English);
-  table 7: learning rate 5e-4, 4,000 steps of warm-up, 128 x 4,096 tokens a step, dropout 0.1, no
+  DeepNet: Scaling Transformers to 1,000 Layers (arXiv 2203.00555), on OPUS-100 (100 languages to
+  and from English): 500 encoder and 500 decoder layers of width 512, FFN 2048, 8 heads; table 7:
+  learning rate 5e-4, 4,000 steps of warm-up, 128 x 4,096 tokens a step, dropout 0.1, no
   weight decay, four epochs. Adam (0.9, 0.98) and label smoothing 0.1 are fairseq's usual, and so is
   the inverse-square-root schedule, in place of which the rate falls linearly here; steps are those
   of Foundation Transformers (arXiv 2210.06423) on the same data. Not known: the vocabulary; 64,000
   pieces here. Rows are padded to 256 tokens.
 
 deepnet_100_100
-  The same paper, section 6: 100 + 100 layers of width 1024, FFN 4096, 16 heads, 3.2 billion
-  parameters, on 102 languages translated from each into each. Not known: the vocabulary (the
-  128,000 pieces of M2M-100, arXiv 2010.11125, with which it is compared, make 3.07 billion), and
-  how it was trained: all else as above.
+  The same paper, its model of 100 languages into each other: 100 + 100 layers of width 1024, FFN
+  4096, 16 heads, 3.2 billion parameters. Not known: the vocabulary (the 128,000 pieces of M2M-100,
+  arXiv 2010.11125, with which it is compared, make 3.07 billion), and how it was trained: all else
+  as above.
 
 Both are made for 256 chips that share all weights (mesh.fsdp); any number of chips that divides the
 width does. Not yet trained here.
