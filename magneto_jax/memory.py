@@ -340,7 +340,7 @@ def _shared_rows(config: TrainConfig, mesh, axis: str) -> Iterator[dict[str, Any
 
 def _dtype(config: TrainConfig, mesh) -> Iterator[Knob]:
   if config.model.dtype == "float32":
-    yield Knob({"model.dtype": "bfloat16"}, "other numbers, of 8 bits; faster", 0.3)
+    yield Knob({"model.dtype": "bfloat16"}, "other numbers, of 8 bits", 0.3)
 
 
 def _ema(config: TrainConfig, mesh) -> Iterator[Knob]:
@@ -369,19 +369,20 @@ KNOBS: tuple[Callable[[TrainConfig, Mapping[str, int]], Iterator[Knob]], ...] = 
 
 
 def best(found: list[Knob], wanted: int | None = None, count: int = 3) -> list[Knob]:
-  """The knobs to name: of each kind one, those first that save what is wanted, the cheapest first.
+  """The knobs to name, one of each kind: those that save what is wanted first, then what most does.
 
   Args:
     found: of `knobs`.
     wanted: bytes a device that have to be saved; None where that is not known.
     count: how many to name.
   """
+  kinds: dict[frozenset, list[Knob]] = {}
+  for knob in found:
+    kinds.setdefault(frozenset(knob.changes), []).append(knob)
   enough = lambda knob: knob.saves >= (wanted or 0)
-  order = sorted(found, key=lambda knob: (not enough(knob), knob.cost if enough(knob) else 0))
-  named: dict[frozenset, Knob] = {}
-  for knob in order:
-    named.setdefault(frozenset(knob.changes), knob)
-  return list(named.values())[:count]
+  # Of those that are enough the cheapest, else the largest.
+  rank = lambda knob: (0, knob.cost) if enough(knob) else (1, -knob.saves)
+  return sorted((min(turns, key=rank) for turns in kinds.values()), key=rank)[:count]
 
 
 # ---------------------------------------------------------------------------------------------

@@ -60,6 +60,7 @@ def prepare(
   Raises:
     ConfigError: if the data cannot be had, or the model not be built, or hosts differ.
     FileNotFoundError: likewise, for files that are not there.
+    OutOfMemory: if the step needs more than its devices have.
   """
   task = TASKS[config.task]
   with config_errors():
@@ -73,10 +74,6 @@ def prepare(
   record = runs.Record(config, json.loads(json.dumps(data.identity)), task.facts(data))
   with config_errors():
     distributed.agree("run", runs.as_json(record))
-  lowered = lower_step(config, record.facts, mesh)
-  with lowered.memory_in_words():
-    program = lowered.compile()
-    program.refuse_if_too_large()
   with config_errors():
     batches = pipelines.train_iterator(
       data.train,
@@ -85,6 +82,10 @@ def prepare(
       num_workers=config.data.workers,
       rows=rows,
     )
+  lowered = lower_step(config, record.facts, mesh)
+  with lowered.memory_in_words():
+    program = lowered.compile()
+    program.refuse_if_too_large()
   ahead = feed.Feed(batches, program.put, ahead=config.data.prefetch)
   return Job(data, record, ahead, rows, program)
 

@@ -17,7 +17,7 @@ import pytest
 from flax import linen as nn
 
 import magneto_jax
-from magneto_jax import decoding, monitor, program, reporting, runs, training
+from magneto_jax import decoding, memory, monitor, program, reporting, runs, training
 from magneto_jax.checkpoints import Checkpointer, abstract_like
 from magneto_jax.config import ConfigError, TrainConfig, from_config_dict
 from magneto_jax.data import pipelines
@@ -152,9 +152,9 @@ class Bigrams(nn.Module):
 
   @nn.compact
   def __call__(self, tokens_BT, *, targets_BT=None, state=None, deterministic=True, **unused):
-    x_BTD = nn.Embed(self.vocab_size, 16)(tokens_BT)
+    x_BTD = nn.Embed(self.vocab_size, 16, name="token_embedding")(tokens_BT)
     x_BTD = nn.Dropout(0.5)(x_BTD, deterministic=deterministic)
-    logits_BTV = nn.Dense(self.vocab_size)(x_BTD)
+    logits_BTV = nn.Dense(self.vocab_size, name="head_dense")(x_BTD)
     if targets_BT is not None:
       return optax.softmax_cross_entropy_with_integer_labels(logits_BTV, targets_BT)
     return logits_BTV if state is None else (logits_BTV, state)
@@ -337,6 +337,33 @@ def test_dry_run_prints_and_trains_nothing(tmp_path, capsys):
   for words in ("first batch:", "inputs: int32[4, 32]", "memory: state", "x <- x + ffn(LN(x))"):
     assert words in printed
   assert not list(tmp_path.iterdir())
+
+
+def test_what_does_not_fit_is_refused_before_it_runs_with_what_would_help(tmp_path, monkeypatch):
+  config = tiny()
+  monkeypatch.setattr(memory, "available", lambda *_: 200_000)
+  with pytest.raises(memory.OutOfMemory) as caught:
+    training.train(config, tmp_path)
+  monkeypatch.undo()
+  needed = training.prepare(config, runs.data_in(tmp_path)).program.memory().peak
+  assert caught.value.needed == needed > 200_000
+  first, _, *knobs = str(caught.value).splitlines()
+  assert first.startswith(f"out of memory: the step asked for {needed / 2**20:.1f} MiB on each")
+  assert len(knobs) == 3 and all("--config." in knob and " saves " in knob for knob in knobs)
+  assert not runs.checkpoints_in(tmp_path).exists()
+
+
+def test_memory_that_runs_out_in_a_step_is_said_in_words(bigrams, tmp_path, monkeypatch):
+  def step(*_):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 12345 bytes.")
+
+  compiled = program.Program.compile
+  monkeypatch.setattr(program.Program, "compile", lambda self: compiled(self)._replace(step=step))
+  monkeypatch.setattr(program.Program, "refuse_if_too_large", lambda self: None)
+  monkeypatch.setattr(training, "_overview", lambda job: [])
+  with pytest.raises(memory.OutOfMemory, match=r"(?s)asked for .*what would help") as caught:
+    training.train(tiny(), tmp_path)
+  assert caught.value.needed == 12345
 
 
 @pytest.mark.slow
