@@ -37,13 +37,16 @@ FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=t
 def run(arguments, flags=""):
   """A process of its own: devices are made once."""
   command = [sys.executable, *arguments]
+  # The command's own, not the tests'.
+  precision = {"JAX_DEFAULT_MATMUL_PRECISION": "default"}
+  env = os.environ | precision | {"XLA_FLAGS": f"{FAST} {flags}"}
   options = dict(cwd=ROOT, capture_output=True, text=True, timeout=900)
-  return subprocess.run(command, env=os.environ | {"XLA_FLAGS": f"{FAST} {flags}"}, **options)
+  return subprocess.run(command, env=env, **options)
 
 
-def plan(path, *arguments):
+def plan(path, *arguments, config=CONFIG):
   """(the process, what it wrote as JSON)."""
-  done = run(["-m", "magneto_jax.plan", CONFIG, f"--json={path}", *arguments])
+  done = run(["-m", "magneto_jax.plan", config, f"--json={path}", *arguments])
   assert done.returncode in (0, DOES_NOT_FIT), done.stderr[-3000:]
   return done, json.loads(path.read_text())
 
@@ -220,8 +223,7 @@ TPU = [
   "--config.model.dtype=bfloat16",
   "--config.model.remat=full",
   "--config.model.layers=3",
-  "--config.model.width=128",
-  "--config.model.heads=2",
+  "--config.model.width=256",  # Two heads a device: one alone would be padded to the lanes of two.
   "--config.data.tokenizer=byte",
   "--config.mesh.fsdp=2",
   "--config.mesh.tensor=2",
@@ -265,3 +267,39 @@ def test_a_tpus_plan(name, tmp_path):
   roofline = found["roofline"]
   assert roofline["overlapped"] == max(roofline["seconds"].values()) <= roofline["exposed"]
   assert 0 < roofline["utilisation"][1] <= roofline["utilisation"][0] < 1
+
+
+@pytest.mark.slow
+def test_a_pods_plan(tmp_path):
+  """A decoder of 1.3 billion parameters on 256 chips; minutes of compiling."""
+  sizes = {"width": 2048, "ffn_width": 8192, "heads": 16, "remat": "full"}
+  changes = [f"--config.model.{name}={value}" for name, value in sizes.items()]
+  changes += ["--config.accumulation=1", "--config.cast_weights", "--config.data.vocab_size=50304"]
+  changes += ["--config.mesh.fsdp=64", "--config.mesh.tensor=4"]
+  config = f"--config={ROOT / 'configs' / 'gpt.py'}:magneto_24"
+  done, found = plan(tmp_path / "plan.json", "--topology=v5e:16x16", *changes, config=config)
+  assert done.returncode == 0, done.stderr
+  assert found["devices"] == 256 and found["parameters"] > 1.3e9
+  # Nothing large is on every device: a 256th of the state, and vectors.
+  state = found["memory"]["parameters"] + found["memory"]["optimizer"]
+  assert state == pytest.approx(12 * found["parameters"] / 256, rel=0.1)
+  assert found["kernels"]["attention_forward"]["calls"] == 2 * 24
+  links = {tuple(each["axes"]): each["links"] for each in found["collectives"]}
+  assert links["tensor",].startswith("line of 4") and "ring of 16" in links["fsdp",]
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_a_tpu_is_mended_by_compiling(tmp_path):
+  """Logits of 50,304 words, of 32 rows a chip, which the compiler refuses."""
+  large = ["--config.batch_size=128", "--config.data.seq_length=2048", "--config.model.layers=2"]
+  large += ["--config.model.width=512", "--config.model.dtype=bfloat16", "--config.mesh.fsdp=2"]
+  large += ["--config.data.vocab_size=50304"]
+  done, found = plan(tmp_path / "plan.json", "--topology=v5e:2x2", *large)
+  assert done.returncode == DOES_NOT_FIT and not found["fits"]
+  assert found["peak_bytes_per_chip"] > found["available_bytes_per_chip"]
+  assert len(found["remedies"]) == 3
+  for remedy in found["remedies"]:
+    assert remedy["fits"], remedy
+    # An estimate is good for choosing: within a factor of 2.
+    assert 0.5 < remedy["estimated_saving"] / remedy["compiled_saving"] < 2
+  assert "does not fit" in done.stdout and "--config.vocab_chunk" in done.stdout
