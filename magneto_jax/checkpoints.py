@@ -3,7 +3,6 @@
 import pathlib
 from typing import Any
 
-import grain
 import jax
 import orbax.checkpoint as ocp
 
@@ -16,8 +15,9 @@ class Checkpointer:
   """Saves and restores the parts of a run under `<directory>/<step>/`.
 
   A part is one Orbax item: `params`, `ema_params` (if the run averages its weights),
-  `optimizer`, `data` (the iterator's place) and `config` (JSON). Parts are separate so that a
-  reader of the weights needs to know nothing of the optimizer.
+  `optimizer`, `data` (the iterator's place) and `config` (both JSON). Parts are separate so that a
+  reader of the weights needs to know nothing of the optimizer. All hosts save and restore together;
+  the place counts batches and is the same on all, however many there are.
 
   Saving is asynchronous: `save` returns when the arrays are copied; the next `save` and `close`
   wait for the files. A step whose files are incomplete is never listed.
@@ -53,11 +53,11 @@ class Checkpointer:
     return {path.name for path in folder.iterdir() if path.is_dir()}
 
   def save(self, step: int, trees: dict[str, Any], data, config: dict[str, Any]) -> None:
-    """Starts to save pytrees by part name, a Grain iterator and a JSON-able config."""
+    """Starts to save pytrees by part name, a Grain iterator's place and a JSON-able config."""
     if self._read_only:
       raise ValueError(f"{self._manager.directory} was opened to be read only")
     items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
-    items["data"] = grain.checkpoint.CheckpointSave(data)
+    items["data"] = ocp.args.JsonSave(data.get_state())
     items["config"] = ocp.args.JsonSave(config)
     self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
@@ -71,8 +71,10 @@ class Checkpointer:
     """
     items = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
     if data is not None:
-      items["data"] = grain.checkpoint.CheckpointRestore(data)
+      items["data"] = ocp.args.JsonRestore()
     restored = self._restore(step, items)
+    if data is not None:
+      data.set_state(restored["data"])
     return {name: restored[name] for name in abstract}
 
   def config(self, step: int) -> dict[str, Any]:
@@ -82,7 +84,7 @@ class Checkpointer:
   def _restore(self, step: int, items: dict[str, Any]):
     try:
       return self._manager.restore(step, args=ocp.args.Composite(**items))
-    except Exception as error:  # Orbax, TensorStore and Grain have no common one.
+    except Exception as error:  # Orbax and TensorStore have no common one.
       folder = pathlib.Path(self._manager.directory) / str(step)
       others = [other for other in self.steps if other != step]
       then = f"to go on from step {max(others)}" if others else "to begin anew"

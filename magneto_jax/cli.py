@@ -77,6 +77,9 @@ def run(main: Callable[[], None]) -> None:
       main()
     except (ConfigError, FloatingPointError, OSError) as error:
       fail(str(error))
+    except MemoryError as error:
+      print(f"error: {error}", file=sys.stderr)  # In a few lines: what would help is a table.
+      sys.exit(USAGE_EXIT_CODE)
     except KeyboardInterrupt:
       fail("interrupted; what is saved stays, and the same command goes on from it", INTERRUPTED)
 

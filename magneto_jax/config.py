@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import ml_collections
@@ -296,8 +296,8 @@ class TrainConfig(_Checked):
   )
   cast_weights: bool = _field(
     False,
-    "whether weights are cast to model.dtype once a step, before devices exchange them, not where"
-    " each is used",
+    "whether kernels are cast to model.dtype once a step, before devices exchange them, and not"
+    " where each is used",
   )
   ema: float = _rate(0.0, "decay of an average of the weights that evaluation uses; 0: none")
   eval_every: int = _positive(250, "steps between evaluations")
@@ -380,6 +380,17 @@ def default_config() -> ml_collections.ConfigDict:
   Sizes that follow from the width are left at 0, so that they follow from the one that is set.
   """
   return ml_collections.ConfigDict(_defaults(TrainConfig)).lock()
+
+
+def config_of_variant(
+  variants: Mapping[str, Callable[[ml_collections.ConfigDict], None]], variant: str, file: str
+) -> ml_collections.ConfigDict:
+  """The default config as a variant of a config file changes it: what its `get_config` returns."""
+  if variant not in variants:
+    raise ConfigError(f"{file} has no {variant!r}, only {', '.join(variants)}")
+  config = default_config()
+  variants[variant](config)
+  return config
 
 
 def _defaults(record_type: type) -> dict[str, Any]:

@@ -145,19 +145,6 @@ def is_first() -> bool:
   return jax.process_index() == 0
 
 
-def local_rows(sharding: jax.sharding.Sharding, shape: Sequence[int]) -> tuple[int, ...]:
-  """The rows of a global array that this process's devices hold, in rising order.
-
-  It is the order in which `jax.make_array_from_process_local_data` expects them.
-
-  Args:
-    sharding: of the array.
-    shape: of the array; rows are its first axis.
-  """
-  held = sharding.addressable_devices_indices_map(tuple(shape)).values()
-  return tuple(sorted({row for index in held for row in range(shape[0])[index[0]]}))
-
-
 def barrier(name: str) -> None:
   """Waits until all processes are here; they must all say the same `name`."""
   if jax.process_count() > 1:
@@ -196,22 +183,23 @@ def on_first(f: Callable[[], T]) -> T:
     What `f` returned on this process.
 
   Raises:
-    ValueError: on the others, if `f` has failed on process 0, where its own error goes on.
+    ValueError: if `f` has failed on another process, where its own error goes on; so none waits for
+      one that is gone.
   """
-  if jax.process_count() == 1:
-    return f()
-  failure = result = None
-  if is_first():
-    try:
-      result = f()
-    except Exception as error:
-      failure = error
-  message = _gather("" if failure is None else f"{type(failure).__name__}: {failure}")[0]
-  if failure is not None:
-    raise failure
-  if message:
-    raise ValueError(f"process 0 has failed: {message}")
-  return result if is_first() else f()
+  result = failure = None
+  for turn in (True, False):
+    if is_first() == turn:
+      try:
+        result = f()
+      except Exception as error:
+        failure = error
+    told = _gather("" if failure is None else f"{type(failure).__name__}: {failure}")
+    if failure is not None:
+      raise failure
+    for process, message in enumerate(told):
+      if message:
+        raise ValueError(f"process {process} has failed: {message}")
+  return result
 
 
 def _gather(text: str) -> list[str]:

@@ -5,6 +5,7 @@ change to the config are estimates (`estimate`): closed forms of sizes alone, wh
 compiler, and whose differences say which changes are worth compiling (`knobs`).
 """
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -388,7 +389,7 @@ def best(found: list[Knob], wanted: int | None = None, count: int = 3) -> list[K
 # ---------------------------------------------------------------------------------------------
 
 
-class OutOfMemory(Exception):
+class OutOfMemory(MemoryError):
   """A step does not fit; its text says what was needed, what there is, and what would help.
 
   Attributes:
@@ -434,18 +435,43 @@ def exhausted(error: BaseException) -> tuple[int | None, int | None] | None:
 def out_of_memory(
   error: BaseException, config: TrainConfig, sizes: Sizes, device: jax.Device
 ) -> OutOfMemory | None:
-  """What to raise in place of an error of compiling or running a step; None if it is another one.
-
-  Example:
-    try: ...
-    except jax.errors.JaxRuntimeError as error:
-      raise memory.out_of_memory(error, config, sizes, device) or error from None
-  """
+  """What to raise in place of an error of compiling or running a step; None if it is another."""
   found = exhausted(error)
   if found is None:
     return None
   needed, there = found
   there = there or available(device, sizes.devices if device.platform == "cpu" else 1)
+  return _too_large(needed, there, config, sizes, device)
+
+
+@contextlib.contextmanager
+def in_words(config: TrainConfig, sizes: Sizes, device: jax.Device) -> Iterator[None]:
+  """Where a step is compiled or run: that memory runs out is said as an `OutOfMemory`."""
+  try:
+    yield
+  except OutOfMemory:
+    raise
+  except (jax.errors.JaxRuntimeError, MemoryError) as error:
+    said = out_of_memory(error, config, sizes, device)
+    if said is None:
+      raise
+    raise said from None
+
+
+def refuse_if_too_large(
+  needed: int, there: int | None, config: TrainConfig, sizes: Sizes, device: jax.Device
+) -> None:
+  """Raises OutOfMemory before a step is run for which a device has not the bytes; None: unknown.
+
+  A CPU says nothing when memory runs out: its process is ended.
+  """
+  if there is not None and needed > there:
+    raise _too_large(needed, there, config, sizes, device)
+
+
+def _too_large(
+  needed: int | None, there: int | None, config: TrainConfig, sizes: Sizes, device: jax.Device
+) -> OutOfMemory:
   need = f"needs {_gib(needed)} more than it has" if there is None else f"asked for {_gib(needed)}"
   lines = [
     f"out of memory: the step {need if needed else 'needs more'} on each {device.device_kind}"

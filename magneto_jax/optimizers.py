@@ -5,7 +5,7 @@ import optax
 
 # Leaves of the parameter tree that are matrices: what "weight decay" means where the papers do
 # not say. Biases, norm gains, head scales and residual scales are left alone.
-MATRICES = ("kernel", "embedding")
+DECAYED = ("kernel", "embedding")
 SCHEDULES = ("cosine", "linear", "polynomial", "constant")
 
 
@@ -14,7 +14,7 @@ def decay_mask(params) -> dict:
 
   It goes by name: a scanned layer's norm gains are of rank 2, so the rank cannot tell them.
   """
-  return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in MATRICES, params)
+  return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in DECAYED, params)
 
 
 def schedule(

@@ -38,7 +38,7 @@ class Attempt(NamedTuple):
   """
 
   config: TrainConfig
-  lowered: program.Lowered
+  lowered: program.Program
   compiled: program.Program | None
   parts: memory.Memory
   available: int | None
@@ -166,7 +166,7 @@ def compile_for(config: TrainConfig, facts: Facts, topology: Topology) -> Attemp
     if parts is None:
       raise
     return Attempt(config, lowered, None, parts, there)
-  parts = memory.of_program(compiled.step, lowered.state, lowered.batch)
+  parts = compiled.memory()
   return Attempt(config, lowered, compiled, parts, there)
 
 
@@ -277,7 +277,7 @@ def _network(axes: Sequence[str]) -> str:
 
 def _remedies(attempt: Attempt, facts: Facts, topology: Topology) -> Iterator[Remedy]:
   """Three knobs, compiled; and if none of them is enough, as many together as are."""
-  sizes = memory.Sizes(attempt.lowered.state.params, attempt.lowered.batch, len(topology.devices))
+  sizes = attempt.lowered.sizes
   wanted = attempt.peak - attempt.available
   found = memory.knobs(attempt.config, sizes)
   tried = lambda knob: _tried(knob, attempt, facts, topology)

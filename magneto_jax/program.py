@@ -2,7 +2,6 @@
 
 import functools
 import time
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +10,7 @@ import optax
 from flax import linen as nn
 from flax import struct
 
-from magneto_jax import optimizers, sharding
+from magneto_jax import memory, optimizers, sharding
 from magneto_jax.config import OptimizerConfig, TrainConfig, config_errors
 from magneto_jax.tasks import TASKS, Task
 from magneto_jax.tasks.task import Facts
@@ -108,9 +107,8 @@ def train_step(
       gradient is that of the whole batch's mean, however its weights fall.
     ema: decay of `ema_params`; early on it is (1 + step) / (10 + step), so that they forget the
       initial parameters.
-    weights_dtype: to which kernels and embedding tables are cast once, before devices exchange
-      them; None leaves it to each layer. Their gradients then are of this dtype too (of each part
-      of the batch, summed in that of the parameters).
+    weights_dtype: to which kernels are cast once, before devices exchange them; None leaves it to
+      each layer. It changes no number where it is the dtype of the model.
 
   Returns:
     The new state, and the metrics `loss` (mean over weights) and `gradient_norm`.
@@ -122,7 +120,7 @@ def train_step(
     loss_sum, _ = task.loss(model, params, part, jax.random.fold_in(dropout_key, index))
     return loss_sum / weight_sum
 
-  weights = state.params if weights_dtype is None else _cast_weights(state.params, weights_dtype)
+  weights = state.params if weights_dtype is None else _cast_kernels(state.params, weights_dtype)
   grad = jax.value_and_grad(mean_loss)
   if accumulation == 1:
     loss, gradients = grad(weights, batch, 0)
@@ -152,14 +150,14 @@ def train_step(
   return TrainState(state.step + 1, params, opt_state, ema_params), metrics
 
 
-def _cast_weights(params, dtype):
-  """Kernels and tables, which layers would cast themselves; what they need in full stays as it is.
+def _cast_kernels(params, dtype):
+  """Kernels in the dtype to which layers cast them themselves; tables are looked up in full.
 
   Laid out as before, so that devices cast what they hold, then exchange it.
   """
 
   def cast(path, leaf):
-    return leaf.astype(dtype) if path[-1].key in optimizers.MATRICES else leaf
+    return leaf.astype(dtype) if path[-1].key == "kernel" else leaf
 
   return sharding.constrain_parameters(jax.tree_util.tree_map_with_path(cast, params))
 
@@ -170,16 +168,17 @@ def _cast_weights(params, dtype):
 
 
 class Program(NamedTuple):
-  """A train step, compiled for a mesh.
+  """A train step for a mesh: first traced and lowered (`lower_step`), then compiled.
 
   Attributes:
     config, mesh: of what, for what.
     task, model: the task and its module.
     schedule: learning rate by step.
     state, batch, key: shapes of the step's arguments, with their shardings.
-    step: the compiled `(state, batch, dropout key) -> (state, metrics)`; donates the state.
-    lower_seconds, compile_seconds: how long tracing and lowering took, and compiling.
+    step: lowered; once compiled, `(state, batch, dropout key) -> (state, metrics)`, which donates
+      the state.
     flops: of one step, all devices together.
+    lower_seconds, compile_seconds: how long tracing and lowering took, and compiling.
   """
 
   config: TrainConfig
@@ -190,22 +189,47 @@ class Program(NamedTuple):
   state: TrainState
   batch: dict[str, jax.ShapeDtypeStruct]
   key: jax.ShapeDtypeStruct
-  step: Callable
-  lower_seconds: float
-  compile_seconds: float
+  step: jax.stages.Lowered | jax.stages.Compiled
   flops: int
+  lower_seconds: float
+  compile_seconds: float | None = None
+
+  def compile(self) -> "Program":
+    """What runs. On a machine that it does not fit XLA may say so instead."""
+    begin = time.perf_counter()
+    compiled = self.step.compile()
+    return self._replace(step=compiled, compile_seconds=time.perf_counter() - begin)
+
+  @property
+  def sizes(self) -> memory.Sizes:
+    """What estimates of memory go by."""
+    return memory.Sizes(self.state.params, self.batch, self.mesh.size)
+
+  @property
+  def device(self) -> jax.Device:
+    """One of the mesh's."""
+    return self.mesh.devices.flat[0]
+
+  def memory(self) -> memory.Memory:
+    """What the compiled step needs of each device."""
+    return memory.of_program(self.step, self.state, self.batch)
+
+  def memory_in_words(self):
+    """Where it is compiled or run: see `memory.in_words`."""
+    return memory.in_words(self.config, self.sizes, self.device)
+
+  def refuse_if_too_large(self) -> None:
+    """Raises OutOfMemory if this machine's devices have not what the compiled step needs."""
+    # CPU devices share the memory of their host.
+    sharing = jax.local_device_count() if self.device.platform == "cpu" else 1
+    there = memory.available(self.device, sharing)
+    needed = self.memory().peak
+    memory.refuse_if_too_large(needed, there, self.config, self.sizes, self.device)
 
   def init(self, key: jax.Array) -> TrainState:
     """The state before the first step, made where it lies: no host ever holds all of it."""
-    config = self.config
-    optimizer, _ = make_optimizer(config.optimizer, config.steps)
-    init = functools.partial(
-      init_state,
-      model=self.model,
-      inputs=self.task.dummy_inputs(config),
-      optimizer=optimizer,
-      ema=config.ema,
-    )
+    optimizer, _ = make_optimizer(self.config.optimizer, self.config.steps)
+    init = _init(self.config, self.task, self.model, optimizer)
     with sharding.use_mesh(self.mesh):
       return jax.jit(init, out_shardings=sharding.of(self.state))(key)
 
@@ -217,40 +241,12 @@ class Program(NamedTuple):
     }
 
 
-class Lowered(NamedTuple):
-  """A train step for a mesh, traced and not yet compiled: what a `Program` is made of.
-
-  Attributes:
-    config, mesh, task, model, schedule, state, batch, key, lower_seconds, flops: its own.
-    step: the lowered step.
-  """
-
-  config: TrainConfig
-  mesh: jax.sharding.Mesh
-  task: Task
-  model: nn.Module
-  schedule: optax.Schedule
-  state: TrainState
-  batch: dict[str, jax.ShapeDtypeStruct]
-  key: jax.ShapeDtypeStruct
-  step: jax.stages.Lowered
-  lower_seconds: float
-  flops: int
-
-  def compile(self) -> Program:
-    """What runs; on a machine that it does not fit, XLA says so instead."""
-    begin = time.perf_counter()
-    compiled = self.step.compile()
-    seconds = time.perf_counter() - begin
-    return Program(**(self._asdict() | {"step": compiled, "compile_seconds": seconds}))
-
-
 def compile_step(config: TrainConfig, facts: Facts, mesh: jax.sharding.Mesh) -> Program:
   """The config's train step, compiled for a mesh; see `lower_step`."""
   return lower_step(config, facts, mesh).compile()
 
 
-def lower_step(config: TrainConfig, facts: Facts, mesh: jax.sharding.Mesh) -> Lowered:
+def lower_step(config: TrainConfig, facts: Facts, mesh: jax.sharding.Mesh) -> Program:
   """The config's train step for a mesh, whose devices need not be there.
 
   Args:
@@ -264,15 +260,13 @@ def lower_step(config: TrainConfig, facts: Facts, mesh: jax.sharding.Mesh) -> Lo
   task = TASKS[config.task]
   optimizer, schedule = make_optimizer(config.optimizer, config.steps)
   with config_errors(), sharding.use_mesh(mesh):
+    # Each part of the batch is cut as the whole is.
+    sharding.rows_of_process(mesh, config.batch_size // config.accumulation)
     model = task.build_model(config, facts)
-    init = functools.partial(
-      init_state, model=model, inputs=task.dummy_inputs(config), optimizer=optimizer, ema=config.ema
-    )
     whole = sharding.replicated(mesh)
-    state = jax.eval_shape(init, jax.random.key(0))
+    state = jax.eval_shape(_init(config, task, model, optimizer), jax.random.key(0))
     state = _placed(state, state_shardings(state, optimizer, mesh))
     batch = task.batch_spec(config)
-    sharding.rows_of_process(mesh, config.batch_size // config.accumulation)
     rows_apart = {name: sharding.batch_sharding(mesh, len(x.shape)) for name, x in batch.items()}
     batch = _placed(batch, rows_apart)
     key = _placed(jax.eval_shape(jax.random.key, 0), whole)
@@ -285,12 +279,11 @@ def lower_step(config: TrainConfig, facts: Facts, mesh: jax.sharding.Mesh) -> Lo
       ema=config.ema,
       weights_dtype=jnp.dtype(config.model.dtype) if config.cast_weights else None,
     )
+    step = jax.jit(step, donate_argnums=0, out_shardings=(sharding.of(state), whole))
     begin = time.perf_counter()
-    lowered = jax.jit(step, donate_argnums=0, out_shardings=(sharding.of(state), whole)).lower(
-      state, batch, key
-    )
+    lowered = step.lower(state, batch, key)
     lower_seconds = time.perf_counter() - begin
-  return Lowered(
+  return Program(
     config=config,
     mesh=mesh,
     task=task,
@@ -300,8 +293,16 @@ def lower_step(config: TrainConfig, facts: Facts, mesh: jax.sharding.Mesh) -> Lo
     batch=batch,
     key=key,
     step=lowered,
-    lower_seconds=lower_seconds,
     flops=task.flops(config, facts),
+    lower_seconds=lower_seconds,
+  )
+
+
+def _init(config: TrainConfig, task: Task, model: nn.Module, optimizer):
+  """`key -> the state before the first step`."""
+  inputs = task.dummy_inputs(config)
+  return functools.partial(
+    init_state, model=model, inputs=inputs, optimizer=optimizer, ema=config.ema
   )
 
 

@@ -18,7 +18,7 @@ from magneto_jax.checkpoints import Checkpointer
 from magneto_jax.config import ConfigError, TrainConfig, config_errors
 from magneto_jax.data import feed, pipelines
 from magneto_jax.monitor import Monitor
-from magneto_jax.program import Program, TrainState, compile_step
+from magneto_jax.program import Program, TrainState, lower_step
 from magneto_jax.tasks import TASKS
 
 
@@ -73,7 +73,10 @@ def prepare(
   record = runs.Record(config, json.loads(json.dumps(data.identity)), task.facts(data))
   with config_errors():
     distributed.agree("run", runs.as_json(record))
-  program = compile_step(config, record.facts, mesh)
+  lowered = lower_step(config, record.facts, mesh)
+  with lowered.memory_in_words():
+    program = lowered.compile()
+    program.refuse_if_too_large()
   with config_errors():
     batches = pipelines.train_iterator(
       data.train,
@@ -96,7 +99,8 @@ def dry_run(config: TrainConfig, workdir: str | os.PathLike) -> None:
       runs.refuse_if_different(workdir, earlier, job.record)
     _print(console, _overview(job))
     console.print(reporting.parameter_table(job.program.state.params))
-    _print(console, _first_batch(job))
+    with contextlib.closing(job.batches):
+      _print(console, _first_batch(job))
 
 
 def train(config: TrainConfig, workdir: str | os.PathLike) -> dict:
@@ -167,6 +171,8 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict:
     checkpointer = opened.enter_context(
       Checkpointer(runs.checkpoints_in(workdir), keep=config.keep_checkpoints)
     )
+    opened.enter_context(program.memory_in_words())
+    opened.enter_context(contextlib.closing(job.batches))
     opened.enter_context(sharding.use_mesh(program.mesh))
     if start:
       parts = checkpointer.restore(start, program.state.parts(), job.batches)

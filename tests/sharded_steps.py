@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from magneto_jax import distributed, program, sharding
+from magneto_jax import distributed, hlo, memory, program, sharding
 from magneto_jax.config import from_config_dict
 from magneto_jax.models import Encoder, MaskedLM, VisionEncoder
 from magneto_jax.tasks import TASKS
@@ -224,13 +224,35 @@ def _in_dtype(model, dtype):
   return model.clone(**changes)
 
 
+def compile_case(case: dict) -> dict[str, np.ndarray]:
+  """Bytes of a device, and what it exchanges in a step: rows of axes, kind and bytes."""
+  conf = config(**case["config"])
+  mesh = sharding.make_mesh(case["mesh"], jax.devices())
+  compiled = program.compile_step(conf, TASKS[conf.task].planned_facts(conf), mesh)
+  parts = memory.of_program(compiled.step, compiled.state, compiled.batch)
+  cost = hlo.cost(compiled.step.as_text(), dict(mesh.shape))
+  exchanged = [
+    (" ".join(each.axes), each.kind, each.bytes, each.times) for each in cost.collectives
+  ]
+  return {
+    "whole": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(compiled.state)),
+    "parameters": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(compiled.state.params)),
+    "state": parts.parameters + parts.average + parts.optimizer,
+    "arguments": compiled.step.memory_analysis().argument_size_in_bytes,
+    "temporaries": parts.temporaries,
+    "axes_and_kinds": np.array([row[:2] for row in exchanged]).reshape(-1, 2),
+    "bytes_and_times": np.array([row[2:] for row in exchanged]).reshape(-1, 2),
+  }
+
+
 def main() -> None:
-  """Takes the steps of all cases; of several processes the first writes."""
+  """Takes the steps of all cases, or compiles them; of several processes the first writes."""
   work = json.loads(sys.argv[1])
   if "processes" in work:
     distributed.initialize(**work["processes"])
   for case in work["cases"]:
-    found = take_steps(case, jnp.dtype(work["dtype"]))
+    is_run = case.get("steps", True)
+    found = take_steps(case, jnp.dtype(work["dtype"])) if is_run else compile_case(case)
     if jax.process_index() == 0:
       np.savez(case["output"], **found)
 

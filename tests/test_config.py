@@ -132,6 +132,7 @@ MAY_DIFFER = {
   *("data.cache_dir", "data.data_dir", "data.workers", "data.train_files", "data.validation_files"),
   "data.tokenizer_file",
   "data.prefetch",
+  *("mesh.slices", "mesh.data", "mesh.fsdp", "mesh.sequence", "mesh.tensor"),
 }
 
 

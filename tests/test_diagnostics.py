@@ -20,6 +20,7 @@ from flax import linen as nn
 from benchmarks import prediction
 from benchmarks.coordinator import RESULTS
 from magneto_jax import diagnostics
+from magneto_jax.layers.cross_entropy import scores_of
 from magneto_jax.models import BEiT3, CausalLM, Encoder, EncoderDecoder, MaskedLM, VisionEncoder
 from magneto_jax.theory import propagation
 from magneto_jax.theory.recipes import RECIPES
@@ -319,15 +320,25 @@ def test_the_first_update_is_a_small_step_of_sgd(make):
   assert moved and all("segment_" in name and name.endswith("kernel") for name in moved)
 
 
+class Scorer(nn.Module):
+  """A layer and a vocabulary: what a language model is to the first update."""
+
+  @nn.compact
+  def __call__(self, x_BTD, *, targets_BT=None, deterministic=True):
+    x_BTD = nn.Dense(8, name="segment_0")(x_BTD)
+    table_VD = self.param("table", nn.initializers.normal(1.0), (17, 8))
+    return scores_of(x_BTD, table_VD, targets_BT, chunk=5)
+
+
 def test_the_first_update_of_a_scored_call_is_of_the_logits():
   """Which move, and not only what the targets cost; also where the loss takes them by chunks."""
-  model = tiny_decoder(layers=1, vocab_chunk=5)
-  params = model.init(jax.random.key(0), TOKENS)["params"]
+  model, x_BTD = Scorer(), jax.random.normal(jax.random.key(0), (*TOKENS.shape, 4))
+  params = model.init(jax.random.key(1), x_BTD)["params"]
   targets = TOKENS[:, ::-1].astype(np.int32)
   costs = lambda logits: optax.softmax_cross_entropy_with_integer_labels(logits, targets)
   calls = (
-    diagnostics.Call((TOKENS,), {"targets_BT": targets}, jnp.mean, jax.random.key(2)),
-    diagnostics.Call((TOKENS,), {}, lambda logits: jnp.mean(costs(logits)), jax.random.key(2)),
+    diagnostics.Call((x_BTD,), {"targets_BT": targets}, jnp.mean, jax.random.key(2)),
+    diagnostics.Call((x_BTD,), {}, lambda logits: jnp.mean(costs(logits)), jax.random.key(2)),
   )
   run = lambda params: [diagnostics.first_update(model, params, call) for call in calls]
   np.testing.assert_allclose(*compiled(run)(params), rtol=1e-5)  # float32

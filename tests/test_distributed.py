@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from magneto_jax import cli, distributed
+from magneto_jax import cli, distributed, sharding
 from magneto_jax.data import feed, packing, pipelines
 
 BATCH, LENGTH, DEVICES = 8, 4, 2  # Devices of each process.
@@ -55,13 +55,15 @@ def _refused(f, *args):
 def _global_batches(devices):
   """This process's rows, and three global batches as they lie on all devices."""
   ids = {device.id: device for device in jax.devices()}
-  devices = [[ids[sorted(ids)[i]] for i in row] for row in devices]
-  sharding = NamedSharding(Mesh(np.array(devices), ("data", "sequence")), P("data", "sequence"))
-  rows = distributed.local_rows(sharding, (BATCH, LENGTH))
+  array = np.array([[ids[sorted(ids)[i]] for i in row] for row in devices])
+  data, sequence = array.shape
+  mesh = Mesh(array.reshape(1, data, 1, sequence, 1), sharding.MESH_AXES)
+  rows = sharding.rows_of_process(mesh, BATCH)
+  laid_out = NamedSharding(mesh, P("data", "sequence"))
 
   def put(batch):
     place = jax.make_array_from_process_local_data
-    return {name: place(sharding, values, (BATCH, LENGTH)) for name, values in batch.items()}
+    return {name: place(laid_out, values, (BATCH, LENGTH)) for name, values in batch.items()}
 
   iterator = pipelines.train_iterator(_dataset(), batch_size=BATCH, seed=1, rows=rows)
   batches = feed.Feed(iterator, put)
@@ -96,15 +98,21 @@ def _work(join, folder):
 
   seen["found"] = distributed.on_first(prepare)
 
-  def fail():
-    (folder / f"failed_{me}").touch()
-    raise OSError("the disk is full")
+  def failing(on):
+    def f():
+      (folder / f"tried_{on}_on_{me}").touch()
+      if me == on:
+        raise OSError("the disk is full")
 
-  try:
-    distributed.on_first(fail)
-  except Exception as error:
-    seen["failure"] = f"{type(error).__name__}: {error}"
-  seen["failed"] = sorted(path.name for path in folder.glob("failed_*"))
+    return f
+
+  seen["failures"] = []
+  for on in range(2):
+    try:
+      distributed.on_first(failing(on))
+    except Exception as error:
+      seen["failures"].append(f"{type(error).__name__}: {error}")
+  seen["tried"] = sorted(path.name for path in folder.glob("tried_*"))
 
   distributed.agree("config", {"seed": 0, "model": {"layers": [2, 3]}, "é": None})
   seen["disagree"] = [
@@ -182,10 +190,11 @@ def test_the_first_prepares_and_the_others_find_it(two):
   assert [seen["found"] for seen in two] == [False, True]
 
 
-def test_where_the_first_fails_the_others_are_told_and_do_not_try(two):
-  assert two[0]["failure"] == "OSError: the disk is full"
-  assert two[1]["failure"] == "ValueError: process 0 has failed: OSError: the disk is full"
-  assert two[0]["failed"] == two[1]["failed"] == ["failed_0"]
+def test_where_one_fails_the_others_are_told_and_behind_the_first_do_not_try(two):
+  own = "OSError: the disk is full"
+  assert two[0]["failures"] == [own, f"ValueError: process 1 has failed: {own}"]
+  assert two[1]["failures"] == [f"ValueError: process 0 has failed: {own}", own]
+  assert two[0]["tried"] == ["tried_0_on_0", "tried_1_on_0", "tried_1_on_1"]
 
 
 def test_a_difference_is_one_line_with_the_values_and_hosts(two):
@@ -218,8 +227,6 @@ def test_one_process_alone_waits_for_nobody():
   distributed.agree("config", {"seed": 0})
   assert distributed.on_first(lambda: 3) == 3
   assert distributed.is_first()
-  sharding = NamedSharding(Mesh(jax.devices()[:1], "data"), P("data"))
-  assert distributed.local_rows(sharding, (4, 2)) == (0, 1, 2, 3)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """The README's first two commands, (1) train, (2) test, and its example for other projects."""
 
+import dataclasses
 import inspect
+import os
 import pathlib
 import re
 import shlex
@@ -10,7 +12,8 @@ import sys
 import pytest
 from flax import linen as nn
 
-from magneto_jax import RECIPES, models
+from magneto_jax import RECIPES, models, sharding
+from magneto_jax.config import MeshConfig, field_names
 from magneto_jax.kernels import attention
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -96,6 +99,21 @@ def test_attention_is_called_as_written():
   assert said.startswith("attention by PallasTpu(") and "XlaChunked(" in said
   table = page.split("## Implementations")[1].split("\n\n")[1]
   assert re.findall(r"^\| `(\w+)`", table, re.M) == list(attention.IMPLEMENTATIONS)
+
+
+def test_a_model_is_sharded_as_written():
+  """The page's example, on four devices; its axes and its knobs are those of the config."""
+  page = (ROOT / "docs" / "sharding.md").read_text(encoding="utf-8")
+  (code,) = fenced("python", page)
+  code += "\nassert len(logits.sharding.device_set) == 4 and not logits.is_fully_replicated"
+  environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+  command = [sys.executable, "-W", "error", "-c", code]
+  subprocess.run(command, check=True, env=environment)
+  axes = re.findall(r"^\| `(\w+)`[^|]*\| `(\w+)` \|", page, re.M)
+  assert [axis for _, axis in axes] == list(sharding.MESH_AXES)
+  assert [field for field, _ in axes] == list(dataclasses.asdict(MeshConfig()))
+  knobs = re.findall(r"^\| `([\w.]+)` \| (?!`)", page.split("## Knobs")[1], re.M)
+  assert len(knobs) == 5 and set(knobs) <= set(field_names())
 
 
 def test_recipes_and_models_are_those_that_exist():

@@ -16,7 +16,15 @@ from jax.sharding import AbstractMesh, AxisType
 
 from magneto_jax import sharding
 from magneto_jax.config import ConfigError, MeshConfig
-from magneto_jax.models import BEiT3, CausalLM, Encoder, EncoderDecoder, MaskedLM, VisionEncoder
+from magneto_jax.models import (
+  BEiT3,
+  CausalLM,
+  Encoder,
+  EncoderDecoder,
+  MaskedBEiT3,
+  MaskedLM,
+  VisionEncoder,
+)
 from magneto_jax.theory import recipes, records
 from tests import sharded_steps
 
@@ -66,6 +74,15 @@ def encoder_decoder(recipe: str = "magneto"):
   return EncoderDecoder(encoder=read, decoder=write), (TOKENS, TOKENS)
 
 
+def beit3():
+  return BEiT3(
+    encoder=encoder(positions="none", experts=("vision", "text")),
+    vocab_size=64,
+    num_patches=16,
+    patch_size=4,
+  )
+
+
 MODELS = {
   **{f"CausalLM {name}": lambda name=name: decoder(name) for name in recipes.RECIPES},
   "CausalLM with all options": lambda: decoder(
@@ -91,15 +108,8 @@ MODELS = {
     ),
     (IMAGES,),
   ),
-  "BEiT3": lambda: (
-    BEiT3(
-      encoder=encoder(positions="none", experts=("vision", "text")),
-      vocab_size=64,
-      num_patches=16,
-      patch_size=4,
-    ),
-    (IMAGES, TOKENS),
-  ),
+  "BEiT3": lambda: (beit3(), (IMAGES, TOKENS)),
+  "MaskedBEiT3": lambda: (MaskedBEiT3(encoder=beit3(), image_vocab_size=32), (IMAGES, TOKENS)),
 }
 
 
@@ -279,12 +289,15 @@ def assert_equal_steps(found: dict, expected: dict, bound: float):
 
 
 def test_a_mixed_mesh_takes_the_steps_of_one_device(tmp_path):
-  """FSDP, tensor and sequence together, dropout everywhere, two parts a batch; float64, 1e-12."""
+  """FSDP, tensor and sequence together, dropout everywhere, two parts a batch; float64, 1e-12.
+
+  The loss by chunks of each part of the vocabulary, and on the one device all at once.
+  """
   found = run_steps(
     tmp_path,
     {
       "one": causal({}, devices=1, accumulation=2, ema=0.9),
-      "mixed": causal(MIXED, accumulation=2, ema=0.9),
+      "mixed": causal(MIXED, accumulation=2, ema=0.9, vocab_chunk=24),
     },
   )
   assert_equal_steps(found["mixed"], found["one"], 1e-12)
@@ -331,6 +344,63 @@ def test_two_processes_take_the_steps_of_one_in_float32(tmp_path):
   (two,) = run_steps(tmp_path, cases, processes=2, devices=4, dtype="float32").values()
   np.testing.assert_allclose(two["losses"], one["losses"], rtol=1e-5)
   assert distance(two, one) < 1e-4
+
+
+# ---------------------------------------------------------------------------------------------
+# Programs: what a device holds and exchanges
+# ---------------------------------------------------------------------------------------------
+
+# Weights are most of what there is: 24 layers, and few tokens.
+HEAVY = {"layers": 24, "width": 64, "heads": 8, "kv_heads": 8, "ffn_width": 256, "remat": "full"}
+# Of every axis, what may be exchanged along it: weights are gathered along fsdp alone, and within
+# the layers activations are summed along tensor, keys and values sent along sequence. All else are
+# sums: of gradients, norms and losses.
+KINDS = {
+  "all-gather": {"fsdp"},
+  "reduce-scatter": {"fsdp"},
+  "collective-permute": {"sequence"},
+  "all-reduce": {"slice", "data", "fsdp", "sequence", "tensor"},
+}
+
+
+def compiled_programs(tmp_path, meshes):
+  config = {"model": HEAVY, "data": {"vocab_size": 512}, "optimizer": {"clip_norm": 1.0}}
+  cases = {
+    name: {"mesh": mesh, "config": config, "steps": False, "family": ""}
+    for name, mesh in meshes.items()
+  }
+  return run_steps(tmp_path, cases, dtype="float32")
+
+
+def check_program(found: dict, mesh: dict) -> None:
+  cut = math.prod(mesh.get(axis, 1) for axis in ("fsdp", "tensor"))
+  # Norms, biases of the stream and the steps' counts alone are whole everywhere: a few per cent.
+  assert found["whole"] / cut < found["state"] < 1.1 * found["whole"] / cut
+  assert found["state"] <= found["arguments"] < 1.02 * found["state"] + 20_000
+  # Gradients as the parameters lie, and a layer's weights at a time: never all of them.
+  assert found["temporaries"] < found["parameters"] / cut + found["parameters"] / 3
+  exchanged = {tuple(row) for row in found["axes_and_kinds"].tolist()}
+  for axes, kind in exchanged:
+    assert set(axes.split()) <= KINDS[kind], (axes, kind)
+  named = {axis for axes, _ in exchanged for axis in axes.split()}
+  assert named == {axis for axis, size in mesh.items() if size > 1}
+  # Each weight is gathered for the forward pass, for what is recomputed, and for the backward pass.
+  gathered = found["axes_and_kinds"][:, 1] == "all-gather"
+  gathered_bytes = np.sum(np.prod(found["bytes_and_times"][gathered], axis=1))
+  limit = 3 * found["parameters"] / mesh.get("tensor", 1)
+  assert gathered_bytes <= limit and (gathered_bytes > limit / 2) == (mesh.get("fsdp", 1) > 1)
+
+
+def test_nothing_large_is_whole_everywhere_and_nothing_else_is_exchanged(tmp_path):
+  (found,) = compiled_programs(tmp_path, {"mixed": MIXED}).values()
+  check_program(found, MIXED)
+
+
+@pytest.mark.ci
+def test_what_every_mesh_holds_and_exchanges(tmp_path):
+  meshes = {name: mesh for name, mesh in MESHES.items() if name != "mixed"}
+  for name, found in compiled_programs(tmp_path, meshes).items():
+    check_program(found, meshes[name])
 
 
 if __name__ == "__main__":

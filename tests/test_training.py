@@ -4,22 +4,22 @@ import dataclasses
 import functools
 import itertools
 import json
+import os
+import socket
 import subprocess
 import sys
-import types
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import linen as nn
 
 import magneto_jax
-from magneto_jax import decoding, monitor, reporting, runs, training
+from magneto_jax import decoding, monitor, program, reporting, runs, training
 from magneto_jax.checkpoints import Checkpointer, abstract_like
-from magneto_jax.config import ConfigError, OptimizerConfig, TrainConfig, from_config_dict
+from magneto_jax.config import ConfigError, TrainConfig, from_config_dict
 from magneto_jax.data import pipelines
 from magneto_jax.tasks import TASKS
 
@@ -54,9 +54,9 @@ def final_arrays(workdir, step):
   record = runs.read_record(workdir)
   task = TASKS[record.config.task]
   model = task.build_model(record.config, record.facts)
-  optimizer, _ = training.make_optimizer(record.config.optimizer, record.config.steps)
+  optimizer, _ = program.make_optimizer(record.config.optimizer, record.config.steps)
   state = jax.eval_shape(
-    lambda key: training.init_state(
+    lambda key: program.init_state(
       key,
       model=model,
       inputs=task.dummy_inputs(record.config),
@@ -92,6 +92,58 @@ def test_twenty_steps_equal_ten_a_new_process_and_ten(tmp_path):
   assert [row["step"] for row in rows if "train/loss" in row] == [10, 20]
 
 
+def start_run(workdir, changes, *, devices: int, processes: int = 1) -> list[str]:
+  """What each process of a run prints."""
+  command = [sys.executable, "-m", "magneto_jax.train", "--config=configs/gpt.py:tiny"]
+  command += [f"--workdir={workdir}", *flags(changes)]
+  count = f"--xla_force_host_platform_device_count={devices}"
+  environment = os.environ | {"XLA_FLAGS": count, "JAX_PLATFORMS": "cpu"}
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{free.getsockname()[1]}"
+  own = [[]]
+  if processes > 1:
+    joined = [f"--coordinator_address={address}", f"--num_processes={processes}"]
+    own = [[*joined, f"--process_id={i}"] for i in range(processes)]
+  pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+  started = [subprocess.Popen([*command, *more], env=environment, **pipes) for more in own]
+  said = [process.communicate(timeout=500) for process in started]
+  assert [process.returncode for process in started] == [0] * processes, said
+  return [out for out, _ in said]
+
+
+@pytest.mark.parametrize(
+  "diagnostics_every",
+  [pytest.param(0, marks=pytest.mark.ci), pytest.param(2, marks=pytest.mark.slow)],
+)
+def test_a_run_of_two_hosts_is_that_of_one_and_goes_on_on_another_number(
+  diagnostics_every, tmp_path
+):
+  """Same metrics, validation and sample; one host prints and writes; the data go on in place."""
+  mesh = {"fsdp": 2, "tensor": 2, "data": 1}
+  changes = {**TINY, "mesh": mesh, "diagnostics_every": diagnostics_every, "eval_batches": 3}
+  changes["optimizer"] = {"learning_rate": 1e-3, "warmup_steps": 2, "decay_steps": 20}
+  one, two = tmp_path / "one", tmp_path / "two"
+  start_run(one, {**changes, "steps": 6}, devices=4)
+  first, second = start_run(two, {**changes, "steps": 4}, devices=2, processes=2)
+  assert "step 4/4" in first and "2 hosts" in first
+  assert not [line for line in second.splitlines() if "[Gloo]" not in line and "Rank" not in line]
+  (last,) = start_run(two, {**changes, "steps": 6}, devices=4)
+  assert "resumed at step 4" in last
+  rows = [reporting.read_metrics(workdir) for workdir in (one, two)]
+  assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]]
+  timed = {"tokens_per_second", "input_share"}
+  for a, b in zip(*rows, strict=True):
+    assert a.keys() == b.keys()
+    for name in a.keys() - timed:
+      assert a[name] == pytest.approx(b[name], rel=1e-4), (a["step"], name)
+  summaries = [json.loads((workdir / "summary.json").read_text()) for workdir in (one, two)]
+  assert summaries[0]["sample"] == summaries[1]["sample"]
+  assert [s["devices"] for s in summaries] == [4, 4]
+  measured = [0, 2, 4, 6] if diagnostics_every else []
+  assert [row["step"] for row in monitor.read(two)] == measured
+
+
 class Bigrams(nn.Module):
   """A language model that compiles in no time: the next token from the last one."""
 
@@ -124,13 +176,13 @@ def replayed(config, workdir):
   task = TASKS[config.task]
   data = task.load_data(config.data, runs.data_in(workdir))
   model = task.build_model(config, task.facts(data))
-  optimizer, _ = training.make_optimizer(config.optimizer, config.steps)
+  optimizer, _ = program.make_optimizer(config.optimizer, config.steps)
   options = {"model": model, "optimizer": optimizer, "ema": config.ema}
   key = jax.random.key(config.seed)
-  init = functools.partial(training.init_state, inputs=task.dummy_inputs(config), **options)
+  init = functools.partial(program.init_state, inputs=task.dummy_inputs(config), **options)
   state = jax.jit(init)(jax.random.fold_in(key, 0))
   step = functools.partial(
-    training.train_step, task=task, accumulation=config.accumulation, **options
+    program.train_step, task=task, accumulation=config.accumulation, **options
   )
   step, dropout_key, metrics = jax.jit(step), jax.random.fold_in(key, 1), []
   batches = pipelines.train_iterator(data.train, batch_size=config.batch_size, seed=config.seed)
@@ -285,151 +337,6 @@ def test_dry_run_prints_and_trains_nothing(tmp_path, capsys):
   for words in ("first batch:", "inputs: int32[4, 32]", "memory: state", "x <- x + ffn(LN(x))"):
     assert words in printed
   assert not list(tmp_path.iterdir())
-
-
-FACTS = {"vocab_size": 260, "token_correlation": 0.02}
-
-
-def a_step(config, batch, **options):
-  task = TASKS[config.task]
-  model = task.build_model(config, FACTS)
-  optimizer, _ = training.make_optimizer(config.optimizer, config.steps)
-  state = training.init_state(
-    jax.random.key(0),
-    model=model,
-    inputs=task.dummy_inputs(config),
-    optimizer=optimizer,
-    ema=config.ema,
-  )
-  return state, *training.train_step(
-    state, batch, jax.random.key(1), model=model, task=task, optimizer=optimizer, **options
-  )
-
-
-def a_batch(seed=0):
-  rng = np.random.default_rng(seed)
-  tokens = rng.integers(4, 260, (4, 33)).astype(np.int32)
-  return {
-    "inputs": tokens[:, :-1],
-    "targets": tokens[:, 1:],
-    "positions": np.tile(np.arange(32, dtype=np.int32), (4, 1)),
-    "segment_ids": np.ones((4, 32), np.int32),
-    "weights": (rng.random((4, 32)) < 0.7).astype(np.float32),
-  }
-
-
-def test_accumulation_is_the_gradient_of_the_whole_batch():
-  """Also where the parts hold different numbers of weighted targets.
-
-  With a large epsilon Adam's update is in proportion to the gradient; else it would turn rounding
-  noise, as in the key biases whose gradient is zero, into steps of full size.
-  """
-  model = {**TINY["model"], "dropout": 0.0}
-  config = tiny(model=model, optimizer={"eps": 1.0, "schedule": "constant", "weight_decay": 0.0})
-  before, whole, metrics = a_step(config, a_batch())
-  _, parts, metrics_of_parts = a_step(config, a_batch(), accumulation=4)
-  for name in metrics:
-    np.testing.assert_allclose(metrics[name], metrics_of_parts[name], rtol=1e-5)  # float32
-  jax.tree.map(
-    lambda old, a, b: np.testing.assert_allclose(a - old, b - old, rtol=0, atol=1e-7),
-    before.params,
-    whole.params,
-    parts.params,
-  )
-
-
-def drawn(model, params, batch, dropout_key):
-  """A loss whose gradient is what is drawn for each row, if the rows are one-hot."""
-  del model
-  noise_B = jax.random.uniform(dropout_key, batch["weights"].shape)
-  return jnp.sum(batch["weights"] * noise_B * (batch["x"] @ params["w"])), None
-
-
-def steps_on_draws(count, **options):
-  """All states of `count` steps of rate 1/2 on one batch of that loss, and their metrics."""
-  optimizer, params = optax.sgd(0.5), {"w": jnp.arange(1.0, 5.0)}
-  task = types.SimpleNamespace(loss=drawn)
-  step = functools.partial(
-    training.train_step, model=None, task=task, optimizer=optimizer, **options
-  )
-  step = jax.jit(step)
-  states, metrics = [training.TrainState(jnp.int32(0), params, optimizer.init(params), params)], []
-  for _ in range(count):
-    batch = {"x": jnp.eye(4), "weights": jnp.ones((4,))}
-    state, values = step(states[-1], batch, jax.random.key(1))
-    states.append(state)
-    metrics.append(values)
-  return states, metrics
-
-
-@pytest.mark.parametrize("accumulation", [1, 4])
-def test_every_step_and_every_part_draws_its_own_dropout(accumulation):
-  states, metrics = steps_on_draws(3, accumulation=accumulation)
-  gradients = [2 * (old.params["w"] - new.params["w"]) for old, new in itertools.pairwise(states)]
-  assert len(set(np.round(np.ravel(gradients), 4).tolist())) == 12
-  norms = [float(values["gradient_norm"]) for values in metrics]
-  np.testing.assert_allclose(norms, np.linalg.norm(gradients, axis=1), rtol=1e-5)  # float32
-
-
-@pytest.mark.parametrize(
-  "ema, decays", [(0.5, (1 / 10, 2 / 11, 3 / 12)), (0.15, (0.1, 0.15, 0.15))]
-)
-def test_averages_follow_their_recursion(ema, decays):
-  """Of the parameters after each step, with a decay that rises to `ema`."""
-  states, _ = steps_on_draws(3, ema=ema)
-  average = np.arange(1.0, 5.0)
-  for state, decay in zip(states[1:], decays, strict=True):
-    average = decay * average + (1 - decay) * np.asarray(state.params["w"], np.float64)
-    np.testing.assert_allclose(state.ema_params["w"], average, rtol=1e-5)  # float32
-
-
-def test_the_optimizer_is_that_of_its_config():
-  """Adam behind a clip, every field other than its default, in NumPy's float64."""
-  config = OptimizerConfig(
-    learning_rate=0.3,
-    b1=0.7,
-    b2=0.8,
-    eps=0.05,
-    weight_decay=0.2,
-    decay_mask="all",
-    clip_norm=1.5,
-    schedule="polynomial",
-    power=2.0,
-    warmup_steps=2,
-    decay_steps=6,
-    end_factor=0.1,
-  )
-  rates = [0.15, 0.3, 0.3, *(0.3 * (0.1 + 0.9 * (1 - p) ** 2) for p in (1 / 4, 2 / 4))]
-  optimizer, schedule = training.make_optimizer(config, steps=100)
-  np.testing.assert_allclose([schedule(step) for step in range(5)], rates, rtol=1e-5)  # float32
-  gradients = np.random.default_rng(0).normal(size=(5, 6)) * np.array([[0.1, 1, 1, 0.2, 5]]).T
-  params = {"kernel": jnp.ones((3,)), "bias": jnp.ones((3,))}
-  x, m, v, state = np.ones(6), np.zeros(6), np.zeros(6), optimizer.init(params)
-  update = jax.jit(optimizer.update)
-  for i, (rate, g) in enumerate(zip(rates, gradients, strict=True), 1):
-    tree = {"kernel": jnp.float32(g[:3]), "bias": jnp.float32(g[3:])}
-    updates, state = update(tree, state, params)
-    params = optax.apply_updates(params, updates)
-    g = g * min(1, 1.5 / np.linalg.norm(g))
-    m, v = 0.7 * m + 0.3 * g, 0.8 * v + 0.2 * g**2
-    adam = (m / (1 - 0.7**i)) / (np.sqrt(v / (1 - 0.8**i)) + 0.05)
-    x = x - rate * (adam + 0.2 * x)
-    got = np.concatenate([params["kernel"], params["bias"]])
-    np.testing.assert_allclose(got, x, rtol=1e-4, atol=1e-6)  # float32
-
-
-FIRST = ("magneto", "post_ln", "normformer")
-LATER = [pytest.param(n, marks=pytest.mark.slow) for n in magneto_jax.RECIPES if n not in FIRST]
-
-
-@pytest.mark.parametrize("recipe", [*FIRST, *LATER])
-def test_every_recipe_lowers_the_loss_on_one_batch(recipe):
-  config = tiny(recipe=recipe, model={**TINY["model"], "dropout": 0.0})
-  task = TASKS[config.task]
-  before, after, metrics = a_step(config, a_batch())
-  model = task.build_model(config, FACTS)
-  loss_sum, weight_sum = task.loss(model, after.params, a_batch())
-  assert float(loss_sum / weight_sum) < float(metrics["loss"])
 
 
 @pytest.mark.slow

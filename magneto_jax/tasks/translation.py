@@ -4,7 +4,7 @@ The model is an encoder-decoder whose stacks are of one width and share the tabl
 `layers` is the decoder's depth and `encoder_layers` the encoder's. A batch holds sources and
 targets that are padded to `data.seq_length`.
 
-Reference: Attention Is All You Need, arXiv 1706.03762; DeepNet, arXiv 2203.00555, section 5.
+Reference: Attention Is All You Need, arXiv 1706.03762; DeepNet, arXiv 2203.00555.
 """
 
 from typing import Any

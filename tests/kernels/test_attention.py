@@ -339,7 +339,7 @@ def with_table(monkeypatch, **entries):
   """Puts entries before the table's."""
   table = {**entries, "xla_chunked": XlaChunked(), "xla": attention.IMPLEMENTATIONS["xla"]}
   monkeypatch.setattr(attention, "IMPLEMENTATIONS", table)
-  attention._log_once.cache_clear()
+  attention.log_once.cache_clear()
   attention._warn_once.cache_clear()
 
 

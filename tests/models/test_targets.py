@@ -9,6 +9,7 @@ import pytest
 from magneto_jax.models.encoder import Encoder
 from magneto_jax.models.encoder_decoder import EncoderDecoder
 from magneto_jax.models.language import CausalLM, MaskedLM
+from magneto_jax.models.multimodal import BEiT3, MaskedBEiT3
 from tests import reference
 from tests.models.common import SIZES, VOCAB, compiled, recipe
 
@@ -19,7 +20,8 @@ TARGETS = RNG.integers(0, VOCAB, (2, 6)).astype(np.int32)
 
 def encoder(kind="encoder", **fields):
   both = {"kind": kind, "layers": 1}
-  return Encoder(recipe=recipe("pre_ln", **both).encoder, vocab_size=VOCAB, **SIZES, **fields)
+  sizes = SIZES | {"vocab_size": VOCAB} | fields
+  return Encoder(recipe=recipe("pre_ln", **both).encoder, **sizes)
 
 
 def decoder(kind="decoder", **fields):
@@ -52,10 +54,12 @@ def test_targets_cost_what_their_logits_say(name):
   def of_targets(params, **fields):
     return make(**fields).apply({"params": params}, *args, targets_BT=TARGETS)
 
-  expected, found = compiled(of_logits)(params), compiled(of_targets)(params)
+  by_chunks = lambda params: of_targets(params, vocab_chunk=5)
+  costs = of_logits, of_targets, by_chunks
+  # In one program: what they share is compiled once.
+  expected, whole, found = compiled(lambda params: [f(params) for f in costs])(params)
   assert (found.shape, found.dtype) == (TARGETS.shape, jnp.float32)
-  np.testing.assert_array_equal(found, expected)
-  found = compiled(lambda params: of_targets(params, vocab_chunk=5))(params)
+  np.testing.assert_array_equal(whole, expected)
   np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
@@ -72,7 +76,6 @@ def test_the_gradient_is_that_of_the_logits():
 
   by_chunks = lambda params: of_targets(params, vocab_chunk=5)
   losses = of_logits, of_targets, by_chunks
-  # In one program: what they share is compiled once.
   expected, whole, found = compiled(lambda params: [jax.grad(f)(params) for f in losses])(params)
   jax.tree.map(np.testing.assert_array_equal, whole, expected)
   scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
@@ -93,3 +96,26 @@ def test_targets_with_a_state_and_the_stream():
   np.testing.assert_allclose(first, nats[:, :3], rtol=0, atol=1e-5)
   second, _ = call(half[0], targets_BT=half[1], state=state)
   assert np.isnan(second).all()
+
+
+def test_pairs_are_scored_by_the_states_of_their_patches_and_tokens():
+  """Those behind the class token, patches first, each with its own table."""
+  experts = {"experts": ("vision", "text"), "positions": "none", "vocab_size": None}
+  sizes = {"num_patches": 4, "patch_size": 2, "max_text_length": 6, "vocab_size": VOCAB}
+  pairs = BEiT3(encoder=encoder(**experts), **sizes)
+  model = MaskedBEiT3(encoder=pairs, image_vocab_size=11)
+  images = RNG.normal(size=(2, 4, 4, 3)).astype(np.float32)
+  given = {"masked_BP": RNG.integers(0, 2, (2, 4)).astype(bool)}
+  params = reference.random_params(model, images, TOKENS)
+
+  @compiled
+  def run(params):
+    both = model.apply({"params": params}, images, TOKENS, return_hidden_states=True, **given)
+    return pairs.apply({"params": params["encoder"]}, images, TOKENS, **given), both
+
+  states, ((patches, text), stream) = run(params)
+  assert stream.shape == (2, 2, 1 + 4 + 6, states.shape[-1])
+  tables = params["output_embedding"], params["encoder"]["text_embedding"]
+  expected = np.split(np.asarray(states)[:, 1:], [4], axis=1)
+  for logits, part, table in zip((patches, text), expected, tables, strict=True):
+    np.testing.assert_allclose(logits, part @ table["embedding"].T, rtol=0, atol=1e-5)

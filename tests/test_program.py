@@ -1,0 +1,199 @@
+"""The train step against its definition."""
+
+import functools
+import itertools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import magneto_jax
+from magneto_jax import program, sharding
+from magneto_jax.config import OptimizerConfig, TrainConfig, from_config_dict
+from magneto_jax.tasks import TASKS
+
+TINY = {
+  "steps": 4,
+  "batch_size": 4,
+  "model": {"layers": 2, "width": 16, "ffn_width": 32, "heads": 2, "dropout": 0.1},
+  "data": {"tokenizer": "byte", "seq_length": 32},
+  "optimizer": {"warmup_steps": 2, "decay_steps": 20},
+}
+
+
+def tiny(**changes) -> TrainConfig:
+  return from_config_dict({**TINY, **changes})
+
+
+FACTS = {"vocab_size": 260, "token_correlation": 0.02}
+
+
+def a_step(config, batch, **options):
+  task = TASKS[config.task]
+  model = task.build_model(config, FACTS)
+  optimizer, _ = program.make_optimizer(config.optimizer, config.steps)
+  state = program.init_state(
+    jax.random.key(0),
+    model=model,
+    inputs=task.dummy_inputs(config),
+    optimizer=optimizer,
+    ema=config.ema,
+  )
+  return state, *program.train_step(
+    state, batch, jax.random.key(1), model=model, task=task, optimizer=optimizer, **options
+  )
+
+
+def a_batch(seed=0):
+  rng = np.random.default_rng(seed)
+  tokens = rng.integers(4, 260, (4, 33)).astype(np.int32)
+  return {
+    "inputs": tokens[:, :-1],
+    "targets": tokens[:, 1:],
+    "positions": np.tile(np.arange(32, dtype=np.int32), (4, 1)),
+    "segment_ids": np.ones((4, 32), np.int32),
+    "weights": (rng.random((4, 32)) < 0.7).astype(np.float32),
+  }
+
+
+def test_accumulation_is_the_gradient_of_the_whole_batch():
+  """Also where the parts hold different numbers of weighted targets.
+
+  With a large epsilon Adam's update is in proportion to the gradient; else it would turn rounding
+  noise, as in the key biases whose gradient is zero, into steps of full size.
+  """
+  model = {**TINY["model"], "dropout": 0.0}
+  config = tiny(model=model, optimizer={"eps": 1.0, "schedule": "constant", "weight_decay": 0.0})
+  before, whole, metrics = a_step(config, a_batch())
+  _, parts, metrics_of_parts = a_step(config, a_batch(), accumulation=4)
+  for name in metrics:
+    np.testing.assert_allclose(metrics[name], metrics_of_parts[name], rtol=1e-5)  # float32
+  jax.tree.map(
+    lambda old, a, b: np.testing.assert_allclose(a - old, b - old, rtol=0, atol=1e-7),
+    before.params,
+    whole.params,
+    parts.params,
+  )
+
+
+def drawn(model, params, batch, dropout_key):
+  """A loss whose gradient is what is drawn for each row, if the rows are one-hot."""
+  del model
+  noise_B = jax.random.uniform(dropout_key, batch["weights"].shape)
+  return jnp.sum(batch["weights"] * noise_B * (batch["x"] @ params["w"])), None
+
+
+def steps_on_draws(count, **options):
+  """All states of `count` steps of rate 1/2 on one batch of that loss, and their metrics."""
+  optimizer, params = optax.sgd(0.5), {"w": jnp.arange(1.0, 5.0)}
+  task = types.SimpleNamespace(loss=drawn)
+  step = functools.partial(
+    program.train_step, model=None, task=task, optimizer=optimizer, **options
+  )
+  step = jax.jit(step)
+  states, metrics = [program.TrainState(jnp.int32(0), params, optimizer.init(params), params)], []
+  for _ in range(count):
+    batch = {"x": jnp.eye(4), "weights": jnp.ones((4,))}
+    state, values = step(states[-1], batch, jax.random.key(1))
+    states.append(state)
+    metrics.append(values)
+  return states, metrics
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_every_step_and_every_part_draws_its_own_dropout(accumulation):
+  states, metrics = steps_on_draws(3, accumulation=accumulation)
+  gradients = [2 * (old.params["w"] - new.params["w"]) for old, new in itertools.pairwise(states)]
+  assert len(set(np.round(np.ravel(gradients), 4).tolist())) == 12
+  norms = [float(values["gradient_norm"]) for values in metrics]
+  np.testing.assert_allclose(norms, np.linalg.norm(gradients, axis=1), rtol=1e-5)  # float32
+
+
+@pytest.mark.parametrize(
+  "ema, decays", [(0.5, (1 / 10, 2 / 11, 3 / 12)), (0.15, (0.1, 0.15, 0.15))]
+)
+def test_averages_follow_their_recursion(ema, decays):
+  """Of the parameters after each step, with a decay that rises to `ema`."""
+  states, _ = steps_on_draws(3, ema=ema)
+  average = np.arange(1.0, 5.0)
+  for state, decay in zip(states[1:], decays, strict=True):
+    average = decay * average + (1 - decay) * np.asarray(state.params["w"], np.float64)
+    np.testing.assert_allclose(state.ema_params["w"], average, rtol=1e-5)  # float32
+
+
+def test_the_optimizer_is_that_of_its_config():
+  """Adam behind a clip, every field other than its default, in NumPy's float64."""
+  config = OptimizerConfig(
+    learning_rate=0.3,
+    b1=0.7,
+    b2=0.8,
+    eps=0.05,
+    weight_decay=0.2,
+    decay_mask="all",
+    clip_norm=1.5,
+    schedule="polynomial",
+    power=2.0,
+    warmup_steps=2,
+    decay_steps=6,
+    end_factor=0.1,
+  )
+  rates = [0.15, 0.3, 0.3, *(0.3 * (0.1 + 0.9 * (1 - p) ** 2) for p in (1 / 4, 2 / 4))]
+  optimizer, schedule = program.make_optimizer(config, steps=100)
+  np.testing.assert_allclose([schedule(step) for step in range(5)], rates, rtol=1e-5)  # float32
+  gradients = np.random.default_rng(0).normal(size=(5, 6)) * np.array([[0.1, 1, 1, 0.2, 5]]).T
+  params = {"kernel": jnp.ones((3,)), "bias": jnp.ones((3,))}
+  x, m, v, state = np.ones(6), np.zeros(6), np.zeros(6), optimizer.init(params)
+  update = jax.jit(optimizer.update)
+  for i, (rate, g) in enumerate(zip(rates, gradients, strict=True), 1):
+    tree = {"kernel": jnp.float32(g[:3]), "bias": jnp.float32(g[3:])}
+    updates, state = update(tree, state, params)
+    params = optax.apply_updates(params, updates)
+    g = g * min(1, 1.5 / np.linalg.norm(g))
+    m, v = 0.7 * m + 0.3 * g, 0.8 * v + 0.2 * g**2
+    adam = (m / (1 - 0.7**i)) / (np.sqrt(v / (1 - 0.8**i)) + 0.05)
+    x = x - rate * (adam + 0.2 * x)
+    got = np.concatenate([params["kernel"], params["bias"]])
+    np.testing.assert_allclose(got, x, rtol=1e-4, atol=1e-6)  # float32
+
+
+FIRST = ("magneto", "post_ln", "normformer")
+LATER = [pytest.param(n, marks=pytest.mark.slow) for n in magneto_jax.RECIPES if n not in FIRST]
+
+
+@pytest.mark.parametrize("recipe", [*FIRST, *LATER])
+def test_every_recipe_lowers_the_loss_on_one_batch(recipe):
+  config = tiny(recipe=recipe, model={**TINY["model"], "dropout": 0.0})
+  task = TASKS[config.task]
+  before, after, metrics = a_step(config, a_batch())
+  model = task.build_model(config, FACTS)
+  loss_sum, weight_sum = task.loss(model, after.params, a_batch())
+  assert float(loss_sum / weight_sum) < float(metrics["loss"])
+
+
+def test_weights_cast_once_are_those_that_layers_cast():
+  """To the bit; what is no kernel, and the state, stays float32."""
+  config = tiny(model=TINY["model"] | {"dtype": "bfloat16"}, optimizer={"schedule": "constant"})
+  _, once, metrics = a_step(config, a_batch(), weights_dtype=jnp.bfloat16)
+  _, each, expected = a_step(config, a_batch())
+  assert metrics["loss"] == expected["loss"]
+  jax.tree.map(np.testing.assert_array_equal, once.params, each.params)
+  assert {leaf.dtype for leaf in jax.tree.leaves(once)} == {jnp.dtype(d) for d in ("f4", "i4")}
+
+
+def test_a_compiled_step_is_the_step_and_its_state_is_where_it_says():
+  """On a mesh of one device; `tests/test_sharding.py` has larger ones."""
+  config = tiny()
+  mesh = sharding.make_mesh({"data": 1}, jax.devices()[:1])
+  compiled = program.compile_step(config, FACTS, mesh)
+  state = compiled.init(jax.random.key(0))
+  jax.tree.map(lambda x, spec: np.testing.assert_equal(x.shape, spec.shape), state, compiled.state)
+  key = jax.random.key(1)
+  found, metrics = compiled.step(state, compiled.put(a_batch()), key)
+  _, expected, expected_metrics = a_step(config, a_batch())
+  np.testing.assert_allclose(metrics["loss"], expected_metrics["loss"], rtol=1e-6)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-3), found.params, expected.params
+  )
