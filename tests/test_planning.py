@@ -147,8 +147,7 @@ class Machine:
 
   def compile_for(self, config, facts, topology):
     self.compiled.append(config)
-    state = types.SimpleNamespace(params=self.sizes.params)
-    lowered = types.SimpleNamespace(state=state, batch=self.sizes.batch)
+    lowered = types.SimpleNamespace(sizes=self.sizes)
     parts = memory.Memory(*[0] * 7, code=memory.estimate(config, self.sizes) + 100)
     compiled = object() if parts.peak <= self.available else None
     return planning.Attempt(config, lowered, compiled, parts, self.available)
