@@ -10,6 +10,7 @@ import sys
 import types
 
 import jax
+import numpy as np
 import pytest
 
 from magneto_jax import hardware, hlo, memory, planning
@@ -85,7 +86,9 @@ app.run(main, flags_parser=flags.FLAGS)
 @pytest.fixture(scope="module")
 def on_cpus(tmp_path_factory):
   """A plan for 8 simulated devices: (what was printed, the JSON)."""
-  done, found = plan(tmp_path_factory.mktemp("plan") / "plan.json", "--topology=cpu:8", *SMALL)
+  path = tmp_path_factory.mktemp("plan") / "plan.json"
+  # Data that are not here: a plan reads none.
+  done, found = plan(path, "--topology=cpu:8", "--config.data.name=c4/en:3.1.0", *SMALL)
   assert done.returncode == 0 and not done.stderr, done.stderr
   return done.stdout, found
 
@@ -212,6 +215,29 @@ def test_kernels_count_their_products():
     "attention_backward": (4, 4 * 5 * one),
     "TopK": (3, 0),
   }
+
+
+def test_between_slices_a_device_sends_its_own_share():
+  """Of 3 slices of 4 chips: a sum of V over all is one of V within, and of V / 4 between."""
+  chip = hardware.CHIPS["v5e"]
+  topology = hardware.Topology("v5e:2x2", chip, [None] * 12, (2, 2), 3)
+  devices = np.empty(12, object)
+  devices[:] = [types.SimpleNamespace(coords=(i // 2 % 2, i % 2, 0)) for i in range(12)]
+  names = ("slice", "fsdp")
+  shape = {"slice": 3, "fsdp": 4}
+  mesh = types.SimpleNamespace(devices=devices.reshape(3, 4), axis_names=names, shape=shape)
+  size = 12_000_000
+  both = hlo.Collective("all-reduce", size, 5, names, 12, "")
+  within, between = both._replace(axes=("fsdp",), group=4), both._replace(axes=names[:1], group=3)
+  cost = hlo.Cost(0, 0, (both, within, between), (), ())
+  found = {each.axes: each for each in planning.transfers(cost, topology, mesh)}
+  inner = 5 * 2 * size * 3 / 4 / (2 * 4.5e10)  # Both of a chip's lines of two.
+  outer = 5 * 2 * size * 2 / 3 / (25e9 / 8)
+  assert found["fsdp",].seconds == pytest.approx(inner)
+  assert found["slice",].seconds == pytest.approx(outer)
+  assert found[names].seconds == pytest.approx(inner + outer / 4)
+  assert found[names].links == "line of 2 x line of 2, 90 GB/s + data centre, 3.125 GB/s"
+  assert found[names].bytes == 5 * size and found[names].times == 5
 
 
 # ---------------------------------------------------------------------------------------------
