@@ -473,11 +473,11 @@ def refuse_if_too_large(
 def _too_large(
   needed: int | None, there: int | None, config: TrainConfig, sizes: Sizes, device: jax.Device
 ) -> OutOfMemory:
-  need = f"needs {_gib(needed)} more than it has" if there is None else f"asked for {_gib(needed)}"
-  lines = [
-    f"out of memory: the step {need if needed else 'needs more'} on each {device.device_kind}"
-    + (f", where {_gib(there)} are there" if there else "")
-  ]
+  # What an allocator names may be one array of many.
+  all_of_it = not needed or not there or needed > there
+  figures = {"needed" if all_of_it else "asked for at once": needed, "there": there}
+  said = ", ".join(f"{_gib(size)} {word}" for word, size in figures.items() if size)
+  lines = [f"out of memory on {device.device_kind}" + (f": {said}" if said else "")]
   wanted = needed - there if needed and there and needed > there else None
   named = best(knobs(config, sizes), wanted)
   if named:

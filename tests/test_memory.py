@@ -190,7 +190,7 @@ def test_the_message_is_a_few_lines_that_can_be_acted_on():
   error = memory.out_of_memory(jax.errors.JaxRuntimeError(text), config, sizes, device)
   first, how, *knobs = str(error).splitlines()
   assert error.needed == int(20.5 * GIB)
-  assert "20.50 GiB" in first and "15.75 GiB" in first and "TPU v5 lite" in first
+  assert first == "out of memory on TPU v5 lite: 20.50 GiB needed, 15.75 GiB there"
   assert "magneto_jax.plan" in how and len(knobs) == 3
   fields = [line.split("--config.")[1].split("=")[0] for line in knobs]
   assert len(set(fields)) == 3
@@ -198,6 +198,26 @@ def test_the_message_is_a_few_lines_that_can_be_acted_on():
     flags = [word for word in line.split() if word.startswith("--config.")]
     changes = dict(flag.removeprefix("--config.").split("=") for flag in flags)
     assert all(hasattr(config, name.split(".")[0]) for name in changes) and "saves" in line
+
+
+def test_one_array_that_has_no_room_is_not_taken_for_all_that_is_needed():
+  device = types.SimpleNamespace(
+    platform="gpu", device_kind="NVIDIA H200", memory_stats=lambda: None
+  )
+  text = f"RESOURCE_EXHAUSTED: Out of memory while trying to allocate {7 * GIB} bytes."
+  error = jax.errors.JaxRuntimeError(text)
+  said = memory.out_of_memory(error, config_of(), sizes_of(config_of()), device)
+  there = f"{hardware.CHIPS['h200'].memory / GIB:.2f} GiB there"
+  first = f"out of memory on NVIDIA H200: 7.00 GiB asked for at once, {there}"
+  assert str(said).splitlines()[0] == first
+
+
+def test_where_an_allocator_says_nothing_the_knobs_are_named_all_the_same():
+  unknown = types.SimpleNamespace(platform="gpu", device_kind="x", memory_stats=lambda: None)
+  error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: something new")
+  said = memory.out_of_memory(error, config_of(), sizes_of(config_of()), unknown)
+  first, _, *knobs = str(said).splitlines()
+  assert first == "out of memory on x" and said.needed is None and len(knobs) == 3
 
 
 def test_what_there_is():

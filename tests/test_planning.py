@@ -10,6 +10,7 @@ import sys
 import types
 
 import jax
+import numpy as np
 import pytest
 
 from magneto_jax import hardware, hlo, memory, planning
@@ -37,13 +38,16 @@ FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=t
 def run(arguments, flags=""):
   """A process of its own: devices are made once."""
   command = [sys.executable, *arguments]
+  # The command's own, not the tests'.
+  precision = {"JAX_DEFAULT_MATMUL_PRECISION": "default"}
+  env = os.environ | precision | {"XLA_FLAGS": f"{FAST} {flags}"}
   options = dict(cwd=ROOT, capture_output=True, text=True, timeout=900)
-  return subprocess.run(command, env=os.environ | {"XLA_FLAGS": f"{FAST} {flags}"}, **options)
+  return subprocess.run(command, env=env, **options)
 
 
-def plan(path, *arguments):
+def plan(path, *arguments, config=CONFIG):
   """(the process, what it wrote as JSON)."""
-  done = run(["-m", "magneto_jax.plan", CONFIG, f"--json={path}", *arguments])
+  done = run(["-m", "magneto_jax.plan", config, f"--json={path}", *arguments])
   assert done.returncode in (0, DOES_NOT_FIT), done.stderr[-3000:]
   return done, json.loads(path.read_text())
 
@@ -82,7 +86,9 @@ app.run(main, flags_parser=flags.FLAGS)
 @pytest.fixture(scope="module")
 def on_cpus(tmp_path_factory):
   """A plan for 8 simulated devices: (what was printed, the JSON)."""
-  done, found = plan(tmp_path_factory.mktemp("plan") / "plan.json", "--topology=cpu:8", *SMALL)
+  path = tmp_path_factory.mktemp("plan") / "plan.json"
+  # Data that are not here: a plan reads none.
+  done, found = plan(path, "--topology=cpu:8", "--config.data.name=c4/en:3.1.0", *SMALL)
   assert done.returncode == 0 and not done.stderr, done.stderr
   return done.stdout, found
 
@@ -144,8 +150,7 @@ class Machine:
 
   def compile_for(self, config, facts, topology):
     self.compiled.append(config)
-    state = types.SimpleNamespace(params=self.sizes.params)
-    lowered = types.SimpleNamespace(state=state, batch=self.sizes.batch)
+    lowered = types.SimpleNamespace(sizes=self.sizes)
     parts = memory.Memory(*[0] * 7, code=memory.estimate(config, self.sizes) + 100)
     compiled = object() if parts.peak <= self.available else None
     return planning.Attempt(config, lowered, compiled, parts, self.available)
@@ -212,6 +217,29 @@ def test_kernels_count_their_products():
   }
 
 
+def test_between_slices_a_device_sends_its_own_share():
+  """Of 3 slices of 4 chips: a sum of V over all is one of V within, and of V / 4 between."""
+  chip = hardware.CHIPS["v5e"]
+  topology = hardware.Topology("v5e:2x2", chip, [None] * 12, (2, 2), 3)
+  devices = np.empty(12, object)
+  devices[:] = [types.SimpleNamespace(coords=(i // 2 % 2, i % 2, 0)) for i in range(12)]
+  names = ("slice", "fsdp")
+  shape = {"slice": 3, "fsdp": 4}
+  mesh = types.SimpleNamespace(devices=devices.reshape(3, 4), axis_names=names, shape=shape)
+  size = 12_000_000
+  both = hlo.Collective("all-reduce", size, 5, names, 12, "")
+  within, between = both._replace(axes=("fsdp",), group=4), both._replace(axes=names[:1], group=3)
+  cost = hlo.Cost(0, 0, (both, within, between), (), ())
+  found = {each.axes: each for each in planning.transfers(cost, topology, mesh)}
+  inner = 5 * 2 * size * 3 / 4 / (2 * 4.5e10)  # Both of a chip's lines of two.
+  outer = 5 * 2 * size * 2 / 3 / (25e9 / 8)
+  assert found["fsdp",].seconds == pytest.approx(inner)
+  assert found["slice",].seconds == pytest.approx(outer)
+  assert found[names].seconds == pytest.approx(inner + outer / 4)
+  assert found[names].links == "line of 2 x line of 2, 90 GB/s + data centre, 3.125 GB/s"
+  assert found[names].bytes == 5 * size and found[names].times == 5
+
+
 # ---------------------------------------------------------------------------------------------
 # TPUs
 # ---------------------------------------------------------------------------------------------
@@ -220,8 +248,7 @@ TPU = [
   "--config.model.dtype=bfloat16",
   "--config.model.remat=full",
   "--config.model.layers=3",
-  "--config.model.width=128",
-  "--config.model.heads=2",
+  "--config.model.width=256",  # Two heads a device: one alone would be padded to the lanes of two.
   "--config.data.tokenizer=byte",
   "--config.mesh.fsdp=2",
   "--config.mesh.tensor=2",
@@ -265,3 +292,39 @@ def test_a_tpus_plan(name, tmp_path):
   roofline = found["roofline"]
   assert roofline["overlapped"] == max(roofline["seconds"].values()) <= roofline["exposed"]
   assert 0 < roofline["utilisation"][1] <= roofline["utilisation"][0] < 1
+
+
+@pytest.mark.slow
+def test_a_pods_plan(tmp_path):
+  """A decoder of 1.3 billion parameters on 256 chips; minutes of compiling."""
+  sizes = {"width": 2048, "ffn_width": 8192, "heads": 16, "remat": "full"}
+  changes = [f"--config.model.{name}={value}" for name, value in sizes.items()]
+  changes += ["--config.accumulation=1", "--config.cast_weights", "--config.data.vocab_size=50304"]
+  changes += ["--config.mesh.fsdp=64", "--config.mesh.tensor=4"]
+  config = f"--config={ROOT / 'configs' / 'gpt.py'}:magneto_24"
+  done, found = plan(tmp_path / "plan.json", "--topology=v5e:16x16", *changes, config=config)
+  assert done.returncode == 0, done.stderr
+  assert found["devices"] == 256 and found["parameters"] > 1.3e9
+  # Nothing large is on every device: a 256th of the state, and vectors.
+  state = found["memory"]["parameters"] + found["memory"]["optimizer"]
+  assert state == pytest.approx(12 * found["parameters"] / 256, rel=0.1)
+  assert found["kernels"]["attention_forward"]["calls"] == 2 * 24
+  links = {tuple(each["axes"]): each["links"] for each in found["collectives"]}
+  assert links["tensor",].startswith("line of 4") and "ring of 16" in links["fsdp",]
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_a_tpu_is_mended_by_compiling(tmp_path):
+  """Logits of 50,304 words, of 32 rows a chip, which the compiler refuses."""
+  large = ["--config.batch_size=128", "--config.data.seq_length=2048", "--config.model.layers=2"]
+  large += ["--config.model.width=512", "--config.model.dtype=bfloat16", "--config.mesh.fsdp=2"]
+  large += ["--config.data.vocab_size=50304"]
+  done, found = plan(tmp_path / "plan.json", "--topology=v5e:2x2", *large)
+  assert done.returncode == DOES_NOT_FIT and not found["fits"]
+  assert found["peak_bytes_per_chip"] > found["available_bytes_per_chip"]
+  assert len(found["remedies"]) == 3
+  for remedy in found["remedies"]:
+    assert remedy["fits"], remedy
+    # An estimate is good for choosing: within a factor of 2.
+    assert 0.5 < remedy["estimated_saving"] / remedy["compiled_saving"] < 2
+  assert "does not fit" in done.stdout and "--config.vocab_chunk" in done.stdout
