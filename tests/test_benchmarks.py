@@ -13,7 +13,7 @@ import sys
 
 import pytest
 
-from benchmarks import attention, attention_gpu, breakdown, tpu_static_cost, train_step_gpu
+from benchmarks import attention, attention_gpu, breakdown, plans, tpu_static_cost, train_step_gpu
 from benchmarks.shapes import Attention
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -295,3 +295,12 @@ def test_tpu_static_cost_finds_straight_runs():
     "spills": 2,
     "slots": {"MXU": 2, "VSTORE:SPILL": 2},
   }
+
+
+def test_the_plans_of_the_docs_are_those_that_were_measured():
+  page = (ROOT / "docs" / "plans.md").read_text(encoding="utf-8")
+  found = plans.newest()["plans"]
+  assert list(found) == list(plans.CASES)
+  assert plans.table(found) in page
+  for each in found.values():
+    assert each["fits"] and each["peak_bytes_per_chip"] < each["available_bytes_per_chip"]

@@ -152,8 +152,8 @@ def _obstacle(record, context: mlir.ModuleContext) -> str | None:
   """Why a kernel cannot be part of a module, or None."""
   if _is_divided(context.axis_context):
     return (
-      f"XLA cannot divide {record.name} among several devices: call attention within jax.shard_map,"
-      " batch and heads sharded, to have the kernel"
+      f"XLA cannot divide {record.name} among several devices: to have the kernel call"
+      " kernels.sharded_attention, or attention within a jax.shard_map of batch and heads"
     )
   if context.lowering_parameters.for_export and not getattr(record, "is_exportable", True):
     return f"JAX cannot export {record.name}"
