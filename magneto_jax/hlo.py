@@ -276,6 +276,7 @@ _MARKERS = {
   "AsyncCollectiveStart",
   "ConcatBitcast",
   "GatherScatterIndicesBitpacked",
+  "ZeroCrop",
 }
 # Views and markers: nothing moves. Loops and calls are gone into instead.
 _FREE = {
@@ -363,6 +364,8 @@ class _Reader:
         shapes = tuple(shape for x in computation.inputs(instruction) for shape in x.shapes)
         call = CustomCall(target, _origin(instruction), times, shapes, instruction.shapes)
         self._calls.append(call)
+    elif opcode == "send" and "_xla_megascale_target" in instruction.attributes:
+      self._between_slices(computation, instruction, times)
     elif kind in _COLLECTIVES:
       # A TPU's program cuts a collective that runs beside others into a start, a middle and an
       # end, fusions of which each holds it.
@@ -386,6 +389,31 @@ class _Reader:
     operands = sum(shape.bytes for x in computation.inputs(instruction) for shape in x.shapes)
     result = sum(shape.bytes for shape in results.shapes)
     found = Collective(kind, max(operands, result), times, axes, size, _origin(instruction))
+    self._collectives.append(found)
+
+  def _between_slices(self, computation, send, times: int) -> None:
+    """A collective over the data centre's network, which a TPU's hosts carry out.
+
+    `target="{1,2}x{0:3}"`: the same one of devices 0 to 3 of slices 1 and 2, slices being the
+    slowest to vary in the numbers of devices.
+    """
+    attribute = lambda instruction, name: (
+      re.search(rf'_xla_{name}="([^"]*)"', instruction.attributes) or ["", ""]
+    )[1]
+    kind = attribute(send, "megascale_transfer_type").lower().replace("_", "-")
+    kind = {"one-to-one": "collective-permute"}.get(kind, kind)
+    _, of_slice = attribute(send, "megascale_target").split("x")
+    devices, own = math.prod(self._sizes.values()), _span(of_slice)
+    groups = np.arange(devices).reshape(-1, own).T.tolist()
+    rendezvous = attribute(send, "host_transfer_rendezvous")
+    received = (
+      x.shapes[:-2]  # Without its context and token.
+      for x in computation.instructions.values()
+      if x.opcode == "recv" and attribute(x, "host_transfer_rendezvous") == rendezvous
+    )
+    size = max(_bytes(send.shapes[:-2]), _bytes(next(received, ())))
+    axes = axes_of(groups, self._sizes)
+    found = Collective(kind, size, times, axes, devices // own, rendezvous)
     self._collectives.append(found)
 
   def _is_scattered(self, computation, instruction) -> bool:
@@ -480,7 +508,7 @@ class _Reader:
     return 1 if turns is None else turns
 
   def _counted(self, computation, loop) -> int | None:
-    """For a loop that counts by ones, as JAX's do, up to a constant."""
+    """For a loop that counts by a constant up to a constant, as JAX's and XLA's own do."""
     (name,) = loop.called("condition")
     condition = self._module.computations[name]
     compare = condition.root
@@ -502,14 +530,39 @@ class _Reader:
     end = _number(bound)
     if end is None and bound.opcode == "get-tuple-element":
       end = self._constant(computation, initial, bound)
-    return None if begin is None or end is None else max(end - begin, 0)
+    (name,) = loop.called("body")
+    body, index = self._module.computations[name], _index(counter)
+    if begin is None or end is None or body.root.opcode != "tuple":
+      return None
+    step = self._increment(body, body.inputs(body.root)[index], index)
+    return None if not step or step < 0 else max(-((begin - end) // step), 0)
+
+  def _increment(self, body, value, index: int) -> int | None:
+    """By how much a value is more than what a loop's state held at `index` before the turn."""
+    value = _source(body, value)
+    if value.opcode == "get-tuple-element":
+      return 0 if _index(value) == index else None
+    if value.opcode == "fusion":
+      (called,) = value.called("calls")
+      inner, outer = self._module.computations[called], body.inputs(value)
+      pair = [_source(inner, x) for x in inner.inputs(inner.root)]
+      pair = [outer[int(x.arguments)] if x.opcode == "parameter" else x for x in pair]
+      value = inner.root
+    else:
+      pair = body.inputs(value)
+    if value.opcode != "add":
+      return None
+    for one, other in (pair, pair[::-1]):
+      added = _number(_source(body, other))
+      if added is not None and (before := self._increment(body, one, index)) is not None:
+        return before + added
+    return None
 
   def _constant(self, computation, initial, element) -> int | None:
     """What a loop's state holds at an element before the first turn, if it is a constant."""
     if initial.opcode != "tuple":
       return None
-    index = int(re.search(r"index=(\d+)", element.attributes)[1])
-    return _number(_source(computation, computation.inputs(initial)[index]))
+    return _number(_source(computation, computation.inputs(initial)[_index(element)]))
 
 
 def _source(computation: Computation, instruction: Instruction) -> Instruction:
@@ -517,6 +570,10 @@ def _source(computation: Computation, instruction: Instruction) -> Instruction:
   while instruction.opcode in _VIEWS:
     instruction = computation.inputs(instruction)[0]
   return instruction
+
+
+def _index(element: Instruction) -> int:
+  return int(re.search(r"index=(\d+)", element.attributes)[1])
 
 
 def _number(instruction: Instruction) -> int | None:
@@ -531,6 +588,12 @@ def _bytes(shapes: Sequence[Shape]) -> int:
 def _main(shapes: Sequence[Shape]) -> int:
   """Bytes of what lies in main memory."""
   return sum(shape.bytes for shape in shapes if shape.space == 0)
+
+
+def _span(text: str) -> int:
+  """How many numbers there are in `{1,2}` or `{0:3}`."""
+  parts = (part.split(":") for part in text.strip("{}").split(","))
+  return sum(int(part[-1]) - int(part[0]) + 1 for part in parts)
 
 
 def _target(custom_call: Instruction) -> str:

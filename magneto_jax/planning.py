@@ -205,7 +205,6 @@ def _kernel(call: hlo.CustomCall) -> str:
 def transfers(cost: hlo.Cost, topology: Topology, mesh: jax.sharding.Mesh) -> Iterator[Transfer]:
   """The collectives of a step by axes and kind, with the links that they go over."""
   for (axes, kind), found in hlo.by_axes(cost.collectives):
-    # Axes of one device do not say which way it goes.
     seconds = [_seconds(each, topology, mesh) for each in found]
     yield Transfer(
       axes=axes,
@@ -243,7 +242,8 @@ def _seconds(each: hlo.Collective, topology: Topology, mesh: jax.sharding.Mesh) 
       return None
     total = hardware.seconds(each.kind, size, max(group, 2), way)
   if between > 1:
-    rate = topology.chip.network_rate
+    if (rate := topology.chip.network_rate) is None:
+      return None
     network = hardware.Path(rate, rate, 1, "network")
     total += hardware.seconds(each.kind, size / max(group, 1), between, network)
   return total * each.times

@@ -213,6 +213,39 @@ def test_what_a_tpus_compiler_takes_apart_is_one():
   assert cost.custom_calls == () and cost.unknown_loops == ()
 
 
+def test_loops_count_by_their_step_or_are_said_to_be_unknown():
+  """By twos from 2 to 9 in 4 turns; by a number that is not in the program, nobody knows."""
+  loop = lambda step: hlo.cost(TPU.replace("%one = s32[] constant(1)", step), {"a": 4})
+  assert {x.times for x in loop("%one = s32[] constant(2)").collectives} == {4}
+  unknown = loop("%one = s32[] multiply(%n, %n)")
+  assert {x.times for x in unknown.collectives} == {1} and unknown.unknown_loops == ("w",)
+
+
+# Of the gradients of two slices of four chips, each sums its own share over the network.
+SLICES = """HloModule m
+
+ENTRY %main (x: bf16[64]) -> bf16[64] {
+  %x = bf16[64]{0} parameter(0)
+  %token = token[] after-all()
+  %send = (bf16[64]{0}, u32[], token[]) send(%x, %token), channel_id=3, is_host_transfer=true, NAMES
+  %recv = (bf16[64]{0}, u32[], token[]) recv(%token), channel_id=2, is_host_transfer=true, NAMES
+  %sent = token[] send-done(%send), channel_id=3, is_host_transfer=true
+  %got = (bf16[64]{0}, token[]) recv-done(%recv), channel_id=2, is_host_transfer=true
+  ROOT %y = bf16[64]{0} get-tuple-element(%got), index=0
+}
+"""
+NAMES = (
+  'frontend_attributes={_xla_host_transfer_rendezvous="all-reduce.1_0",'
+  '_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}'
+)
+
+
+def test_what_slices_exchange_through_their_hosts_is_a_collective():
+  cost = hlo.cost(SLICES.replace("NAMES", NAMES), {"slice": 2, "fsdp": 4})
+  (found,) = cost.collectives
+  assert found[:5] == ("all-reduce", 2 * 64, 1, ("slice",), 2)
+
+
 def test_a_text_that_is_none_is_refused():
   with pytest.raises(ValueError, match="not the text of an HLO module"):
     hlo.parse("something else")

@@ -238,6 +238,9 @@ def test_between_slices_a_device_sends_its_own_share():
   assert found[names].seconds == pytest.approx(inner + outer / 4)
   assert found[names].links == "line of 2 x line of 2, 90 GB/s + data centre, 3.125 GB/s"
   assert found[names].bytes == 5 * size and found[names].times == 5
+  elsewhere = topology._replace(chip=hardware.CHIPS["cpu"])
+  unknown = list(planning.transfers(cost, elsewhere, mesh))
+  assert [(each.seconds, each.links) for each in unknown] == [(None, "")] * 3
 
 
 # ---------------------------------------------------------------------------------------------
