@@ -104,7 +104,7 @@ def _gpt(config, *, layers: int, width: int, batch_size: int, learning_rate: flo
   config.model.heads = width // 128
   config.model.positions = "learned"
   config.model.dtype = "bfloat16"
-  config.model.remat = "full"
+  config.model.remat = "dots"
   config.data.name = "c4/en:3.1.0"
   config.data.vocab_size = 50_304
   config.data.seq_length = 2048

@@ -93,10 +93,13 @@ def test_a_model_is_diagnosed_as_written(tmp_path):
 def test_attention_is_called_as_written():
   """The page's example, and its table of implementations."""
   page = (ROOT / "docs" / "attention.md").read_text(encoding="utf-8")
-  (code,) = fenced("python", page)
-  command = [sys.executable, "-W", "error", "-c", code]
-  said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+  code, sharded = fenced("python", page)
+  command = [sys.executable, "-W", "error", "-c"]
+  said = subprocess.run([*command, code], check=True, capture_output=True, text=True).stdout
   assert said.startswith("attention by PallasTpu(") and "XlaChunked(" in said
+  given = "import jax.numpy as jnp\nfrom magneto_jax import kernels, sharding\n"
+  given += "q = k = v = jnp.ones((2, 8, 4, 16))\nmesh = sharding.make_mesh({})\n"
+  subprocess.run([*command, given + sharded], check=True)
   table = page.split("## Implementations")[1].split("\n\n")[1]
   assert re.findall(r"^\| `(\w+)`", table, re.M) == list(attention.IMPLEMENTATIONS)
 
