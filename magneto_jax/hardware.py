@@ -29,8 +29,7 @@ class Chip:
     memory: bytes that a program may have.
     memory_rate: bytes a second, to and from that memory.
     link_rate: bytes a second of one link, one way.
-    torus: dimensions of the torus that the links make, two of a device to each; 0 for a switch,
-      to which a device has one link.
+    torus: dimensions of the torus that the links make, two of a device to each.
     ring: lengths of the torus' dimensions that close to a ring are multiples of this.
     network_rate: bytes a second of a device's share of its host's network, one way.
     cores: devices that share the chip and its links.
@@ -54,7 +53,7 @@ class Chip:
 # [B] The scaling book (jax-ml.github.io/scaling-book/tpus): a link's rate one way, which is 9 / 10
 #     of what [D] says; which dimensions close to rings.
 # [X] What XLA says it has when a program does not fit ("exceeds available HBM").
-# [N] NVIDIA's data sheets (H100, H200; DGX H100: NVLink 900 GB/s both ways, 400 Gbit/s a GPU).
+# [N] NVIDIA's data sheets (H100, H200).
 CHIPS: dict[str, Chip] = {
   "v5e": Chip(  # [D] [B] [X]
     "TPU v5 lite", 197e12, int(15.75 * GIB), 819e9, 4.5e10, 2, 16, 25e9 / 8
@@ -65,9 +64,9 @@ CHIPS: dict[str, Chip] = {
     "TPU7x", 1153.5e12, int(94.75 * GIB), 3690e9, 1e11, 3, 4, 50e9 / 8, cores=2
   ),
   "h100": Chip(  # [N]
-    "NVIDIA H100 80GB HBM3", 989e12, 80 * 10**9, 3.35e12, 4.5e11, network_rate=5e10
+    "NVIDIA H100 80GB HBM3", 989e12, 80 * 10**9
   ),
-  "h200": Chip("NVIDIA H200.*", 989e12, 141 * 10**9, 4.8e12, 4.5e11, network_rate=5e10),  # [N]
+  "h200": Chip("NVIDIA H200.*", 989e12, 141 * 10**9),  # [N]
   "cpu": Chip("cpu"),
   # Of these a run says its share of the peak; they are not planned for.
   "v2": Chip("TPU v2", 22.5e12, cores=2),
@@ -148,11 +147,16 @@ def topology(name: str, *, slices: int = 1) -> Topology:
   return Topology(name, chip, _tpus(name, sizes, slices), sizes, slices)
 
 
+_MOST_CPUS = 512
+
+
 def _cpus(name: str, sizes: tuple[int, ...], slices: int) -> list[jax.Device]:
   """Simulated devices; the host's, if they have been made already."""
   if len(sizes) != 1 or not sizes[0]:
     raise ValueError(f"--topology={name}: CPUs are counted, as cpu:8")
   wanted = sizes[0] * slices
+  if wanted > _MOST_CPUS:
+    raise ValueError(f"--topology={name}: at most {_MOST_CPUS} devices can be simulated")
   try:
     jax.config.update("jax_num_cpu_devices", wanted)
   except RuntimeError:
@@ -205,12 +209,14 @@ class Path(NamedTuple):
   Attributes:
     rate: bytes a second that a device can send to others of its group, over all links at once.
     one_way: over one link, one way.
-    hops: devices of the group along the longest dimension that its links make; 1 for a switch.
+    across: bytes a second along the longest dimension alone, both of its directions if it closes.
+    hops: devices of the group along that dimension; 1 for what is no torus.
     words: which links, and how many.
   """
 
   rate: float
   one_way: float
+  across: float
   hops: int
   words: str
 
@@ -225,26 +231,25 @@ def path(topology: Topology, mesh: jax.sharding.Mesh, axes: Sequence[str]) -> Pa
   chip = topology.chip
   if chip.link_rate is None:
     return None
-  if not chip.torus:
-    return Path(chip.link_rate, chip.link_rate, 1, "switch")
   group = np.moveaxis(
     mesh.devices, [mesh.axis_names.index(axis) for axis in axes], range(len(axes))
   )
   group = group.reshape(*group.shape[: len(axes)], -1)[..., 0].ravel()
   one_way = chip.link_rate / chip.cores
-  links, hops = [], 1
+  links = []
   closes = all(size % chip.ring == 0 for size in topology.sizes) or chip.torus == 2
   for dimension, size in enumerate(topology.sizes):
     extent = len({device.coords[dimension] for device in group})
     if extent > 1:
       is_ring = extent == size and size % chip.ring == 0 and closes
       links.append((extent, 2 if is_ring else 1))
-      hops = max(hops, extent)
   if not links:  # The cores of a chip.
     rate = chip.link_rate * _BETWEEN_CORES
-    return Path(rate, rate, 1, "within the chip")
+    return Path(rate, rate, rate, 1, "within the chip")
   words = " x ".join(f"{'ring' if ways == 2 else 'line'} of {extent}" for extent, ways in links)
-  return Path(one_way * sum(ways for _, ways in links), one_way, hops, words)
+  hops, ways = max(links)
+  total = one_way * sum(ways for _, ways in links)
+  return Path(total, one_way, one_way * ways, hops, words)
 
 
 def seconds(kind: str, size: int, group: int, way: Path) -> float:
@@ -252,16 +257,13 @@ def seconds(kind: str, size: int, group: int, way: Path) -> float:
 
   With V bytes, the larger of a device's operand and result, in a group of n: (n - 1) / n V pass
   every device to gather or to scatter sums of V, twice as many for their all-reduce. An all-to-all
-  of a torus crosses its middle: n / 4 V along its longest dimension of n. See the scaling book,
-  "sharded matmuls".
+  crosses the middle of its longest dimension of n: n / 4 V along that. Of permutes each takes one
+  direction of one link, and two at a time can share both. See the scaling book, "sharded matmuls".
   """
   share = (group - 1) / group
-  passing = {
-    "all-reduce": 2 * share,
-    "all-to-all": way.hops / 4 if way.hops > 1 else share,
-    "ragged-all-to-all": way.hops / 4 if way.hops > 1 else share,
-    "collective-broadcast": 1.0,
-  }
   if kind == "collective-permute":
-    return size / way.one_way
+    return size / (2 * way.one_way)
+  if kind.endswith("all-to-all") and way.hops > 1:
+    return size * way.hops / 4 / way.across
+  passing = {"all-reduce": 2 * share, "collective-broadcast": 1.0}
   return size * passing.get(kind, share) / way.rate

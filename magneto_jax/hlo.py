@@ -304,7 +304,7 @@ _VIEWS = {
   "convert",
   "copy-start",
   "copy-done",
-  "optimization-barrier",
+  "opt-barrier",
 }
 
 
@@ -372,7 +372,8 @@ class _Reader:
       chain = re.search(r'chain_id="(\d+)"', instruction.attributes)
       if chain is None or chain[1] not in seen:
         self._collective(computation, instruction, kind, times)
-      seen.add(chain and chain[1])
+      if chain:
+        seen.add(chain[1])
 
   def _collective(self, computation, instruction, kind: str, times: int) -> None:
     groups = replica_groups(instruction.attributes, math.prod(self._sizes.values()))

@@ -20,8 +20,6 @@ import jax.numpy as jnp
 from magneto_jax import hardware, sharding
 from magneto_jax.config import ConfigError, TrainConfig
 
-GIB = 2**30
-
 
 class Memory(NamedTuple):
   """Bytes of one device.
@@ -406,7 +404,7 @@ _UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZE = r"([\d.]+)\s?([KMGT]?)(?:i?B)?"
 # Of the compilers and allocators of XLA: what is needed, then what there is where they say so.
 _EXHAUSTED = (
-  rf"Used {_SIZE} of {_SIZE} \w+",
+  rf"Used {_SIZE} of {_SIZE} hbm",
   rf"total memory required for HLO temporaries \({_SIZE}\) exceeds available HBM \({_SIZE}\)",
   rf"total HLO temporaries \({_SIZE}\) exceeds available HBM \({_SIZE}\)",
   rf"Attempting to (?:allocate|reserve) {_SIZE}[^.]*\. That was not possible\. There are {_SIZE}",
@@ -488,4 +486,6 @@ def _too_large(
 
 
 def _gib(size: int) -> str:
-  return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
+  return (
+    f"{size / hardware.GIB:.2f} GiB" if size >= hardware.GIB / 10 else f"{size / 2**20:.1f} MiB"
+  )

@@ -6,7 +6,6 @@ see docs/plan.md. The exit code is 0 if the step fits, 3 if it does not, 2 if it
 """
 
 import json
-import os
 import pathlib
 import sys
 
@@ -30,11 +29,12 @@ def main() -> None:
   path = flags.DEFINE_string("json", None, "A file to write the plan to.")
 
   def run() -> None:
-    if not os.environ.get("JAX_PLATFORMS"):
-      jax.config.update(
-        "jax_platforms", "cpu"
-      )  # No accelerator is started, also where there is one.
-    plan = planning.make_plan(cli.typed_config(config), topology.value)
+    # No accelerator is started, also where there is one.
+    jax.config.update("jax_platforms", "cpu")
+    typed = cli.typed_config(config)
+    if path.value:
+      pathlib.Path(path.value).touch()  # That it cannot be written is better known now.
+    plan = planning.make_plan(typed, topology.value)
     if path.value:
       text = json.dumps(planning.as_json(plan), indent=2, allow_nan=False)
       pathlib.Path(path.value).write_text(text + "\n")

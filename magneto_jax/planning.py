@@ -164,7 +164,8 @@ def compile_for(config: TrainConfig, facts: Facts, topology: Topology) -> Attemp
   except (jax.errors.JaxRuntimeError, MemoryError) as error:
     parts = memory.of_refused(error, lowered.state, lowered.batch)
     if parts is None:
-      raise
+      words = str(error).strip().splitlines() or [type(error).__name__]
+      raise ConfigError(f"the step cannot be compiled for {topology}: {words[0]}") from error
     return Attempt(config, lowered, None, parts, there)
   parts = compiled.memory()
   return Attempt(config, lowered, compiled, parts, there)
@@ -244,7 +245,7 @@ def _seconds(each: hlo.Collective, topology: Topology, mesh: jax.sharding.Mesh) 
   if between > 1:
     if (rate := topology.chip.network_rate) is None:
       return None
-    network = hardware.Path(rate, rate, 1, "network")
+    network = hardware.Path(rate, rate, rate, 1, "network")
     total += hardware.seconds(each.kind, size / max(group, 1), between, network)
   return total * each.times
 

@@ -136,7 +136,7 @@ def test_where_links_are_not_known_there_is_no_path():
 def test_collectives_take_what_their_algorithms_move(n):
   """Against a ring simulated hop by hop."""
   size, rate = 1000 * n, 10.0
-  ring = hardware.Path(2 * rate, rate, n, "")
+  ring = hardware.Path(2 * rate, rate, 2 * rate, n, "")
   # Blocks travel around the ring both ways, n / 2 each way at most; in every turn each link of a
   # device carries half of a block.
   turns = n - 1
@@ -144,10 +144,19 @@ def test_collectives_take_what_their_algorithms_move(n):
   assert hardware.seconds("all-gather", size, n, ring) == pytest.approx(gather)
   assert hardware.seconds("reduce-scatter", size, n, ring) == pytest.approx(gather)
   assert hardware.seconds("all-reduce", size, n, ring) == pytest.approx(2 * gather)
-  assert hardware.seconds("collective-permute", size, n, ring) == pytest.approx(size / rate)
+  # Two permutes, one each way, take what one takes alone.
+  assert 2 * hardware.seconds("collective-permute", size, n, ring) == pytest.approx(size / rate)
   # Block j of device i goes the shorter way to device j: how much does a link carry?
   load = sum(min(d, n - d) for d in range(n)) * (size / n)  # Of a device's links, both ways.
   assert hardware.seconds("all-to-all", size, n, ring) == pytest.approx(load / (2 * rate))
+
+
+def test_an_all_to_all_of_a_torus_crosses_its_middle():
+  """A quarter of all bytes goes each way over the cut, of two links a row of the torus."""
+  n, m, rate, size = 16, 4, 10.0, 6400
+  torus = hardware.Path(4 * rate, rate, 2 * rate, n, "")
+  crossing = n * m * size / 4
+  assert hardware.seconds("all-to-all", size, n * m, torus) == crossing / (2 * m * rate)
 
 
 @pytest.mark.ci
