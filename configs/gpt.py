@@ -29,8 +29,9 @@ gpt_1b3, gpt_6b7
   Differs: Magneto's recipe (--config.recipe=pre_ln_scaled_init for GPT-2's and -3's); heads of 128,
   which fill a TPU's lanes (the table's 24 heads of 128 do not make 2048); no layer of sparse
   attention; C4 in place of a corpus that is not public, with 50,257 pieces rounded up to 50,304,
-  which a mesh can cut. Made for 256 chips, cut as fsdp 64 x tensor 4; more chips hold more copies
-  (mesh.data). Not yet trained here.
+  which a mesh can cut. Made for 256 chips, cut as fsdp 64 x tensor 4, which leaves room for smaller
+  batches and more chips; with these rows and chips fsdp alone is bound by less (docs/plans.md:
+  --config.mesh.fsdp=256 --config.mesh.tensor=1). Not yet trained here.
 """
 
 from magneto_jax.config import config_of_variant

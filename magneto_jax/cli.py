@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
+import jax
 import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -79,9 +80,14 @@ def run(main: Callable[[], None]) -> None:
       fail(str(error))
     except MemoryError as error:
       print(f"error: {error}", file=sys.stderr)  # In a few lines: what would help is a table.
-      sys.exit(USAGE_EXIT_CODE)
+      distributed.leave(USAGE_EXIT_CODE)
     except KeyboardInterrupt:
       fail("interrupted; what is saved stays, and the same command goes on from it", INTERRUPTED)
+    except Exception:
+      if jax.distributed.is_initialized():
+        traceback.print_exc()
+        distributed.leave(1)
+      raise
 
   for stream in (sys.stdout, sys.stderr):
     # A sample may hold any character, a terminal may not.
@@ -92,7 +98,7 @@ def run(main: Callable[[], None]) -> None:
 def fail(message: str, code: int = USAGE_EXIT_CODE) -> None:
   """Ends the process with one line."""
   print(f"error: {' '.join(message.split())}", file=sys.stderr)
-  sys.exit(code)
+  distributed.leave(code)
 
 
 def _parse(argv: Sequence[str]) -> Sequence[str]:

@@ -7,10 +7,14 @@ Everything here is a no-op where there is only one.
 import importlib.util
 import json
 import os
+import pathlib
 import re
+import secrets
 import socket
+import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
@@ -145,10 +149,9 @@ def is_first() -> bool:
   return jax.process_index() == 0
 
 
-def barrier(name: str) -> None:
-  """Waits until all processes are here; they must all say the same `name`."""
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(name)
+def everywhere(value: Any) -> list[Any]:
+  """A JSON-able value of every process, in their order."""
+  return [json.loads(text) for text in _gather(json.dumps(value))]
 
 
 def agree(name: str, value: Any) -> None:
@@ -200,6 +203,47 @@ def on_first(f: Callable[[], T]) -> T:
       if message:
         raise ValueError(f"process {process} has failed: {message}")
   return result
+
+
+def refuse_unless_shared(folder: pathlib.Path) -> None:
+  """Raises unless all processes see in a folder what process 0 leaves there.
+
+  Raises:
+    ValueError: on every process alike.
+  """
+  if jax.process_count() == 1:
+    return
+  mark = folder / f".shared-{everywhere(secrets.token_hex(8))[0]}"
+
+  def look() -> bool:
+    if is_first():
+      folder.mkdir(parents=True, exist_ok=True)
+      mark.touch()
+    return mark.exists()
+
+  seen = everywhere(on_first(look))
+  hosts = everywhere(socket.gethostname())
+  if is_first():
+    mark.unlink()
+  if not all(seen):
+    others = ", ".join(sorted({h for h, found in zip(hosts, seen, strict=True) if not found}))
+    raise ValueError(
+      f"{folder} is not the same folder on all hosts (not on {others}): give one that they share"
+    )
+
+
+def leave(code: int) -> NoReturn:
+  """Ends this process, of several at once: they wait for each other at their end, perhaps in vain.
+
+  The others are told by JAX that it is gone.
+  """
+  if not jax.distributed.is_initialized():
+    sys.exit(code)
+  sys.stdout.flush()
+  sys.stderr.flush()
+  if is_first():
+    time.sleep(2)  # Others that end for the same reason say so first.
+  os._exit(code)
 
 
 def _gather(text: str) -> list[str]:

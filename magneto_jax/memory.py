@@ -122,11 +122,28 @@ def _host_memory() -> int:
   info = pathlib.Path("/proc/meminfo")
   if info.exists() and (found := re.search(r"MemAvailable:\s+(\d+) kB", info.read_text())):
     free = int(found[1]) * 1024
-  for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-    path = pathlib.Path(limit)
-    if path.exists() and (text := path.read_text().strip()).isdigit():
-      free = min(free, int(text))
+  for folder, limit, used, cached in _CGROUPS:
+    root = pathlib.Path(folder)
+    try:
+      most = int((root / limit).read_text())
+      in_use = int((root / used).read_text())
+      caches = int(re.search(rf"^{cached} (\d+)$", (root / "memory.stat").read_text(), re.M)[1])
+    except (OSError, ValueError, TypeError):
+      continue  # No such container, or one without a limit ("max").
+    free = min(free, most - in_use + caches)
   return free
+
+
+# Of containers, both versions: the limit, what is in use, and what of it is a cache of files.
+_CGROUPS = (
+  ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+  (
+    "/sys/fs/cgroup/memory",
+    "memory.limit_in_bytes",
+    "memory.usage_in_bytes",
+    "total_inactive_file",
+  ),
+)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -458,13 +475,13 @@ def in_words(config: TrainConfig, sizes: Sizes, device: jax.Device) -> Iterator[
 
 
 def refuse_if_too_large(
-  needed: int, there: int | None, config: TrainConfig, sizes: Sizes, device: jax.Device
+  needed: int, there: float, config: TrainConfig, sizes: Sizes, device: jax.Device
 ) -> None:
-  """Raises OutOfMemory before a step is run for which a device has not the bytes; None: unknown.
+  """Raises OutOfMemory before a step is run for which a device has not the bytes; inf: unknown.
 
   A CPU says nothing when memory runs out: its process is ended.
   """
-  if there is not None and needed > there:
+  if needed > there:
     raise _too_large(needed, there, config, sizes, device)
 
 

@@ -1,6 +1,7 @@
 """The train step and its state, compiled for a mesh of devices, here or elsewhere."""
 
 import functools
+import math
 import time
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ import optax
 from flax import linen as nn
 from flax import struct
 
-from magneto_jax import memory, optimizers, sharding
+from magneto_jax import distributed, memory, optimizers, sharding
 from magneto_jax.config import OptimizerConfig, TrainConfig, config_errors
 from magneto_jax.tasks import TASKS, Task
 from magneto_jax.tasks.task import Facts
@@ -223,6 +224,8 @@ class Program(NamedTuple):
     # CPU devices share the memory of their host.
     sharing = jax.local_device_count() if self.device.platform == "cpu" else 1
     there = memory.available(self.device, sharing)
+    # What the poorest host has: either all refuse, or none.
+    there = min(distributed.everywhere(math.inf if there is None else there))
     needed = self.memory().peak
     memory.refuse_if_too_large(needed, there, self.config, self.sizes, self.device)
 
@@ -281,7 +284,8 @@ def lower_step(config: TrainConfig, facts: Facts, mesh: jax.sharding.Mesh) -> Pr
     )
     step = jax.jit(step, donate_argnums=0, out_shardings=(sharding.of(state), whole))
     begin = time.perf_counter()
-    lowered = step.lower(state, batch, key)
+    with sharding.use_mesh(mesh, strict=True):
+      lowered = step.lower(state, batch, key)
     lower_seconds = time.perf_counter() - begin
   return Program(
     config=config,

@@ -106,12 +106,14 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
   """
   devices = jax.devices() if devices is None else list(devices)
   shape = tuple(resolve(sizes, len(devices)).values())
-  slices = {getattr(device, "slice_index", None) for device in devices}
+  slices = len({getattr(device, "slice_index", None) for device in devices})
+  if slices > 1 and slices != shape[0]:
+    raise ValueError(f"the devices are of {slices} slices: set mesh.slices={slices}")
   if devices[0].platform != "tpu":
     array = np.array(devices, dtype=object).reshape(shape)
   elif shape[0] > 1:
-    if len(slices) != shape[0]:
-      raise ValueError(f"mesh.slices={shape[0]}, and the devices are of {len(slices)}")
+    if slices != shape[0]:
+      raise ValueError(f"mesh.slices={shape[0]}, and the devices are of {slices}")
     within, between = (1, *shape[1:]), (shape[0], *(1,) * (len(shape) - 1))
     array = mesh_utils.create_hybrid_device_mesh(within, between, devices)
   else:
@@ -120,19 +122,25 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
 
 
 # Part of the key of jit's caches: what was traced for one mesh is traced again for another.
-_mesh = jax.make_user_context(None)
+_context = jax.make_user_context((None, False))
 
 
 @contextlib.contextmanager
-def use_mesh(mesh: Mesh | None) -> Iterator[None]:
-  """What is traced within the `with` is laid out over the mesh; on one device nothing changes."""
-  with _mesh(None if mesh is None or mesh.size == 1 else mesh):
+def use_mesh(mesh: Mesh | None, *, strict: bool = False) -> Iterator[None]:
+  """What is traced within the `with` is laid out over the mesh; on one device nothing changes.
+
+  Args:
+    mesh: of `make_mesh`.
+    strict: whether `constrain` refuses a dimension that its axes do not divide, so that no device
+      does what others do too; else the dimension is not cut.
+  """
+  with _context((None, False) if mesh is None or mesh.size == 1 else (mesh, strict)):
     yield
 
 
 def current() -> Mesh | None:
   """The mesh of the enclosing `use_mesh`; None outside, and on one device."""
-  return _mesh.value
+  return _context.value[0]
 
 
 def parts(name: str) -> int:
@@ -150,10 +158,19 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
   """x, laid out as the names of its dimensions say; x itself without a mesh.
 
   A dimension that its axes do not divide (a batch of one, one new token) is not cut.
+
+  Raises:
+    ValueError: if the mesh is used strictly, for such a dimension.
   """
-  mesh = current()
+  mesh, strict = _context.value
   if mesh is None:
     return x
+  for name, size in zip(names, x.shape, strict=True) if strict else ():
+    if name and size % parts(name):
+      raise ValueError(
+        f"mesh.{ACTIVATION_AXES[name][-1]}: {parts(name)} parts do not divide the {size} of the"
+        f" {name} {list(x.shape)}: change the mesh, or the sizes"
+      )
   return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, activation_spec(x.shape, *names)))
 
 

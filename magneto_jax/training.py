@@ -1,6 +1,7 @@
 """A run: data in, the program around which it turns, what it reports; `train.py` is its command."""
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import math
@@ -17,6 +18,7 @@ from magneto_jax import decoding, diagnostics, distributed, hardware, reporting,
 from magneto_jax.checkpoints import Checkpointer
 from magneto_jax.config import ConfigError, TrainConfig, config_errors
 from magneto_jax.data import feed, pipelines
+from magneto_jax.memory import held
 from magneto_jax.monitor import Monitor
 from magneto_jax.program import Program, TrainState, lower_step
 from magneto_jax.tasks import TASKS
@@ -93,6 +95,8 @@ def prepare(
 def dry_run(config: TrainConfig, workdir: str | os.PathLike) -> None:
   """Prints what `train` would run: recipe, parameters, memory, the first batch; leaves nothing."""
   console = reporting.make_console(quiet=not distributed.is_first())
+  with config_errors():
+    distributed.agree("config", dataclasses.asdict(config))
   with tempfile.TemporaryDirectory() as scratch:
     earlier = runs.resumable(workdir, config)
     job = prepare(config, runs.data_in(workdir if earlier else scratch), earlier)
@@ -126,6 +130,9 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict:
 
   # ------------------------------------------------------------------------ Where the run stands
   # Before the data is read: with other data settings, reading it would fail less clearly.
+  with config_errors():
+    distributed.agree("config", dataclasses.asdict(config))
+    distributed.refuse_unless_shared(workdir)
   earlier = runs.resumable(workdir, config)
   start = runs.last_step(workdir)
   if start > config.steps:
@@ -224,12 +231,14 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict:
     rate = (step - start) * tokens_per_step / seconds
     progress.step(step, loss=loss, tokens_per_second=rate)
     if step % config.log_every == 0 or step == config.steps:
+      # A step waits for the host that waits the longest.
+      waiting = max(distributed.everywhere(job.batches.waited()))
       row = {
         "train/loss": loss,
         "train/gradient_norm": gradient_norm,
         "train/learning_rate": float(program.schedule(step - 1)),
         "tokens_per_second": rate,
-        "input_share": (waiting := job.batches.waited()) / (seconds - read_at),
+        "input_share": waiting / (seconds - read_at),
       }
       waited, read_at = waited + waiting, seconds
       writer.write(step, row)
@@ -268,7 +277,7 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict:
     training_seconds = stopwatch.seconds
 
   # ----------------------------------------------------------------------------------- Summary
-  with sharding.use_mesh(program.mesh):
+  with sharding.use_mesh(program.mesh), program.memory_in_words():
     scores = validation or validate(state.eval_params)
     sample = _sample(job, state.eval_params, sample_key)
   summary = {
@@ -327,9 +336,7 @@ def _overview(job: Job) -> list[str]:
   cut = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
   devices = f"{mesh.size} x {kind} ({cut}; {jax.process_count()} hosts)" if cut else kind
   each = " on each device" if cut else ""
-  shards = [leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(program.state)]
-  dtypes = [leaf.dtype for leaf in jax.tree.leaves(program.state)]
-  state_bytes = sum(math.prod(s) * d.itemsize for s, d in zip(shards, dtypes, strict=True))
+  state_bytes = held(program.state)
   return [
     f"{_title(config)} on {devices}",
     *(f"  {line}" for line in program.task.describe(config, job.record.facts)),

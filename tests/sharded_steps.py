@@ -205,14 +205,17 @@ def take_steps(case: dict, dtype) -> dict[str, np.ndarray]:
       )
       for name, values in batch.items()
     }
-    losses = []
+    # Another key drops others: else no dropout is compared.
+    other = jax.jit(lambda: jax.random.key(3), out_shardings=whole)()
+    metrics = step(jax.tree.map(jnp.copy, state), batch, other)[1]
+    losses, other_loss = [], float(metrics["loss"])
     for _ in range(STEPS):
       state, metrics = step(state, batch, key)
       losses.append(float(metrics["loss"]))
     params = jax.jit(sharding.replicate)(state.eval_params)
   leaves = jax.tree_util.tree_leaves_with_path(params)
   found = {sharding.path_name(path): np.asarray(leaf) for path, leaf in leaves}
-  return {**found, "losses": np.array(losses)}
+  return {**found, "losses": np.array(losses), "other_loss": np.array(other_loss)}
 
 
 def _in_dtype(model, dtype):

@@ -87,8 +87,8 @@ def _work(join, folder):
 
   time.sleep(0.5 * other)  # Process 0 comes late.
   (folder / f"here_{me}").touch()
-  distributed.barrier("both")
-  seen["barrier"] = (folder / f"here_{other}").exists()
+  seen["everywhere"] = distributed.everywhere({"process": me})
+  seen["waited"] = (folder / f"here_{other}").exists()
 
   def prepare():
     found = (folder / "prepared").exists()
@@ -126,7 +126,10 @@ def _work(join, folder):
     )
   ]
   seen["meshes"] = [_global_batches(devices) for devices, _ in MESHES.values()]
-  distributed.barrier("end")
+  distributed.refuse_unless_shared(folder / "workdir")
+  seen["shared"] = [path.name for path in (folder / "workdir").iterdir()]
+  seen["apart"] = _refused(distributed.refuse_unless_shared, folder / f"workdir_{me}")
+  multihost_utils.sync_global_devices("end")
   return seen
 
 
@@ -182,8 +185,15 @@ def test_flags_join_the_processes(two):
   assert [seen["first"] for seen in two] == [True, False]
 
 
-def test_a_barrier_waits_for_the_last(two):
-  assert [seen["barrier"] for seen in two] == [True, True]
+def test_values_of_all_are_told_to_all_when_the_last_is_there(two):
+  assert [seen["waited"] for seen in two] == [True, True]
+  assert [seen["everywhere"] for seen in two] == [[{"process": 0}, {"process": 1}]] * 2
+
+
+def test_a_folder_that_is_not_shared_is_refused_on_all(two):
+  assert [seen["shared"] for seen in two] == [[], []]
+  said = [seen["apart"] for seen in two]
+  assert all("is not the same folder on all hosts" in line for line in said)
 
 
 def test_the_first_prepares_and_the_others_find_it(two):
@@ -223,7 +233,8 @@ def test_the_mesh_decides_the_rows_and_the_batch_is_that_of_one_process(two, mes
 
 
 def test_one_process_alone_waits_for_nobody():
-  distributed.barrier("alone")
+  assert distributed.everywhere(2) == [2]
+  distributed.refuse_unless_shared(pathlib.Path("nowhere"))
   distributed.agree("config", {"seed": 0})
   assert distributed.on_first(lambda: 3) == 3
   assert distributed.is_first()

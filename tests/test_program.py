@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 import types
 
 import jax
@@ -197,3 +198,14 @@ def test_a_compiled_step_is_the_step_and_its_state_is_where_it_says():
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-3), found.params, expected.params
   )
+
+
+def test_cast_weights_casts_whole_stacks_of_kernels():
+  """Before the scan over layers, not each layer's in it."""
+  mesh = sharding.make_mesh({"data": 1}, jax.devices()[:1])
+  cast = {}
+  for chosen in (False, True):
+    config = tiny(model=TINY["model"] | {"dtype": "bfloat16"}, cast_weights=chosen)
+    text = program.lower_step(config, FACTS, mesh).step.as_text()
+    cast[chosen] = len(re.findall(r"tensor<2x16x32xf32>\) -> tensor<2x16x32xbf16>", text))
+  assert cast == {False: 0, True: 1}

@@ -144,6 +144,26 @@ def test_a_run_of_two_hosts_is_that_of_one_and_goes_on_on_another_number(
   assert [row["step"] for row in monitor.read(two)] == measured
 
 
+@pytest.mark.ci
+def test_hosts_that_differ_end_together_in_a_line_before_anything_is_read(tmp_path):
+  command = [sys.executable, "-m", "magneto_jax.train", "--config=configs/gpt.py:tiny"]
+  command += [f"--workdir={tmp_path / 'run'}", "--num_processes=2"]
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    command.append(f"--coordinator_address=127.0.0.1:{free.getsockname()[1]}")
+  pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+  started = [
+    subprocess.Popen([*command, f"--process_id={i}", f"--config.seed={i}"], **pipes)
+    for i in range(2)
+  ]
+  for process in started:
+    _, errors = process.communicate(timeout=120)
+    lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert process.returncode == 2 and len(lines) == 1, errors
+    assert "differ in config.seed" in lines[0] and "Traceback" not in errors
+  assert not (tmp_path / "run").exists()
+
+
 class Bigrams(nn.Module):
   """A language model that compiles in no time: the next token from the last one."""
 
@@ -348,7 +368,7 @@ def test_what_does_not_fit_is_refused_before_it_runs_with_what_would_help(tmp_pa
   needed = training.prepare(config, runs.data_in(tmp_path)).program.memory().peak
   assert caught.value.needed == needed > 200_000
   first, _, *knobs = str(caught.value).splitlines()
-  assert first.startswith(f"out of memory: the step asked for {needed / 2**20:.1f} MiB on each")
+  assert first.startswith(f"out of memory on cpu: {needed / 2**20:.1f} MiB needed, ")
   assert len(knobs) == 3 and all("--config." in knob and " saves " in knob for knob in knobs)
   assert not runs.checkpoints_in(tmp_path).exists()
 
@@ -361,7 +381,7 @@ def test_memory_that_runs_out_in_a_step_is_said_in_words(bigrams, tmp_path, monk
   monkeypatch.setattr(program.Program, "compile", lambda self: compiled(self)._replace(step=step))
   monkeypatch.setattr(program.Program, "refuse_if_too_large", lambda self: None)
   monkeypatch.setattr(training, "_overview", lambda job: [])
-  with pytest.raises(memory.OutOfMemory, match=r"(?s)asked for .*what would help") as caught:
+  with pytest.raises(memory.OutOfMemory, match=r"(?s)out of memory .*what would help") as caught:
     training.train(tiny(), tmp_path)
   assert caught.value.needed == 12345
 
