@@ -296,8 +296,7 @@ class TrainConfig(_Checked):
   )
   cast_weights: bool = _field(
     False,
-    "whether kernels are cast to model.dtype once a step, before devices exchange them, and not"
-    " where each is used",
+    "whether kernels are cast to model.dtype once a step, and not where each is used",
   )
   ema: float = _rate(0.0, "decay of an average of the weights that evaluation uses; 0: none")
   eval_every: int = _positive(250, "steps between evaluations")

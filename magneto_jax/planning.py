@@ -167,7 +167,7 @@ def compile_for(config: TrainConfig, facts: Facts, topology: Topology) -> Attemp
       words = str(error).strip().splitlines() or [type(error).__name__]
       raise ConfigError(f"the step cannot be compiled for {topology}: {words[0]}") from error
     return Attempt(config, lowered, None, parts, there)
-  parts = compiled.memory()
+  parts = compiled.memory_by_part()
   return Attempt(config, lowered, compiled, parts, there)
 
 

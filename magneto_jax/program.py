@@ -108,8 +108,8 @@ def train_step(
       gradient is that of the whole batch's mean, however its weights fall.
     ema: decay of `ema_params`; early on it is (1 + step) / (10 + step), so that they forget the
       initial parameters.
-    weights_dtype: to which kernels are cast once, before devices exchange them; None leaves it to
-      each layer. It changes no number where it is the dtype of the model.
+    weights_dtype: to which kernels are cast once; None leaves it to each layer, at each use. It
+      changes no number where it is the dtype of the model.
 
   Returns:
     The new state, and the metrics `loss` (mean over weights) and `gradient_norm`.
@@ -154,7 +154,7 @@ def train_step(
 def _cast_kernels(params, dtype):
   """Kernels in the dtype to which layers cast them themselves; tables are looked up in full.
 
-  Laid out as before, so that devices cast what they hold, then exchange it.
+  Laid out as before: devices cast what they hold, then exchange it.
   """
 
   def cast(path, leaf):
@@ -211,7 +211,7 @@ class Program(NamedTuple):
     """One of the mesh's."""
     return self.mesh.devices.flat[0]
 
-  def memory(self) -> memory.Memory:
+  def memory_by_part(self) -> memory.Memory:
     """What the compiled step needs of each device."""
     return memory.of_program(self.step, self.state, self.batch)
 
@@ -226,7 +226,7 @@ class Program(NamedTuple):
     there = memory.available(self.device, sharing)
     # What the poorest host has: either all refuse, or none.
     there = min(distributed.everywhere(math.inf if there is None else there))
-    needed = self.memory().peak
+    needed = self.memory_by_part().peak
     memory.refuse_if_too_large(needed, there, self.config, self.sizes, self.device)
 
   def init(self, key: jax.Array) -> TrainState:

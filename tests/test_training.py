@@ -365,7 +365,7 @@ def test_what_does_not_fit_is_refused_before_it_runs_with_what_would_help(tmp_pa
   with pytest.raises(memory.OutOfMemory) as caught:
     training.train(config, tmp_path)
   monkeypatch.undo()
-  needed = training.prepare(config, runs.data_in(tmp_path)).program.memory().peak
+  needed = training.prepare(config, runs.data_in(tmp_path)).program.memory_by_part().peak
   assert caught.value.needed == needed > 200_000
   first, _, *knobs = str(caught.value).splitlines()
   assert first.startswith(f"out of memory on cpu: {needed / 2**20:.1f} MiB needed, ")
