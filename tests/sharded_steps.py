@@ -234,6 +234,14 @@ def compile_case(case: dict) -> dict[str, np.ndarray]:
   compiled = program.compile_step(conf, TASKS[conf.task].planned_facts(conf), mesh)
   parts = memory.of_program(compiled.step, compiled.state, compiled.batch)
   cost = hlo.cost(compiled.step.as_text(), dict(mesh.shape))
+  # What makes the state holds none of it whole.
+  optimizer, _ = program.make_optimizer(conf.optimizer, conf.steps)
+  inputs = compiled.task.dummy_inputs(conf)
+  options = {"model": compiled.model, "inputs": inputs, "optimizer": optimizer, "ema": conf.ema}
+  init = functools.partial(program.init_state, **options)
+  with sharding.use_mesh(mesh):
+    init = jax.jit(init, out_shardings=sharding.of(compiled.state)).lower(jax.random.key(0))
+  init = init.compile().memory_analysis()
   exchanged = [
     (" ".join(each.axes), each.kind, each.bytes, each.times) for each in cost.collectives
   ]
@@ -243,6 +251,7 @@ def compile_case(case: dict) -> dict[str, np.ndarray]:
     "state": parts.parameters + parts.average + parts.optimizer,
     "arguments": compiled.step.memory_analysis().argument_size_in_bytes,
     "temporaries": parts.temporaries,
+    "initial": init.output_size_in_bytes + init.temp_size_in_bytes,
     "axes_and_kinds": np.array([row[:2] for row in exchanged]).reshape(-1, 2),
     "bytes_and_times": np.array([row[2:] for row in exchanged]).reshape(-1, 2),
   }

@@ -417,6 +417,8 @@ def check_program(found: dict, mesh: dict) -> None:
   # Norms, biases of the stream and the steps' counts alone are whole everywhere: a few per cent.
   assert found["whole"] / cut < found["state"] < 1.1 * found["whole"] / cut
   assert found["state"] <= found["arguments"] < 1.02 * found["state"] + 20_000
+  # Where the state is made, a parameter at a time may be drawn whole.
+  assert found["state"] <= found["initial"] < found["state"] + found["parameters"] / 3
   # Gradients as the parameters lie, their sum over parts, and a layer's weights at a time: never
   # all of them.
   assert found["temporaries"] < 2 * found["parameters"] / cut + found["parameters"] / 3
