@@ -12,7 +12,7 @@ import optax
 from flax import linen as nn
 
 from benchmarks.shapes import Shape
-from magneto_jax import decoding, kernels, training
+from magneto_jax import decoding, kernels, program
 from magneto_jax.config import OptimizerConfig
 from magneto_jax.models.encoder import Encoder
 from magneto_jax.models.language import CausalLM, MaskedLM
@@ -191,14 +191,14 @@ def _init_and_step(model, batch, task=causal_lm.TASK):
   optimizer = _optimizer()
   inputs = (batch["inputs"][:1],)
   init = functools.partial(
-    training.init_state, model=model, inputs=inputs, optimizer=optimizer, ema=0.0
+    program.init_state, model=model, inputs=inputs, optimizer=optimizer, ema=0.0
   )
-  step = functools.partial(training.train_step, model=model, task=task, optimizer=optimizer)
+  step = functools.partial(program.train_step, model=model, task=task, optimizer=optimizer)
   return init, step
 
 
 def _optimizer():
-  return training.make_optimizer(OptimizerConfig(schedule="constant"), steps=1)[0]
+  return program.make_optimizer(OptimizerConfig(schedule="constant"), steps=1)[0]
 
 
 def _gradient(model, batch):
