@@ -22,7 +22,6 @@ CASES: dict[str, tuple[str, ...]] = {
   "gpt_1b3": ("gpt.py:gpt_1b3",),
   "gpt_1b3, fsdp 256": ("gpt.py:gpt_1b3", "mesh.fsdp=256", "mesh.tensor=1"),
   "gpt_6b7": ("gpt.py:gpt_6b7",),
-  "gpt_6b7, fsdp 256": ("gpt.py:gpt_6b7", "mesh.fsdp=256", "mesh.tensor=1"),
   "deepnet_500_500": ("translation.py:deepnet_500_500",),
   "deepnet_100_100": ("translation.py:deepnet_100_100",),
   "BEiT-3 giant": ("beit3.py:giant",),
