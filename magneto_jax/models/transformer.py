@@ -18,18 +18,18 @@ from magneto_jax.layers.norms import NormFactory, norm_factory
 from magneto_jax.layers.residual import Residual
 from magneto_jax.theory import records
 
-# What the forward pass of a layer leaves for its backward pass: all, nothing, attention's outputs
-# alone, or matrix products (those within attention as one) and the statistics of norms.
+# What the forward pass of a layer leaves for its backward pass: all, matrix products (those within
+# attention as one) and the statistics of norms, attention's outputs alone, or nothing.
 REMAT = {
   "none": None,
-  "full": jax.checkpoint_policies.nothing_saveable,
-  "attention": jax.checkpoint_policies.save_only_these_names(*kernels.CHECKPOINT_NAMES),
   "dots": jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     jax.checkpoint_policies.save_only_these_names(
       *kernels.CHECKPOINT_NAMES, *norms.CHECKPOINT_NAMES
     ),
   ),
+  "attention": jax.checkpoint_policies.save_only_these_names(*kernels.CHECKPOINT_NAMES),
+  "full": jax.checkpoint_policies.nothing_saveable,
 }
 
 

@@ -796,7 +796,9 @@ def test_bfloat16_is_near_float32(name):
 
 
 def test_unknown_remat_raises():
-  with pytest.raises(ValueError, match="remat='everything' must be one of none, full, dots"):
+  with pytest.raises(
+    ValueError, match="remat='everything' must be one of none, dots, attention, full"
+  ):
     jax.eval_shape(stack(remat="everything").init, jax.random.key(0), STREAM, decoder("pre_ln"))
 
 
