@@ -601,7 +601,7 @@ def test_remat_changes_nothing():
     jax.tree.map(assert_close_to_largest, gradients, gradients_remat)
 
 
-@pytest.mark.parametrize("remat, times", [("none", 1), ("dots", 1), ("full", 2)])
+@pytest.mark.parametrize("remat, times", [("none", 1), ("dots", 1), ("attention", 1), ("full", 2)])
 def test_only_full_remat_attends_again(remat, times):
   """A product of the backward pass that is not kept is in the program twice."""
   record = decoder("magneto", 1)
