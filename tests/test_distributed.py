@@ -127,9 +127,9 @@ def _work(join, folder):
   ]
   seen["meshes"] = [_global_batches(devices) for devices, _ in MESHES.values()]
   distributed.refuse_unless_shared(folder / "workdir")
-  seen["shared"] = [path.name for path in (folder / "workdir").iterdir()]
   seen["apart"] = _refused(distributed.refuse_unless_shared, folder / f"workdir_{me}")
   multihost_utils.sync_global_devices("end")
+  seen["shared"] = [path.name for path in (folder / "workdir").iterdir()]
   return seen
 
 

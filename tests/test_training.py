@@ -112,10 +112,8 @@ def start_run(workdir, changes, *, devices: int, processes: int = 1) -> list[str
   return [out for out, _ in said]
 
 
-@pytest.mark.parametrize(
-  "diagnostics_every",
-  [pytest.param(0, marks=pytest.mark.ci), pytest.param(2, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("diagnostics_every", [0, 2])
 def test_a_run_of_two_hosts_is_that_of_one_and_goes_on_on_another_number(
   diagnostics_every, tmp_path
 ):
