@@ -415,7 +415,7 @@ def compiled_programs(tmp_path, meshes):
 def check_program(found: dict, mesh: dict) -> None:
   cut = math.prod(mesh.get(axis, 1) for axis in ("fsdp", "tensor"))
   # Norms, biases of the stream and the steps' counts alone are whole everywhere: a few per cent.
-  assert found["whole"] / cut < found["state"] < 1.1 * found["whole"] / cut
+  assert found["whole"] / cut <= found["state"] < 1.1 * found["whole"] / cut
   assert found["state"] <= found["arguments"] < 1.02 * found["state"] + 20_000
   # Where the state is made, a parameter at a time may be drawn whole.
   assert found["state"] <= found["initial"] < found["state"] + found["parameters"] / 3
