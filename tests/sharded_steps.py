@@ -248,6 +248,11 @@ def compile_case(case: dict) -> dict[str, np.ndarray]:
   return {
     "whole": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(compiled.state)),
     "parameters": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(compiled.state.params)),
+    "small": sum(
+      leaf.size * leaf.dtype.itemsize
+      for path, leaf in jax.tree_util.tree_leaves_with_path(compiled.state.params)
+      if path[-1].key not in ("kernel", "embedding")
+    ),
     "state": parts.parameters + parts.average + parts.optimizer,
     "arguments": compiled.step.memory_analysis().argument_size_in_bytes,
     "temporaries": parts.temporaries,

@@ -329,7 +329,7 @@ def test_a_mixed_mesh_takes_the_steps_of_one_device(tmp_path):
   assert_equal_steps(found["mixed"], found["one"], 1e-12)
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_every_mesh_takes_the_steps_of_one_device(tmp_path):
   cases = {name: causal(mesh) for name, mesh in MESHES.items() if name != "mixed"}
   found = run_steps(tmp_path, {"one": causal({}, devices=1), **cases})
@@ -414,8 +414,8 @@ def compiled_programs(tmp_path, meshes):
 
 def check_program(found: dict, mesh: dict) -> None:
   cut = math.prod(mesh.get(axis, 1) for axis in ("fsdp", "tensor"))
-  # Norms, biases of the stream and the steps' counts alone are whole everywhere: a few per cent.
-  assert found["whole"] / cut <= found["state"] < 1.1 * found["whole"] / cut
+  # What is no matrix, with both of Adam's moments, and the steps' counts alone may be whole.
+  assert found["whole"] / cut <= found["state"] <= found["whole"] / cut + 3 * found["small"] + 100
   assert found["state"] <= found["arguments"] < 1.02 * found["state"] + 20_000
   # Where the state is made, a parameter at a time may be drawn whole.
   assert found["state"] <= found["initial"] < found["state"] + found["parameters"] / 3
