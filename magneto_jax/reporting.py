@@ -65,7 +65,7 @@ def parameter_table(params) -> rich.table.Table:
       [leaf for _, leaf in leaves]
     )
   for (path, leaf), deviation in zip(leaves, deviations, strict=True):
-    name = "/".join(str(key.key) for key in path)
+    name = sharding.path_name(path)
     std = "" if deviation is None else f"{float(deviation):.3g}"
     shape = " x ".join(map(str, leaf.shape))
     table.add_row(name, shape, f"{math.prod(leaf.shape):,}", std)

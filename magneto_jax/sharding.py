@@ -106,18 +106,18 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
   """
   devices = jax.devices() if devices is None else list(devices)
   shape = tuple(resolve(sizes, len(devices)).values())
-  slices = len({getattr(device, "slice_index", None) for device in devices})
-  if slices > 1 and slices != shape[0]:
-    raise ValueError(f"the devices are of {slices} slices: set mesh.slices={slices}")
   if devices[0].platform != "tpu":
+    # Their `slice_index`, where they have one, counts hosts, which a mesh may cut as it likes.
     array = np.array(devices, dtype=object).reshape(shape)
-  elif shape[0] > 1:
-    if slices != shape[0]:
-      raise ValueError(f"mesh.slices={shape[0]}, and the devices are of {slices}")
-    within, between = (1, *shape[1:]), (shape[0], *(1,) * (len(shape) - 1))
-    array = mesh_utils.create_hybrid_device_mesh(within, between, devices)
   else:
-    array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    slices = len({getattr(device, "slice_index", None) for device in devices})
+    if slices != shape[0]:
+      raise ValueError(f"the devices are of {slices} slices: set mesh.slices={slices}")
+    if slices > 1:
+      within, between = (1, *shape[1:]), (slices, *(1,) * (len(shape) - 1))
+      array = mesh_utils.create_hybrid_device_mesh(within, between, devices)
+    else:
+      array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
   return Mesh(array, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
