@@ -19,7 +19,7 @@ from magneto_jax.config import ConfigError, TrainConfig
 from magneto_jax.models.encoder import Encoder
 from magneto_jax.models.multimodal import BEiT3, MaskedBEiT3
 from magneto_jax.tasks import common
-from magneto_jax.tasks.task import Batch, Facts, Task, mean_nats, weighted_sums
+from magneto_jax.tasks.task import Batch, Facts
 from magneto_jax.theory import flops as theory_flops
 from magneto_jax.theory import records
 
@@ -119,18 +119,13 @@ def dummy_inputs(config: TrainConfig) -> tuple:
   return tuple(jnp.zeros((1, *spec[n].shape[1:]), spec[n].dtype) for n in ("image", "text"))
 
 
-TASK = Task(
-  load_data=common.no_data("beit3"),
-  facts=common.no_facts,
+TASK = common.without_data(
+  "beit3",
   describe=lambda config, facts: records.describe(recipe(config, facts)),
   build_model=build_model,
   dummy_inputs=dummy_inputs,
   architecture=architecture,
   inputs=inputs,
-  score=weighted_sums,
-  metrics=mean_nats,
-  baselines=lambda data: {},
   flops=flops,
-  planned_facts=common.planned_facts,
   batch_spec=batch_spec,
 )

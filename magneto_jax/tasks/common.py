@@ -9,7 +9,7 @@ import numpy as np
 from magneto_jax.config import ConfigError, DataConfig, ModelConfig, TrainConfig
 from magneto_jax.data.tokenizers import ByteTokenizer
 from magneto_jax.layers.feed_forward import GATED
-from magneto_jax.tasks.task import Facts
+from magneto_jax.tasks.task import Facts, Task, mean_nats, weighted_sums
 from magneto_jax.theory import recipes, records
 
 # The recipes whose formulae are of a text; no other is given its correlation, so that a run whose
@@ -172,8 +172,8 @@ def refuse_window(config: TrainConfig) -> None:
     )
 
 
-def no_data(name: str):
-  """The `load_data` of a task whose data have no source here."""
+def without_data(name: str, **own) -> Task:
+  """A task whose data have no source here: it can be planned; `own` is all that is its own."""
 
   def load_data(config: DataConfig, directory, expected=None):
     raise ConfigError(
@@ -181,9 +181,15 @@ def no_data(name: str):
       " not trained yet: no source of its data is built in"
     )
 
-  return load_data
+  def facts(data):
+    raise ConfigError("there are no data: see `planned_facts`")
 
-
-def no_facts(data) -> Facts:
-  """The `facts` of such a task."""
-  raise ConfigError("there are no data: see `planned_facts`")
+  return Task(
+    load_data=load_data,
+    facts=facts,
+    score=weighted_sums,
+    metrics=mean_nats,
+    baselines=lambda data: {},
+    planned_facts=planned_facts,
+    **own,
+  )

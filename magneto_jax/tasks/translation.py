@@ -17,7 +17,7 @@ from magneto_jax.models.encoder import Encoder
 from magneto_jax.models.encoder_decoder import EncoderDecoder
 from magneto_jax.models.language import CausalLM
 from magneto_jax.tasks import common
-from magneto_jax.tasks.task import Batch, Facts, Task, mean_nats, weighted_sums
+from magneto_jax.tasks.task import Batch, Facts
 from magneto_jax.theory import flops as theory_flops
 from magneto_jax.theory import records
 
@@ -95,18 +95,13 @@ def dummy_inputs(config: TrainConfig) -> tuple:
   return (jnp.zeros((1, config.data.seq_length), jnp.int32),) * 2
 
 
-TASK = Task(
-  load_data=common.no_data("translation"),
-  facts=common.no_facts,
+TASK = common.without_data(
+  "translation",
   describe=describe,
   build_model=build_model,
   dummy_inputs=dummy_inputs,
   architecture=architecture,
   inputs=inputs,
-  score=weighted_sums,
-  metrics=mean_nats,
-  baselines=lambda data: {},
   flops=flops,
-  planned_facts=common.planned_facts,
   batch_spec=batch_spec,
 )
