@@ -13,6 +13,12 @@ os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 os.environ.setdefault("NPROC", "2")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Programs of tests are compiled more often than they are run, and LLVM's optimization is a third of
+# all of a test run. What XLA makes of a program (fusions, memory, collectives) comes before it.
+if os.environ["JAX_PLATFORMS"] == "cpu":
+  os.environ["XLA_FLAGS"] = (
+    f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}".strip()
+  )
 # pyplot must not look for a screen.
 os.environ.setdefault("MPLBACKEND", "agg")
 # No persistent compilation cache: a test of compilation counts or of donation must not pass because

@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 from magneto_jax import cli, distributed, sharding
 from magneto_jax.data import feed, packing, pipelines
+from tests import simulated
 
 BATCH, LENGTH, DEVICES = 8, 4, 2  # Devices of each process.
 
@@ -155,15 +156,16 @@ def two(tmp_path_factory):
     free.bind(("127.0.0.1", 0))
     address = f"127.0.0.1:{free.getsockname()[1]}"
   environ = {
-    **os.environ,
-    "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}",
+    **simulated.devices(DEVICES),
     "TEST_FOLDER": str(tmp_path_factory.mktemp("shared")),
   }
-  command = [sys.executable, __file__, f"--coordinator_address={address}", "--num_processes=2"]
+  command = [sys.executable, "-m", "tests.test_distributed", "--num_processes=2"]
+  command.append(f"--coordinator_address={address}")
   processes = [
     subprocess.Popen(
       [*command, f"--process_id={i}"],
       env=environ,
+      cwd=pathlib.Path(__file__).parents[1],
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
       text=True,

@@ -11,7 +11,9 @@ import sys
 import pytest
 
 from magneto_jax import hlo
+from tests import simulated
 from tests.hlo_programs import PROGRAMS
+from tests.kernels import elsewhere
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -19,10 +21,9 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 @functools.cache
 def found(topology: str | None = None) -> dict[str, dict]:
   """What `tests.hlo_programs` prints, by program."""
-  flags = "" if topology else "--xla_force_host_platform_device_count=8"
-  variables = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+  environment = os.environ | elsewhere.LIBTPU if topology else simulated.devices(8)
   command = [sys.executable, "-m", "tests.hlo_programs", *([topology] if topology else [])]
-  options = dict(cwd=ROOT, env=os.environ | variables, capture_output=True, text=True)
+  options = dict(cwd=ROOT, env=environment, capture_output=True, text=True)
   done = subprocess.run(command, timeout=300, **options)
   assert done.returncode == 0, done.stderr[-2000:]
   return {line["name"]: line for line in map(json.loads, done.stdout.splitlines())}

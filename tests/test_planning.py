@@ -17,6 +17,7 @@ from magneto_jax import hardware, hlo, memory, planning
 from magneto_jax.config import ConfigError, from_config_dict
 from magneto_jax.plan import DOES_NOT_FIT
 from magneto_jax.tasks import TASKS
+from tests import simulated
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = f"--config={ROOT / 'configs' / 'gpt.py'}:tiny"
@@ -31,18 +32,13 @@ SMALL = [
 ]
 
 
-# What lies in memory is settled before LLVM optimizes the code, which takes longest.
-FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-
-
-def run(arguments, flags=""):
+def run(arguments, environment=os.environ):
   """A process of its own: devices are made once."""
   command = [sys.executable, *arguments]
   # The command's own, not the tests'.
   precision = {"JAX_DEFAULT_MATMUL_PRECISION": "default"}
-  env = os.environ | precision | {"XLA_FLAGS": f"{FAST} {flags}"}
-  options = dict(cwd=ROOT, capture_output=True, text=True, timeout=900)
-  return subprocess.run(command, env=env, **options)
+  options = dict(env=environment | precision, cwd=ROOT, capture_output=True, text=True, timeout=900)
+  return subprocess.run(command, **options)
 
 
 def plan(path, *arguments, config=CONFIG):
@@ -96,7 +92,7 @@ def on_cpus(tmp_path_factory):
 def test_a_plan_is_what_the_run_needs(on_cpus):
   """Data, state and the step itself, made and run on 8 simulated devices."""
   _, planned = on_cpus
-  done = run(["-c", REAL, CONFIG, *SMALL], flags="--xla_force_host_platform_device_count=8")
+  done = run(["-c", REAL, CONFIG, *SMALL], simulated.devices(8))
   assert done.returncode == 0, done.stderr[-3000:]
   real = json.loads(done.stdout.splitlines()[-1])
   assert 0 < real["loss"] < 10

@@ -43,9 +43,10 @@ def a_step(config, batch, **options):
     optimizer=optimizer,
     ema=config.ema,
   )
-  return state, *program.train_step(
-    state, batch, jax.random.key(1), model=model, task=task, optimizer=optimizer, **options
+  step = functools.partial(
+    program.train_step, model=model, task=task, optimizer=optimizer, **options
   )
+  return state, *jax.jit(step)(state, batch, jax.random.key(1))
 
 
 def a_batch(seed=0):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import inspect
-import os
 import pathlib
 import re
 import shlex
@@ -15,6 +14,7 @@ from flax import linen as nn
 from magneto_jax import RECIPES, models, sharding
 from magneto_jax.config import MeshConfig, field_names
 from magneto_jax.kernels import attention
+from tests import simulated
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -109,9 +109,8 @@ def test_a_model_is_sharded_as_written():
   page = (ROOT / "docs" / "sharding.md").read_text(encoding="utf-8")
   (code,) = fenced("python", page)
   code += "\nassert len(logits.sharding.device_set) == 4 and not logits.is_fully_replicated"
-  environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
   command = [sys.executable, "-W", "error", "-c", code]
-  subprocess.run(command, check=True, env=environment)
+  subprocess.run(command, check=True, env=simulated.devices(4))
   axes = re.findall(r"^\| `(\w+)`[^|]*\| `(\w+)` \|", page, re.M)
   assert [axis for _, axis in axes] == list(sharding.MESH_AXES)
   assert [field for field, _ in axes] == list(dataclasses.asdict(MeshConfig()))

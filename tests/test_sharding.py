@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import pathlib
 import socket
 import subprocess
@@ -27,7 +26,7 @@ from magneto_jax.models import (
   VisionEncoder,
 )
 from magneto_jax.theory import recipes, records
-from tests import sharded_steps
+from tests import sharded_steps, simulated
 
 GOLDEN = pathlib.Path(__file__).parent / "testdata" / "sharding_2x4.txt"
 
@@ -267,10 +266,8 @@ def run_steps(tmp_path, cases, *, processes=1, devices=8, dtype="float64"):
   folder.mkdir(parents=True)
   cases = {name: case | {"output": str(folder / f"{name}.npz")} for name, case in cases.items()}
   environment = {
-    **os.environ,
-    "JAX_PLATFORMS": "cpu",
+    **simulated.devices(devices),
     "JAX_ENABLE_X64": "true" if dtype == "float64" else "false",
-    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
   }
   work = {"cases": list(cases.values()), "dtype": dtype}
   with socket.socket() as free:

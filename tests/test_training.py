@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from magneto_jax.checkpoints import Checkpointer, abstract_like
 from magneto_jax.config import ConfigError, TrainConfig, from_config_dict
 from magneto_jax.data import pipelines
 from magneto_jax.tasks import TASKS
+from tests import simulated
 
 TINY = {
   "steps": 4,
@@ -96,8 +96,7 @@ def start_run(workdir, changes, *, devices: int, processes: int = 1) -> list[str
   """What each process of a run prints."""
   command = [sys.executable, "-m", "magneto_jax.train", "--config=configs/gpt.py:tiny"]
   command += [f"--workdir={workdir}", *flags(changes)]
-  count = f"--xla_force_host_platform_device_count={devices}"
-  environment = os.environ | {"XLA_FLAGS": count, "JAX_PLATFORMS": "cpu"}
+  environment = simulated.devices(devices)
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     address = f"127.0.0.1:{free.getsockname()[1]}"

@@ -19,6 +19,7 @@ DEVICES = {"cuda": jax.sharding.AbstractDevice("NVIDIA H100", None, "gpu")}
 # The environment in which libtpu compiles.
 LIBTPU = {
   "JAX_PLATFORMS": "cpu",
+  "XLA_FLAGS": "",  # Those of other tests are for the CPU's compiler.
   # Nothing is run, so that nobody needs the chip for himself, nor a cloud's metadata.
   "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
   "TPU_SKIP_MDS_QUERY": "1",

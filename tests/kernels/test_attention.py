@@ -6,7 +6,6 @@ That the numbers are right is shown in `test_conformance.py`.
 import functools
 import logging
 import math
-import os
 import subprocess
 import sys
 
@@ -24,6 +23,7 @@ from magneto_jax.kernels import (
   platforms,
   use_implementation,
 )
+from tests import simulated
 from tests.kernels.implementations import (
   ALL,
   ENTRIES,
@@ -254,13 +254,9 @@ def test_vmap_over_one_argument_alone(implementation):
 @TRANSFORMED_NAMES
 def test_shards_over_batch_and_heads(name):
   """On 2 and 4 virtual devices; see `sharded.py`."""
-  environment = os.environ | {
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-    "JAX_PLATFORMS": "cpu",
-  }
   known = "ignore:The Pallas Triton backend is deprecated:DeprecationWarning"  # As in setup.cfg.
   command = [sys.executable, "-W", "error", "-W", known, "-m", "tests.kernels.sharded", name]
-  result = subprocess.run(command, env=environment, capture_output=True, text=True)
+  result = subprocess.run(command, env=simulated.devices(4), capture_output=True, text=True)
   assert result.returncode == 0, result.stderr
 
 

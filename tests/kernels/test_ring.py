@@ -20,6 +20,7 @@ from jax.experimental import topologies
 
 from magneto_jax import kernels
 from magneto_jax.kernels import attention, ring
+from tests import simulated
 from tests.kernels import elsewhere
 from tests.kernels.implementations import ENTRIES
 
@@ -195,11 +196,7 @@ def run(suite: str) -> None:
 @functools.cache
 def measured(suite: str) -> dict[str, dict]:
   """What `run` printed, by case."""
-  variables = {
-    "JAX_PLATFORMS": "cpu",
-    # Not optimised: it is compiled once and run once.
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
-  }
+  variables = simulated.devices(8)
   return elsewhere.compiled_apart("tests.kernels.test_ring", suite, variables, timeout=1200)
 
 

@@ -1,6 +1,5 @@
 """The loss over a vocabulary, against a loop in float64, and what of it lives at a time."""
 
-import os
 import pathlib
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import optax
 import pytest
 
 from magneto_jax.layers import cross_entropy, vocabulary_logits
+from tests import simulated
 from tests.models.common import compiled
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -162,6 +162,5 @@ def test_parts_that_do_not_divide_the_vocabulary_are_refused():
 
 def test_on_a_mesh_nothing_of_the_stream_crosses_it_within_the_loop():
   """On 8 simulated devices; see `tests/layers/sharded_cross_entropy.py`."""
-  flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
   command = [sys.executable, "-m", "tests.layers.sharded_cross_entropy"]
-  subprocess.run(command, check=True, cwd=ROOT, env=os.environ | flags)
+  subprocess.run(command, check=True, cwd=ROOT, env=simulated.devices(8))
