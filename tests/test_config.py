@@ -131,7 +131,7 @@ MAY_DIFFER = {
   *("sample_prompt", "sample_tokens", "sample_temperature"),
   *("data.cache_dir", "data.data_dir", "data.workers", "data.train_files", "data.validation_files"),
   "data.tokenizer_file",
-  "data.prefetch",
+  *("data.prefetch", "data.skip_bad"),
   *("mesh.slices", "mesh.data", "mesh.fsdp", "mesh.sequence", "mesh.tensor"),
 }
 

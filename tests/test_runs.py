@@ -47,8 +47,8 @@ def test_the_tokenizer_is_the_runs(tmp_path):
   runs.write_record(tmp_path, record(tokenizer_file="gone.model")._replace(data=data))
   assert runs.load_tokenizer(tmp_path).identity == own.identity
   tokenizers.SentencePieceTokenizer.train(texts, 272, kept)
-  with pytest.raises(ConfigError, match="is not the tokenizer that this run was trained with"):
+  with pytest.raises(ConfigError, match="is not the tokenizer that this run was started with"):
     runs.load_tokenizer(tmp_path)
   kept.write_bytes(b"damaged")
-  with pytest.raises(ConfigError, match="is not a sentencepiece model"):
+  with pytest.raises(ConfigError, match="is not the tokenizer that this run was started with"):
     runs.load_tokenizer(tmp_path)
