@@ -48,12 +48,12 @@ class BadRecords:
 
   Attributes:
     most: how many are left out before one ends the run.
-    found: their errors' texts, in the order in which they were met.
+    found: their errors' texts, in the order in which they were met, as the keys of a dict.
   """
 
   def __init__(self, most: int = 0):
     self.most = most
-    self.found: list[str] = []
+    self.found: dict[str, None] = {}
 
   def add(self, record: str) -> None:
     """Counts and logs a bad record; raises ValueError if it is one too many."""
@@ -64,7 +64,7 @@ class BadRecords:
       raise ValueError(
         f"{record}{others}: repair it, or set data.skip_bad to how many may be left out"
       )
-    self.found.append(record)
+    self.found[record] = None
     logging.warning("left out, %d of at most %d: %s", len(self.found), self.most, record)
 
   def readable(
