@@ -76,7 +76,9 @@ class ModelConfig(_Checked):
 
   _group = "model."
 
-  layers: int = _positive(6, "L, the number of layers; of an encoder-decoder's decoder", _MOST_LAYERS)
+  layers: int = _positive(
+    6, "L, the number of layers; of an encoder-decoder's decoder", _MOST_LAYERS
+  )
   encoder_layers: int = _field(
     0,
     "the number of layers of an encoder-decoder's encoder; 0: as many as layers",
@@ -122,7 +124,9 @@ class ModelConfig(_Checked):
   tied_embeddings: bool = _field(True, "whether the output projection is the embedding table")
   image_size: int = _positive(224, "pixels on an image's side", 2**16)
   patch_size: int = _positive(16, "pixels on a patch's side", 2**16)
-  image_vocab_size: int = _positive(8192, "how many tokens there are for patches of images", _LONGEST)
+  image_vocab_size: int = _positive(
+    8192, "how many tokens there are for patches of images", _LONGEST
+  )
   window: int = _field(0, "how many earlier tokens attention reaches; 0: all", min=0, max=_LONGEST)
   logits_soft_cap: float = _field(0.0, "cap of the attention logits; 0: none", min=0.0)
   dropout: float = _rate(0.0, "after the embedding and every sublayer")
@@ -231,7 +235,9 @@ class DataConfig(_Checked):
   tokenizer_file: str = _field("", "a sentencepiece model to load instead of training one")
   seq_length: int = _field(256, "T, tokens a sample", min=2, max=_LONGEST)
   cache_dir: str = _field("", "where token files are kept; empty: in the workdir")
-  workers: int = _field(0, "processes that prepare batches; 0: threads of this one", min=0, max=1024)
+  workers: int = _field(
+    0, "processes that prepare batches; 0: threads of this one", min=0, max=1024
+  )
   prefetch: int = _field(2, "batches placed on the devices ahead of the step", min=0, max=1024)
   skip_bad: int = _field(
     0, "damaged documents that are left out, counted and logged; one more ends the run", min=0
@@ -564,5 +570,5 @@ def _checked(field: dataclasses.Field, value, name: str):
     if key in bounds and any(fails(x, bounds[key]) for x in seen)
   ]
   if wrong:
-    raise ConfigError(f"config.{name}={value} must be {' and '.join(wrong)}")
+    raise ConfigError(f"config.{name}={value!r:.40} must be {' and '.join(wrong)}")
   return value

@@ -122,7 +122,9 @@ def read_record(workdir: str | pathlib.Path) -> Record | None:
 def _checked(record: Record) -> Record:
   """The record, if its data and facts, which may be a stranger's, are of the right types."""
   if not isinstance(record.data, dict) or not isinstance(record.facts, dict):
-    raise TypeError(f"data and facts must be objects, not {record.data!r:.40}, {record.facts!r:.40}")
+    raise TypeError(
+      f"data and facts must be objects, not {record.data!r:.40}, {record.facts!r:.40}"
+    )
   if "vocab_size" not in record.facts:
     raise ValueError("it has no fact vocab_size")
   for name, fact in record.facts.items():

@@ -23,7 +23,6 @@ from magneto_jax.monitor import Monitor
 from magneto_jax.program import Program, TrainState, lower_step
 from magneto_jax.tasks import TASKS
 
-
 # Damaged documents that are named where a run is described; the log names all.
 _SHOWN_RECORDS = 5
 

@@ -243,7 +243,7 @@ def mutated_shards(mutations: int, seed: int, folder: pathlib.Path) -> Row:
     "train_files": (str(own),),
     "document_separator": "\n\n",
   }
-  counts = {name: 0 for name in ("refused", "left out", "made anew", "harmless")}
+  counts = dict.fromkeys(("refused", "left out", "made anew", "harmless"), 0)
   failures = []
   with Reader() as read:
     documents = read(_documents, str(data_dir)).value
@@ -345,14 +345,15 @@ def _losses(workdir: pathlib.Path) -> dict[int, float]:
 def skipped_records(records: int, seed: int, folder: pathlib.Path) -> Row:
   """R10: one record in a hundred is damaged; the train command is strict, or leaves them out.
 
-  It must stop by default and above its cap, naming file and record; below it every bad record is
-  logged and counted, and a run of two and two steps is one of four.
+  It must stop by default, and reading must above its cap, naming file and record; below it every
+  bad record is logged and counted, and a run of two and two steps is one of four.
   """
   draw = random.Random(seed)
   data_dir, bad = folder / "tfds", max(1, records // 100)
   (shard,) = _prepare(data_dir, records=records, shards=1, seed=seed)
   with Reader() as read:
     left_out = _damage_records(shard, str(data_dir), bad, read, draw)
+    capped = read(_load, str(data_dir), str(folder / "capped"), skip_bad=bad - 1)
 
   def train(name: str, *more: str) -> subprocess.CompletedProcess:
     return _command(
@@ -367,7 +368,6 @@ def skipped_records(records: int, seed: int, folder: pathlib.Path) -> Row:
 
   enough = f"--config.data.skip_bad={bad}"
   strict = train("strict")
-  capped = train("capped", f"--config.data.skip_bad={bad - 1}")
   straight = train("straight", enough, "--config.steps=4", "--config.optimizer.schedule=constant")
   parts = [
     train("parts", enough, f"--config.steps={steps}", "--config.optimizer.schedule=constant")
@@ -375,7 +375,7 @@ def skipped_records(records: int, seed: int, folder: pathlib.Path) -> Row:
   ]
   found = {
     "strict": _one_line(strict, f"{shard}: record {left_out[0]} cannot be read"),
-    "capped": _one_line(capped, f"{shard}: record ", "data.skip_bad"),
+    "capped": capped.kind == "refused" and f"{shard}: record {left_out[-1]} " in capped.value,
     "finished": [run.returncode for run in (straight, *parts)] == [0, 0, 0],
   }
   if found["finished"]:
@@ -389,7 +389,7 @@ def skipped_records(records: int, seed: int, folder: pathlib.Path) -> Row:
   failures = [name for name, held in found.items() if not held]
   outputs = {
     name: run.stderr[-1000:]
-    for name, run in {"strict": strict, "capped": capped, "straight": straight}.items()
+    for name, run in {"strict": strict, "straight": straight, "parts": parts[-1]}.items()
     if failures
   }
   return Row(
@@ -581,9 +581,7 @@ def _hostile(folder: pathlib.Path, canary: pathlib.Path) -> dict[str, tuple[Call
     return path
 
   weights("pickle as torch", ".pt").write_bytes(payload)
-  _zip(
-    weights("pickle in a torch zip", ".pt"), {"a/version": b"3\n", "a/data.pkl": payload}
-  )
+  _zip(weights("pickle in a torch zip", ".pt"), {"a/version": b"3\n", "a/data.pkl": payload})
   weights("pickle as safetensors", ".safetensors").write_bytes(payload)
   weights("pickle as npz", ".npz").write_bytes(payload)
   weights("object npy", ".npz").write_bytes(_npy("|O", (1,), payload))
@@ -659,15 +657,16 @@ def hostile_files(commands: int, seed: int, folder: pathlib.Path) -> Row:
   inside, canary = folder / "hostile", folder / "canary"
   inside.mkdir()
   files = _hostile(inside, canary)
-  before = {path for path in folder.rglob("*")}
-  failures = {}
+  before = set(folder.rglob("*"))
+  failures, answers = {}, {}
   with Reader() as read:
     for name, (function, path) in files.items():
       outcome = read(function, path)
       line = outcome.value if isinstance(outcome.value, str) else ""
+      answers[name] = line.replace(str(inside), "")
       if outcome.kind != "refused" or "\n" in line or len(line) > 1000:
         failures[name] = f"{outcome.kind}: {str(outcome.value)[:300]}"
-      if new := {p for p in folder.rglob("*")} - before:
+      if new := set(folder.rglob("*")) - before:
         failures[name] = f"made {sorted(map(str, new))}"
         before |= new
   readers = {
@@ -687,5 +686,5 @@ def hostile_files(commands: int, seed: int, folder: pathlib.Path) -> Row:
     f"{len(files)} hostile files are refused in one line, and no code of theirs runs",
     f"{len(files) - len(failures)} of {len(files)}; {min(commands, len(able))} also by command",
     not failures,
-    {"files": sorted(files), "failures": failures},
+    {"answers": answers, "failures": failures},
   )

@@ -36,7 +36,7 @@ def read_json(
       raise ValueError(f"it has {size:,} bytes, more than {_MOST_JSON:,}")
     return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=object_pairs_hook)
   except (ValueError, RecursionError) as error:
-    raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+    raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def refuse_links_out(folder: str | os.PathLike[str]) -> None:
@@ -50,7 +50,9 @@ def refuse_links_out(folder: str | os.PathLike[str]) -> None:
     for name in folders + names:
       path = os.path.join(where, name)
       if os.path.islink(path) and not os.path.realpath(path).startswith(root + os.sep):
-        raise ValueError(f"{path} is a link that leads out of {folder}: replace it by what it means")
+        raise ValueError(
+          f"{path} is a link that leads out of {folder}: replace it by what it means"
+        )
 
 
 def sync(path: str | os.PathLike[str]) -> None:

@@ -93,7 +93,12 @@ def load_text(
       )
   bad = documents.BadRecords(skip_bad)
   made = TOKENIZERS[tokenizer](
-    train, pathlib.Path(workdir), vocab_size, tokenizer_file, expected and expected["tokenizer"], bad
+    train,
+    pathlib.Path(workdir),
+    vocab_size,
+    tokenizer_file,
+    expected and expected["tokenizer"],
+    bad,
   )
   cache = cache_dir or pathlib.Path(workdir) / "cache"
   train_stream = packing.tokenize(train, made, cache, bad)

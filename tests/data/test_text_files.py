@@ -119,9 +119,7 @@ def test_empty_file_is_named(tmp_path, text):
 def test_a_document_that_is_not_utf8_is_named_with_the_offset_when_it_is_read(tmp_path):
   """The others, before it and behind it, can be read."""
   path = _write(tmp_path / "latin.txt", "caf\xe9|noir|th\xe9|s", "latin1")
-  parts = text_files.text_files(
-    train_files=[path], document_separator="|", validation_fraction=0.3
-  )
+  parts = text_files.text_files(train_files=[path], document_separator="|", validation_fraction=0.3)
   bad = documents.BadRecords(2)
   assert [list(bad.readable(part)) for part in parts] == [["noir"], ["s"]]
   for record, (index, offset) in zip(bad.found, [(0, 3), (2, 12)], strict=True):
