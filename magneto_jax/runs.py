@@ -228,4 +228,4 @@ def load_tokenizer(workdir: str | pathlib.Path) -> tokenizers.Tokenizer:
     return tokenizers.ByteTokenizer()
   path = data_in(workdir) / text.TOKENIZER_FILE
   with config_errors():
-    return tokenizers.SentencePieceTokenizer.load(path, record.data["tokenizer"])
+    return tokenizers.SentencePieceTokenizer.load(path, record.data.get("tokenizer", {}))

@@ -50,9 +50,7 @@ def refuse_links_out(folder: str | os.PathLike[str]) -> None:
     for name in folders + names:
       path = os.path.join(where, name)
       if os.path.islink(path) and not os.path.realpath(path).startswith(root + os.sep):
-        raise ValueError(
-          f"{path} is a link that leads out of {folder}: replace it by what it means"
-        )
+        raise ValueError(f"{path} is a link that leads out of {folder}: copy what it means there")
 
 
 def sync(path: str | os.PathLike[str]) -> None:

@@ -86,7 +86,8 @@ def load_text(
     raise ValueError(f"{tokenizer=} must be one of {sorted(TOKENIZERS)}")
   train, validation = sources.load_documents(name, **source_options)
   for part, texts in (("train", train), ("validation", validation)):
-    if expected is not None and files.digest(expected[part]) != files.digest(dict(texts.identity)):
+    identity = files.digest(dict(texts.identity))
+    if expected is not None and files.digest(expected.get(part)) != identity:
       raise ValueError(
         f"the {part} text is not the one that this run was started with: bring that back, or use"
         " another workdir"
@@ -97,7 +98,7 @@ def load_text(
     pathlib.Path(workdir),
     vocab_size,
     tokenizer_file,
-    expected and expected["tokenizer"],
+    None if expected is None else expected.get("tokenizer", {}),
     bad,
   )
   cache = cache_dir or pathlib.Path(workdir) / "cache"

@@ -117,7 +117,7 @@ def _spans(
   stop: int | None = None,
   index: int = 0,
 ) -> list[_Span]:
-  """The documents of `content[start:stop]`, counted from `index`; those without text are left out."""
+  """The documents of `content[start:stop]`, counted from `index`, but those without text."""
   stop = len(content) if stop is None else stop
   spans = []
   while start < stop:

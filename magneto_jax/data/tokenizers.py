@@ -121,12 +121,10 @@ class SentencePieceTokenizer:
     }
 
   @classmethod
-  def load(
-    cls, path: str | os.PathLike[str], expected: Mapping[str, Any] | None = None
-  ) -> "SentencePieceTokenizer":
+  def load(cls, path: str | os.PathLike[str], expected: Any = None) -> "SentencePieceTokenizer":
     """Reads a model file; see `__init__` for what it must hold.
 
-    With `expected`, the identity of a tokenizer, another one is a ValueError before it is parsed.
+    Unless it has the identity `expected`, if that is given, it is a ValueError before it is parsed.
     """
     path = pathlib.Path(path)
     if not path.exists():
@@ -134,7 +132,8 @@ class SentencePieceTokenizer:
     if not path.is_file() or path.stat().st_size > _MOST_BYTES:
       raise ValueError(f"tokenizer_file: {path} is not a sentencepiece model")
     model = path.read_bytes()
-    if expected is not None and _digest(model) != expected.get("sha256"):
+    held = expected.get("sha256") if isinstance(expected, Mapping) else None
+    if expected is not None and _digest(model) != held:
       raise ValueError(
         f"{path} is not the tokenizer that this run was started with: bring that back, or use"
         " another workdir"

@@ -192,7 +192,7 @@ def test_a_text_that_cannot_be_read_is_not_blamed_on_the_size(tmp_path):
     def __getitem__(self, index):
       raise OSError("disk gone")
 
-  with pytest.raises((OSError, RuntimeError), match="disk gone"):
+  with pytest.raises(OSError, match="^disk gone$"):
     tokenizers.SentencePieceTokenizer.train(Broken("a"), 300, tmp_path / "tokenizer.model")
 
 
