@@ -49,9 +49,8 @@ def test_a_misspelt_field_names_the_right_one():
 def test_every_number_has_a_range_on_both_sides():
   """And refuses what is of another type, not finite, or infinite in float32."""
   for name, field in inputs.number_fields().items():
-    assert field.metadata.keys() & {"min", "above"} and field.metadata.keys() & {"max", "below"}, (
-      name
-    )
+    assert {"min", "above"} & field.metadata.keys(), name
+    assert {"max", "below"} & field.metadata.keys(), name
     for value in inputs.impossible(field):
       with pytest.raises(ConfigError, match=rf"^config\.{name}=") as error:
         from_config_dict(changed(name, value))

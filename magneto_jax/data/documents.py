@@ -48,12 +48,13 @@ class BadRecords:
 
   Attributes:
     most: how many are left out before one ends the run.
-    found: their errors' texts, in the order in which they were met, as the keys of a dict.
+    found: their errors' texts, in the order in which they were met, as the keys of a dict; with
+      those that were known from the start.
   """
 
-  def __init__(self, most: int = 0):
+  def __init__(self, most: int = 0, known: Iterable[str] = ()):
     self.most = most
-    self.found: dict[str, None] = {}
+    self.found: dict[str, None] = dict.fromkeys(known)
 
   def add(self, record: str) -> None:
     """Counts and logs a bad record; raises ValueError if it is one too many."""
