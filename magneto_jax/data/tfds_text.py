@@ -5,7 +5,6 @@ is not makes it search the network, for minutes where there is none.
 """
 
 import bisect
-import copy
 import difflib
 import itertools
 import os
@@ -53,8 +52,6 @@ def tfds_text(
       text = examples[index][text_key]
       return text.decode() if isinstance(text, bytes) else str(text)
     except Exception as error:  # ArrayRecord, protocol buffers and TFDS have no common one.
-      # A reader that has failed once fails ever after: a copy has none open.
-      examples.data_source = copy.copy(examples.data_source)
       shard = bisect.bisect_right(ends, index)
       within = shards[shard].skip + index - (ends[shard] - shards[shard].take)
       reason = " ".join(str(error).split())
