@@ -96,8 +96,9 @@ def run(main: Callable[[], None]) -> None:
 
 
 def fail(message: str, code: int = USAGE_EXIT_CODE) -> None:
-  """Ends the process with one line."""
-  print(f"error: {' '.join(message.split())}", file=sys.stderr)
+  """Ends the process with one line, in which no file's words can move the terminal's cursor."""
+  line = "".join(x if x.isprintable() else "\ufffd" for x in " ".join(message.split()))
+  print(f"error: {line}", file=sys.stderr)
   distributed.leave(code)
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import ml_collections
+import numpy as np
 
 from magneto_jax.theory import recipes, records
 
@@ -31,17 +32,30 @@ def config_errors() -> Iterator[None]:
     raise ConfigError(str(error)) from error
 
 
+# Devices count and multiply in int32 and float32: what is larger would overflow there.
+_LARGEST = {int: 2**31 - 1, float: float(np.finfo(np.float32).max)}
+
+
 def _field(default, doc: str, **bounds):
-  """A field with its meaning and bounds: min, max, above, below (both exclusive), choices."""
+  """A field with its meaning and bounds: min, max, above, below (both exclusive), choices.
+
+  Numbers that are given no upper bound have that of their kind on a device.
+  """
+  if type(default) in _LARGEST and "below" not in bounds:
+    bounds.setdefault("max", _LARGEST[type(default)])
   return dataclasses.field(default=default, metadata={"doc": doc, **bounds})
 
 
-def _positive(default: int, doc: str):
-  return _field(default, doc, min=1)
+def _positive(default: int, doc: str, max: int = _LARGEST[int]):
+  return _field(default, doc, min=1, max=max)
 
 
 def _rate(default: float, doc: str):
   return _field(default, doc, min=0.0, below=1.0)
+
+
+# Far more than any model has; products of such sizes still fit 64 bits.
+_MOST_LAYERS, _WIDEST, _LONGEST = 100_000, 2**20, 2**24
 
 
 class _Checked:
@@ -62,17 +76,29 @@ class ModelConfig(_Checked):
 
   _group = "model."
 
-  layers: int = _positive(6, "L, the number of layers; of an encoder-decoder's decoder")
+  layers: int = _positive(
+    6, "L, the number of layers; of an encoder-decoder's decoder", _MOST_LAYERS
+  )
   encoder_layers: int = _field(
-    0, "the number of layers of an encoder-decoder's encoder; 0: as many as layers", min=0
+    0,
+    "the number of layers of an encoder-decoder's encoder; 0: as many as layers",
+    min=0,
+    max=_MOST_LAYERS,
   )
-  width: int = _positive(256, "D, the width of the residual stream")
-  ffn_width: int = _field(0, "F, the width of the FFN's hidden layer; 0: 4 x width", min=0)
+  width: int = _positive(256, "D, the width of the residual stream", _WIDEST)
+  ffn_width: int = _field(
+    0, "F, the width of the FFN's hidden layer; 0: 4 x width", min=0, max=4 * _WIDEST
+  )
   heads: int = _field(
-    0, "N, attention heads; 0: one for each 64 of the width, or each 32 below a width of 256", min=0
+    0,
+    "N, attention heads; 0: one for each 64 of the width, or each 32 below a width of 256",
+    min=0,
+    max=_WIDEST,
   )
-  kv_heads: int = _field(0, "K, the number of key/value heads; 0: as many as heads", min=0)
-  head_dim: int = _field(0, "H, the width of a head; 0: width / heads", min=0)
+  kv_heads: int = _field(
+    0, "K, the number of key/value heads; 0: as many as heads", min=0, max=_WIDEST
+  )
+  head_dim: int = _field(0, "H, the width of a head; 0: width / heads", min=0, max=_WIDEST)
   norm: str = _field("", "kind of every norm; empty: the recipe's", choices=("", *records.NORMS))
   activation: str = _field(
     "gelu",
@@ -86,9 +112,9 @@ class ModelConfig(_Checked):
   )
   xpos_scale_base: float = _field(512.0, "of xPos: a larger one decays slower", above=0.0)
   relative_buckets: int = _field(
-    0, "rows of a table of relative position biases, as in T5; 0: none", min=0
+    0, "rows of a table of relative position biases, as in T5; 0: none", min=0, max=_LONGEST
   )
-  relative_max_distance: int = _positive(128, "from which on distances share a bias")
+  relative_max_distance: int = _positive(128, "from which on distances share a bias", _LONGEST)
   qk_norm: str = _field(
     "",
     "norm of queries and keys, of each head or of all together; empty: the recipe's",
@@ -96,10 +122,12 @@ class ModelConfig(_Checked):
   )
   use_bias: bool = _field(True, "whether projections have biases")
   tied_embeddings: bool = _field(True, "whether the output projection is the embedding table")
-  image_size: int = _positive(224, "pixels on an image's side")
-  patch_size: int = _positive(16, "pixels on a patch's side")
-  image_vocab_size: int = _positive(8192, "how many tokens there are for patches of images")
-  window: int = _field(0, "how many earlier tokens attention reaches; 0: all", min=0)
+  image_size: int = _positive(224, "pixels on an image's side", 2**16)
+  patch_size: int = _positive(16, "pixels on a patch's side", 2**16)
+  image_vocab_size: int = _positive(
+    8192, "how many tokens there are for patches of images", _LONGEST
+  )
+  window: int = _field(0, "how many earlier tokens attention reaches; 0: all", min=0, max=_LONGEST)
   logits_soft_cap: float = _field(0.0, "cap of the attention logits; 0: none", min=0.0)
   dropout: float = _rate(0.0, "after the embedding and every sublayer")
   attention_dropout: float = _rate(0.0, "of the attention probabilities")
@@ -111,7 +139,7 @@ class ModelConfig(_Checked):
   remat: str = _field(
     "none", "what the backward pass recomputes", choices=("none", "dots", "attention", "full")
   )
-  unroll: int = _field(1, "layers in the scan's body; -1: all, no loop", min=-1)
+  unroll: int = _field(1, "layers in the scan's body; -1: all, no loop", min=-1, max=_MOST_LAYERS)
   attention_implementation: str = _field("", "of the attention kernel; empty: chosen for the call")
 
   def __post_init__(self):
@@ -203,12 +231,17 @@ class DataConfig(_Checked):
   validation_split: str = _field("validation", "TFDS split to evaluate on")
   text_key: str = _field("text", "TFDS feature that holds the text")
   tokenizer: str = _field("sentencepiece", "kind of tokens", choices=("sentencepiece", "byte"))
-  vocab_size: int = _field(1024, "pieces to train (sentencepiece)", min=8)
+  vocab_size: int = _field(1024, "pieces to train (sentencepiece)", min=8, max=_LONGEST)
   tokenizer_file: str = _field("", "a sentencepiece model to load instead of training one")
-  seq_length: int = _field(256, "T, tokens a sample", min=2)
+  seq_length: int = _field(256, "T, tokens a sample", min=2, max=_LONGEST)
   cache_dir: str = _field("", "where token files are kept; empty: in the workdir")
-  workers: int = _field(0, "processes that prepare batches; 0: threads of this one", min=0)
-  prefetch: int = _field(2, "batches placed on the devices ahead of the step", min=0)
+  workers: int = _field(
+    0, "processes that prepare batches; 0: threads of this one", min=0, max=1024
+  )
+  prefetch: int = _field(2, "batches placed on the devices ahead of the step", min=0, max=1024)
+  skip_bad: int = _field(
+    0, "damaged documents that are left out, counted and logged; one more ends the run", min=0
+  )
 
   def __post_init__(self):
     super().__post_init__()
@@ -286,10 +319,13 @@ class TrainConfig(_Checked):
   recipe_options: RecipeConfig = dataclasses.field(default_factory=RecipeConfig)
   seed: int = _field(0, "of the parameters, the data's order and dropout", min=0, max=2**32 - 1)
   steps: int = _positive(1000, "optimizer steps")
-  batch_size: int = _positive(16, "sequences a step")
-  accumulation: int = _positive(1, "parts a batch is split into, one after the other")
+  batch_size: int = _positive(16, "sequences a step", _LONGEST)
+  accumulation: int = _positive(1, "parts a batch is split into, one after the other", _LONGEST)
   vocab_chunk: int = _field(
-    0, "rows of the vocabulary whose logits are held at a time in the loss; 0: all", min=0
+    0,
+    "rows of the vocabulary whose logits are held at a time in the loss; 0: all",
+    min=0,
+    max=_LONGEST,
   )
   label_smoothing: float = _rate(
     0.0, "share of the targets' probability that other tokens are given in training"
@@ -308,7 +344,7 @@ class TrainConfig(_Checked):
   )
   keep_checkpoints: int = _positive(3, "how many checkpoints are kept")
   sample_prompt: str = _field("", "start of the sample that is printed at the end")
-  sample_tokens: int = _field(128, "tokens of that sample; 0: no sample", min=0)
+  sample_tokens: int = _field(128, "tokens of that sample; 0: no sample", min=0, max=_LONGEST)
   sample_temperature: float = _field(0.8, "of that sample; 0: greedy", min=0.0)
   model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
@@ -320,6 +356,11 @@ class TrainConfig(_Checked):
     if self.batch_size % self.accumulation:
       raise ConfigError(
         f"accumulation={self.accumulation} must divide batch_size={self.batch_size}"
+      )
+    if (tokens := self.batch_size * self.data.seq_length) > _LARGEST[int]:
+      raise ConfigError(
+        f"batch_size={self.batch_size} times data.seq_length={self.data.seq_length} is {tokens:,}"
+        f" tokens a step, which must be at most {_LARGEST[int]:,}"
       )
     for name, task in OF_ONE_TASK.items():
       default = next(f.default for f in dataclasses.fields(ModelConfig) if f.name == name)
@@ -360,6 +401,8 @@ RESUMABLE = (
   "data.data_dir",
   "data.workers",
   "data.prefetch",
+  # Which documents are left out is compared with the data.
+  "data.skip_bad",
   # Moved, perhaps; the texts themselves are compared.
   "data.train_files",
   "data.validation_files",
@@ -409,6 +452,8 @@ def from_config_dict(config: ml_collections.ConfigDict | dict[str, Any]) -> Trai
   """
   if isinstance(config, ml_collections.ConfigDict):
     config = config.to_dict()
+  if not isinstance(config, dict):
+    raise ConfigError(f"a config is a group of fields, not {config!r:.80}")
   return _typed(TrainConfig, config, "")
 
 
@@ -448,13 +493,17 @@ def field_names(record_type: type = TrainConfig, prefix: str = "") -> list[str]:
 def nearest_field(name: str) -> str | None:
   """The existing field that a misspelt dotted name most likely means."""
   names = field_names()
+  # The right leaf in the wrong group (`model.steps`), where just one group has it.
+  misplaced = [full for full in names if full.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
+  if len(misplaced) == 1:
+    return misplaced[0]
   # The start of a leaf (`clip`), where just one leaf starts so.
   started = [full for full in names if full.rsplit(".", 1)[-1].startswith(name)]
   if len(started) == 1:
     return started[0]
   if found := difflib.get_close_matches(name, names, n=1, cutoff=0.6):
     return found[0]
-  # The right leaf in the wrong group (`learning_rate`), or a misspelt leaf without its group.
+  # A misspelt leaf without its group (`lerning_rate`).
   leaves = {full.rsplit(".", 1)[-1]: full for full in names}
   found = difflib.get_close_matches(name.rsplit(".", 1)[-1], leaves, n=1, cutoff=0.6)
   if not found:
@@ -464,6 +513,7 @@ def nearest_field(name: str) -> str | None:
 
 def unknown_field(name: str) -> ConfigError:
   """The error for a field that does not exist."""
+  name = name[:80]  # A stranger's file may hold anything.
   nearest = nearest_field(name)
   hint = f"did you mean config.{nearest}?" if nearest else f"groups: {', '.join(_groups())}"
   return ConfigError(f"config.{name} does not exist; {hint}")
@@ -483,7 +533,7 @@ def _typed(record_type: type, values: dict[str, Any], prefix: str):
     field = fields[name]
     if dataclasses.is_dataclass(field.type):
       if not isinstance(value, dict):
-        raise ConfigError(f"config.{prefix}{name} is a group of fields, not {value!r}")
+        raise ConfigError(f"config.{prefix}{name} is a group of fields, not {value!r:.80}")
       value = _typed(field.type, value, f"{prefix}{name}.")
     typed[name] = value
   return record_type(**typed)
@@ -492,28 +542,33 @@ def _typed(record_type: type, values: dict[str, Any], prefix: str):
 def _checked(field: dataclasses.Field, value, name: str):
   """The value as the field's type, if it lies within the field's bounds."""
   kind = field.type
-  if kind is float and isinstance(value, int) and not isinstance(value, bool):
+  is_bool = isinstance(value, bool)
+  if kind is float and isinstance(value, int) and not is_bool and abs(value) < 2**1023:
     value = float(value)
-  if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-    raise ConfigError(f"config.{name}={value!r} must be of type {kind.__name__}")
+  if not isinstance(value, kind) or (kind is int and is_bool):
+    # Shortened: a stranger's file may hold anything.
+    raise ConfigError(f"config.{name}={value!r:.80} must be of type {kind.__name__}")
   bounds = field.metadata
   if kind is float and not math.isfinite(value):
     raise ConfigError(f"config.{name}={value} must be finite")
   if "choices" in bounds and value not in bounds["choices"]:
-    near = difflib.get_close_matches(value, bounds["choices"], n=1)
+    near = difflib.get_close_matches(value[:80], bounds["choices"], n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     choices = ", ".join(choice or "''" for choice in bounds["choices"])
-    raise ConfigError(f"config.{name}={value!r} must be one of {choices}{hint}")
+    raise ConfigError(f"config.{name}={value!r:.80} must be one of {choices}{hint}")
+  # As a device sees it, too, to which 1 - 1e-12 is 1 and 1e-50 is 0.
+  with np.errstate(over="ignore"):
+    seen = (value, float(np.float32(value))) if kind is float else (value,)
   wrong = [
     f"{word} {bounds[key]}"
     for key, word, fails in (
-      ("min", "at least", lambda bound: value < bound),
-      ("max", "at most", lambda bound: value > bound),
-      ("above", "above", lambda bound: value <= bound),
-      ("below", "below", lambda bound: value >= bound),
+      ("min", "at least", lambda x, bound: x < bound),
+      ("max", "at most", lambda x, bound: x > bound),
+      ("above", "above", lambda x, bound: x <= bound),
+      ("below", "below", lambda x, bound: x >= bound),
     )
-    if key in bounds and fails(bounds[key])
+    if key in bounds and any(fails(x, bounds[key]) for x in seen)
   ]
   if wrong:
-    raise ConfigError(f"config.{name}={value} must be {' and '.join(wrong)}")
+    raise ConfigError(f"config.{name}={value!r:.40} must be {' and '.join(wrong)}")
   return value

@@ -85,11 +85,11 @@ def remove_summary(workdir: pathlib.Path) -> None:
 
 def read_summary(workdir: str | pathlib.Path) -> dict[str, Any] | None:
   """The summary of the run in a workdir; None if it has not come to its end."""
-  path = pathlib.Path(workdir) / "summary.json"
   try:
-    return json.loads(path.read_text())
+    summary = files.read_json(pathlib.Path(workdir) / "summary.json")
   except (FileNotFoundError, ValueError):
     return None
+  return summary if isinstance(summary, dict) else None
 
 
 def last_step(workdir: str | pathlib.Path) -> int:
@@ -103,18 +103,35 @@ def last_step(workdir: str | pathlib.Path) -> int:
 def read_record(workdir: str | pathlib.Path) -> Record | None:
   """The record of the run in a workdir, of which checkpoints have a copy; None if there is none."""
   path = pathlib.Path(workdir) / "config.json"
+  with config_errors():
+    files.refuse_links_out(workdir)
   try:
     if path.exists():
-      values = json.loads(path.read_text())
+      values = files.read_json(path)
     elif step := last_step(workdir):
       with Checkpointer(checkpoints_in(workdir), read_only=True) as checkpointer:
         values = checkpointer.config(step)
     else:
       return None
-    return Record(from_config_dict(values["config"]), values["data"], values["facts"])
+    return _checked(Record(from_config_dict(values["config"]), values["data"], values["facts"]))
   except (ValueError, KeyError, TypeError) as error:
     held = path if path.exists() else checkpoints_in(workdir)
     raise ConfigError(f"{held} does not hold the config of a run: {error}") from None
+
+
+def _checked(record: Record) -> Record:
+  """The record, if its data and facts, which may be a stranger's, are of the right types."""
+  if not isinstance(record.data, dict) or not isinstance(record.facts, dict):
+    raise TypeError(
+      f"data and facts must be objects, not {record.data!r:.40}, {record.facts!r:.40}"
+    )
+  if "vocab_size" not in record.facts:
+    raise ValueError("it has no fact vocab_size")
+  for name, fact in record.facts.items():
+    kind = int if name == "vocab_size" else float
+    if not isinstance(fact, kind | int) or isinstance(fact, bool) or not 0 < fact < 2**31:
+      raise ValueError(f"its fact {name[:40]}={fact!r:.40} must be a positive {kind.__name__}")
+  return record
 
 
 def resumable(workdir: str | pathlib.Path, config: TrainConfig) -> Record | None:
@@ -123,6 +140,8 @@ def resumable(workdir: str | pathlib.Path, config: TrainConfig) -> Record | None
   Raises:
     ConfigError: if it holds another run.
   """
+  with config_errors():  # Of a folder without a run, too: it is written into.
+    files.refuse_links_out(workdir)
   if not last_step(workdir):
     return None
   held = read_record(workdir)
@@ -182,7 +201,8 @@ def load(workdir: str | pathlib.Path, *, step: int | None = None) -> Run:
       return Run(*saved.load(workdir))
   record = _read(workdir)
   task = TASKS[record.config.task]
-  model = task.build_model(record.config, record.facts)
+  with config_errors():
+    model = task.build_model(record.config, record.facts)
   with Checkpointer(checkpoints_in(workdir), read_only=True) as checkpointer:
     steps = checkpointer.steps
     step = max(steps, default=None) if step is None else step
@@ -208,7 +228,4 @@ def load_tokenizer(workdir: str | pathlib.Path) -> tokenizers.Tokenizer:
     return tokenizers.ByteTokenizer()
   path = data_in(workdir) / text.TOKENIZER_FILE
   with config_errors():
-    tokenizer = tokenizers.SentencePieceTokenizer.load(path)
-  if tokenizer.identity != record.data["tokenizer"]:
-    raise ConfigError(f"{path} is not the tokenizer that this run was trained with")
-  return tokenizer
+    return tokenizers.SentencePieceTokenizer.load(path, record.data.get("tokenizer", {}))

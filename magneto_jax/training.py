@@ -23,6 +23,9 @@ from magneto_jax.monitor import Monitor
 from magneto_jax.program import Program, TrainState, lower_step
 from magneto_jax.tasks import TASKS
 
+# Damaged documents that are named where a run is described; the log names all.
+_SHOWN_RECORDS = 5
+
 
 def evaluate(eval_step, params, batches) -> tuple[float, float]:
   """Sums of losses and of weights over batches, in float64."""
@@ -141,7 +144,7 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict:
       " workdir"
     )
   summary = runs.read_summary(workdir)
-  if start == config.steps and summary and summary["steps"] == start:
+  if start == config.steps and summary and summary.get("steps") == start:
     _print(console, [f"{workdir} is finished: to go on, set steps to more than {config.steps}"])
     _print(console, _closing(summary, workdir))
     return summary
@@ -240,6 +243,8 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict:
         "tokens_per_second": rate,
         "input_share": waiting / (seconds - read_at),
       }
+      if config.data.skip_bad:
+        row["bad_records"] = len(job.data.bad_records)
       waited, read_at = waited + waiting, seconds
       writer.write(step, row)
       left = reporting.duration((config.steps - step) * seconds / (step - start))
@@ -283,6 +288,7 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict:
   summary = {
     **{f"validation_{k}": v for k, v in scores.items()},
     "baselines": task.baselines(job.data),
+    "bad_records": len(job.data.bad_records),
     **_speed(program, config.steps - start, training_seconds, waited),
     "steps": config.steps,
     "resumed_at_step": start,
@@ -337,6 +343,7 @@ def _overview(job: Job) -> list[str]:
   devices = f"{mesh.size} x {kind} ({cut}; {jax.process_count()} hosts)" if cut else kind
   each = " on each device" if cut else ""
   state_bytes = held(program.state)
+  left_out = len(data.bad_records)
   return [
     f"{_title(config)} on {devices}",
     *(f"  {line}" for line in program.task.describe(config, job.record.facts)),
@@ -344,6 +351,8 @@ def _overview(job: Job) -> list[str]:
     f"{config.data.seq_length} tokens, {reporting.in_units(program.flops, 'FLOP')}{bound}",
     f"data: {len(data.train):,} training and {len(data.validation):,} validation samples of "
     f"{config.data.seq_length} tokens, {data.tokenizer.vocab_size:,} in the vocabulary",
+    *(f"left out: {record}" for record in data.bad_records[:_SHOWN_RECORDS]),
+    *([f"left out: {left_out:,} damaged documents in all"] if left_out > _SHOWN_RECORDS else []),
     f"memory{each}: state {reporting.in_units(state_bytes, 'B', base=1024)}, a step's temporaries "
     f"{reporting.in_units(memory.temp_size_in_bytes, 'B', base=1024)}",
     f"compiled in {program.lower_seconds + program.compile_seconds:.1f} s",

@@ -3,11 +3,13 @@
 import copy
 import dataclasses
 import math
+import random
 import subprocess
 import sys
 
 import pytest
 
+from benchmarks.reliability import inputs
 from magneto_jax import config as config_lib
 from magneto_jax import optimizers, tasks
 from magneto_jax.config import ConfigError, TrainConfig, default_config, from_config_dict
@@ -34,15 +36,25 @@ def test_record_survives_json_like_values():
   assert from_config_dict(dataclasses.asdict(record)) == record
 
 
-@pytest.mark.parametrize("name", config_lib.field_names())
-def test_a_misspelt_field_names_the_right_one(name):
-  """A letter doubled, dropped, or two swapped, in the last part of every field's name."""
-  *groups, leaf = name.split(".")
-  for wrong in (leaf[:2] + leaf[1:], leaf[:-1] if len(leaf) > 3 else leaf + "s"):
-    if wrong in {full.rsplit(".", 1)[-1] for full in config_lib.field_names()}:
-      continue
-    dotted = ".".join([*groups, wrong])
-    assert config_lib.nearest_field(dotted) == name
+def test_a_misspelt_field_names_the_right_one():
+  """Five typos of every field; only those of fields of two letters may mean another."""
+  wrong, draw = set(), random.Random(0)
+  for name in config_lib.field_names():
+    for typo in inputs.typos(name, draw).values():
+      if config_lib.nearest_field(typo) != name:
+        wrong.add(name)
+  assert wrong <= {"optimizer.b1", "optimizer.b2"}
+
+
+def test_every_number_has_a_range_on_both_sides():
+  """And refuses what is of another type, not finite, or infinite in float32."""
+  for name, field in inputs.number_fields().items():
+    assert {"min", "above"} & field.metadata.keys(), name
+    assert {"max", "below"} & field.metadata.keys(), name
+    for value in inputs.impossible(field):
+      with pytest.raises(ConfigError, match=rf"^config\.{name}=") as error:
+        from_config_dict(changed(name, value))
+      assert "\n" not in str(error.value) and len(str(error.value)) < 300
 
 
 @pytest.mark.parametrize(
@@ -89,6 +101,17 @@ def test_a_misspelt_field_names_the_right_one(name):
     ("model", {"positions": "xpos", "xpos_scale_base": 1.0}, r"serves 70 positions, and config.da"),
     ("clip", 1.0, r"did you mean config.optimizer.clip_norm\?"),
     ("sample_prompt", "\udcff", r"is not valid text"),
+    ("steps", 2**31, r"config.steps=2147483648 must be at most 2147483647"),
+    ("data.seq_length", 2**25, r"config.data.seq_length=33554432 must be at most 16777216"),
+    ("data.skip_bad", -1, r"config.data.skip_bad=-1 must be at least 0"),
+    ("batch_size", 2**24, r"batch_size=16777216 times data.seq_length=256 is 4,294,967,296 tokens"),
+    # To a device 1 - 1e-12 is 1, which would divide by zero, and 1e-50 is 0.
+    ("optimizer.b1", 1 - 1e-12, r"b1=0.999999999999 must be below 1.0"),
+    ("optimizer.eps", 1e-50, r"eps=1e-50 must be above 0.0"),
+    ("optimizer.learning_rate", 10**400, r"learning_rate=1000.* must be of type float"),
+    ("model.steps", 3, r"config.model.steps does not exist; did you mean config.steps\?"),
+    ("mesh.dropout", 0.1, r"did you mean config.model.dropout\?"),
+    ("x" * 10**6, 1, r"config.x{80} does not exist; groups: recipe_options, model"),
   ],
 )
 def test_an_impossible_value_is_refused(name, value, message):
@@ -112,6 +135,12 @@ def test_choices_are_the_tables_they_stand_for():
   assert set(choices["task"]) == set(tasks.TASKS)
 
 
+@pytest.mark.parametrize("config", [[], ["model"], "model", 3, None])
+def test_what_is_no_group_of_fields_is_no_config(config):
+  with pytest.raises(ConfigError, match="a config is a group of fields, not"):
+    from_config_dict(config)
+
+
 def test_a_record_made_directly_is_checked_too():
   with pytest.raises(ConfigError, match="config.steps=-3 must be at least 1"):
     TrainConfig(steps=-3)
@@ -131,7 +160,7 @@ MAY_DIFFER = {
   *("sample_prompt", "sample_tokens", "sample_temperature"),
   *("data.cache_dir", "data.data_dir", "data.workers", "data.train_files", "data.validation_files"),
   "data.tokenizer_file",
-  "data.prefetch",
+  *("data.prefetch", "data.skip_bad"),
   *("mesh.slices", "mesh.data", "mesh.fsdp", "mesh.sequence", "mesh.tensor"),
 }
 

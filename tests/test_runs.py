@@ -21,6 +21,56 @@ def test_a_record_is_read_as_it_was_written(tmp_path):
     runs.read_record(tmp_path)
 
 
+@pytest.mark.parametrize(
+  "text, error",
+  [
+    ("[" * 100_000, "cannot be read: maximum recursion"),
+    ("[]", "does not hold the config of a run"),
+    ('{"config": [], "data": {}, "facts": {"vocab_size": 9}}', "a config is a group of fields"),
+    ('{"config": {"model": 3}, "data": {}, "facts": {"vocab_size": 9}}', "model is a group"),
+    ('{"config": {"ema": NaN}, "data": {}, "facts": {"vocab_size": 9}}', "ema=nan must be finite"),
+    ('{"config": {"steps": 1e400}, "data": {}, "facts": {"vocab_size": 9}}', "of type int"),
+    ('{"config": {}, "data": [], "facts": {"vocab_size": 9}}', "data and facts must be objects"),
+    ('{"config": {}, "data": {}, "facts": "x"}', "data and facts must be objects"),
+    ('{"config": {}, "data": {}, "facts": {}}', "it has no fact vocab_size"),
+    ('{"config": {}, "data": {}, "facts": {"vocab_size": 9.5}}', "must be a positive int"),
+    ('{"config": {}, "data": {}, "facts": {"vocab_size": true}}', "must be a positive int"),
+    ('{"config": {}, "data": {}, "facts": {"vocab_size": 1e400}}', "must be a positive int"),
+    (
+      '{"config": {}, "data": {}, "facts": {"vocab_size": 9, "token_correlation": NaN}}',
+      "token_correlation=nan must be a positive float",
+    ),
+  ],
+)
+def test_a_strangers_record_is_checked_in_all_its_parts(text, error, tmp_path):
+  (tmp_path / "config.json").write_text(text)
+  for read in (runs.read_record, runs.load, runs.load_tokenizer):
+    with pytest.raises(ConfigError, match=error) as caught:
+      read(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_link_that_leads_out_of_a_workdir_is_refused_before_it_is_followed(tmp_path):
+  """Also in a folder without a run, into which one is about to be written."""
+  workdir, outside = tmp_path / "run", tmp_path / "outside"
+  workdir.mkdir()
+  runs.write_record(outside, record())
+  (workdir / "metrics.jsonl").symlink_to(outside / "any.jsonl")
+  with pytest.raises(ConfigError, match="metrics.jsonl is a link that leads out"):
+    runs.resumable(workdir, record().config)
+  (workdir / "metrics.jsonl").unlink()
+  (workdir / "config.json").symlink_to(outside / "config.json")
+  for read in (runs.read_record, runs.load, runs.load_tokenizer):
+    with pytest.raises(ConfigError, match="config.json is a link that leads out"):
+      read(workdir)
+
+
+def test_a_summary_that_is_none_is_no_summary(tmp_path):
+  for text in ("[1]", "{", "[" * 100_000):
+    (tmp_path / "summary.json").write_text(text)
+    assert runs.read_summary(tmp_path) is None
+
+
 def test_other_data_are_another_run(tmp_path):
   old = record()
   runs.refuse_if_different(tmp_path, old, old)
@@ -47,8 +97,8 @@ def test_the_tokenizer_is_the_runs(tmp_path):
   runs.write_record(tmp_path, record(tokenizer_file="gone.model")._replace(data=data))
   assert runs.load_tokenizer(tmp_path).identity == own.identity
   tokenizers.SentencePieceTokenizer.train(texts, 272, kept)
-  with pytest.raises(ConfigError, match="is not the tokenizer that this run was trained with"):
+  with pytest.raises(ConfigError, match="is not the tokenizer that this run was started with"):
     runs.load_tokenizer(tmp_path)
   kept.write_bytes(b"damaged")
-  with pytest.raises(ConfigError, match="is not a sentencepiece model"):
+  with pytest.raises(ConfigError, match="is not the tokenizer that this run was started with"):
     runs.load_tokenizer(tmp_path)

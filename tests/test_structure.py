@@ -55,20 +55,24 @@ LEVELS = {
 # Rooms that stay free of everything else, so that they can be read and reused without it.
 THIRD_PARTY = {"theory": {"numpy"}, "kernels": {"jax", "numpy"}, "sharding": {"jax", "numpy"}}
 
-UNSAFE_MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+UNSAFE_MODULES = {
+  *("pickle", "_pickle", "cPickle", "cloudpickle", "dill", "hickle", "joblib", "jsonpickle"),
+  *("marshal", "shelve"),
+}
 UNSAFE_CALLS = {
-  "builtins.eval",
-  "builtins.exec",
-  "eval",
-  "exec",
-  "yaml.full_load",
-  "yaml.load",
-  "yaml.unsafe_load",
+  *("builtins.compile", "builtins.eval", "builtins.exec", "compile", "eval", "exec"),
+  *("os.popen", "os.system", "subprocess.getoutput", "subprocess.getstatusoutput"),
+  *("pandas.read_pickle", "shutil.unpack_archive", "torch.hub.load", "torch.jit.load"),
+  *(f"yaml.{how}{all_}" for how in ("full_load", "load", "unsafe_load") for all_ in ("", "_all")),
 }
 # A keyword that must have one value wherever a call that ends in the name is made ...
-REQUIRED = {"torch.load": ("weights_only", True), "extractall": ("filter", "data")}
+REQUIRED = {
+  "torch.load": ("weights_only", True),
+  "extract": ("filter", "data"),
+  "extractall": ("filter", "data"),
+}
 # ... and keywords that must be absent or have it, in any call.
-FORBIDDEN = {"allow_pickle": False, "trust_remote_code": False}
+FORBIDDEN = {"allow_pickle": False, "shell": False, "trust_remote_code": False}
 
 # The homes of people and of build machines. /tmp and Colab's /content are the same for everyone.
 MACHINE_PATH = re.compile(
@@ -312,12 +316,28 @@ def test_layering_errors_are_found(module, source, error):
     "import builtins as b; b.eval(x)",
     "import yaml; yaml.load(f)",
     "from yaml import load; load(f, Loader=L)",
+    "import yaml as y; y.unsafe_load_all(f)",
+    "import marshal; marshal.loads(x)",
+    "from shelve import open",
+    "import dill",
+    "from joblib import load",
+    "compile(x, 'a', 'exec')",
+    "import os; os.system(x)",
+    "from os import popen; popen(x)",
+    "import subprocess; subprocess.run(x, shell=True)",
+    "from subprocess import Popen; Popen(x, shell=flag)",
+    "subprocess.getoutput(x)",
+    "import pandas as pd; pd.read_pickle(f)",
+    "import shutil; shutil.unpack_archive(f)",
+    "np.load(f, mmap_mode='r', allow_pickle=1)",
     "import numpy as np; np.load(f, allow_pickle=True)",
     "np.load(f, allow_pickle=flag)",
     "import torch; torch.load(f)",
     "import torch as t; t.load(f, weights_only=False)",
     "from torch import load; load(f)",
     "tar.extractall(path)",
+    "tar.extract(member)",
+    "zipfile.ZipFile(f).extractall()",
     "tarfile.open(p).extractall(path, filter='fully_trusted')",
     "AutoModel.from_pretrained(n, trust_remote_code=True)",
   ],
@@ -336,6 +356,9 @@ def test_safe_constructs_pass():
       torch.load(f, map_location="cpu", weights_only=True)
       json.load(f)
       tar.extractall(p, filter="data")
+      subprocess.run(["ls", x], shell=False)
+      step.lower(x).compile()
+      re.compile("a")
     """)
   )
 

@@ -293,6 +293,35 @@ def test_a_run_leaves_what_it_promises(bigrams, tmp_path):
   assert summary["flops_per_second"] * seconds == pytest.approx(5 * summary["flops_per_step"])
 
 
+def test_damaged_documents_end_a_run_or_are_counted_wherever_it_is_described(
+  bigrams, tmp_path, capsys
+):
+  """Also when it is resumed, with another limit."""
+  texts, workdir = tmp_path / "texts.txt", tmp_path / "run"
+  texts.write_bytes(b"|".join(b"\xff" * (i % 4 == 0) + b"some words. " * 20 for i in range(28)))
+
+  def train(skip_bad, steps):
+    data = {**TINY["data"], "name": "text_files", "train_files": str(texts), "skip_bad": skip_bad}
+    config = tiny(steps=steps, data={**data, "document_separator": "|"})
+    return training.train(config, workdir)
+
+  with pytest.raises(ConfigError, match="texts.txt: record 0 cannot be read .*set data.skip_bad"):
+    train(0, 2)
+  with pytest.raises(ConfigError, match="texts.txt: record 24 .*; 6 others were left out"):
+    train(6, 2)
+  for skip_bad, steps in ((7, 2), (8, 4)):
+    assert train(skip_bad, steps)["bad_records"] == 7
+    printed = capsys.readouterr().out
+    assert printed.count(f"left out: {texts}: record ") == 5
+    assert "left out: 7 damaged documents in all" in printed
+  rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  assert [row["bad_records"] for row in rows if "train/loss" in row] == [7] * 4
+  # What is left out has changed.
+  texts.write_bytes(texts.read_bytes().replace(b"\xff", b"x", 1))
+  with pytest.raises(ConfigError, match="the train text is not the one that this run"):
+    train(7, 6)
+
+
 def test_a_finished_run_is_reported_again_as_it_was(tmp_path, capsys):
   summary = training.train(tiny(steps=2), tmp_path)
   files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}

@@ -1,6 +1,5 @@
 """Converts weights: `python -m magneto_jax.convert --from=torchscale --input=FILE --output=DIR`."""
 
-import json
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from magneto_jax import cli, runs
 from magneto_jax.config import ConfigError
 from magneto_jax.convert import beit3, fairseq, saved, torchscale
 from magneto_jax.convert.files import read_state_dict, write_state_dict
+from magneto_jax.data import files
 
 
 class Library(NamedTuple):
@@ -129,8 +129,8 @@ def _config(path: str, own: dict | None) -> dict:
   """The file's object, or else what the checkpoint itself holds."""
   if path:
     try:
-      own = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+      own = files.read_json(path)
+    except (OSError, ValueError) as error:
       raise ConfigError(f"--model_config={path} cannot be read: {error}") from None
   # A configuration as torchscale completed it.
   own = {} if own is None else own.get("resolved", own) if isinstance(own, dict) else own

@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import re
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -34,6 +35,10 @@ _CONFIGS = ("config", "meta")
 # In PyTorch's files: where the state dict is if it is not the whole object. fairseq, BEiT-3 and
 # others write "model", Lightning "state_dict", DeepSpeed "module".
 _NESTED = ("model", "state_dict", "module")
+
+
+# No weights can be packed so well; a file that claims it is made to fill the memory.
+_MOST_UNPACKED, _MOST_RATIO = 2**30, 100
 
 
 class ConversionError(ValueError):
@@ -73,6 +78,7 @@ def read_state_dict(path: str | os.PathLike[str], *, finite: bool = True) -> Sta
     if not path.stat().st_size:
       raise ConversionError("is empty: fetch it again")
     read, _ = _format(path)
+    _refuse_archives(path)
     tensors, text = read(path)
     config = _parsed(text)
     tensors = _checked(tensors)
@@ -136,6 +142,32 @@ def _errors_of(path: pathlib.Path, doing: str) -> Iterator[None]:
     ) from error
 
 
+def _refuse_archives(path: pathlib.Path) -> None:
+  """Refuses tar files, and zip files with odd names or that would unpack to far more than they are.
+
+  Both are what `.npz` and PyTorch's files may be inside. Only what the zip's directory claims is
+  read, which its readers do not go beyond.
+  """
+  with open(path, "rb") as file:
+    head = file.read(512)
+    if head[257:262] == b"ustar":
+      raise ConversionError("is a tar file: save it anew with PyTorch 1.6 or later")
+    if not head.startswith(b"PK"):
+      return
+    with zipfile.ZipFile(file) as archive:
+      members = archive.infolist()
+  for member in members:
+    parts = re.split(r"[/\\]", member.filename)
+    if ".." in parts or (parts[0] == "" and len(parts) > 1):
+      raise ConversionError(f"holds a file that would lie elsewhere, {member.filename!r:.80}")
+  names = [member.filename for member in members]
+  if len(names) != len(set(names)):
+    raise ConversionError("holds several files of one name")
+  unpacked = sum(member.file_size for member in members)
+  if unpacked > max(_MOST_UNPACKED, _MOST_RATIO * path.stat().st_size):
+    raise ConversionError(f"would unpack to {unpacked:,} bytes: save it anew, uncompressed")
+
+
 def _checked(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
   """The same by sorted name, if there are any and all are what every format can hold."""
   if not tensors:
@@ -160,7 +192,7 @@ def _listed(names: Iterable[Any], most: int = 5) -> str:
 def _parsed(text: str | None) -> dict[str, Any] | None:
   try:
     config = None if text is None else json.loads(text)
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise ConversionError(f"its configuration is not JSON ({error}): write it anew") from error
   if not isinstance(config, dict | None):
     raise ConversionError(f"its configuration is not a JSON object: {config!r:.80}")

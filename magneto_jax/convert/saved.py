@@ -71,7 +71,8 @@ def read(folder: str | pathlib.Path):
   """(model, variables, origin, kept tensors); see `save`."""
   folder = pathlib.Path(folder)
   try:
-    description = json.loads((folder / MODEL).read_text(encoding="utf-8"))
+    files.refuse_links_out(folder)
+    description = files.read_json(folder / MODEL)
     model, origin = _decoded(description["model"]), description["origin"]
     if not isinstance(model, MODELS):
       raise TypeError(f"its model is a {type(model).__name__}")

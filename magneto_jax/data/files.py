@@ -6,14 +6,51 @@ import json
 import os
 import pathlib
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
+
+_MOST_JSON = 64 * 2**20
 
 
 def digest(value: Any) -> str:
   """Returns the SHA-256, in hex, of a JSON-able value; the order of keys does not matter."""
   text = json.dumps(value, sort_keys=True, separators=(",", ":"))
   return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_json(
+  path: str | os.PathLike[str], *, object_pairs_hook: Callable[[list], Any] | None = None
+) -> Any:
+  """What a JSON file holds, which may be a stranger's: it is read as data, and never for long.
+
+  Raises:
+    FileNotFoundError: there is nothing.
+    ValueError: it is no regular file, of more than 64 MiB, or not JSON; its text names the file.
+  """
+  path = pathlib.Path(path)
+  try:
+    size = path.stat().st_size
+    if not path.is_file():  # A pipe or a device would be read for ever.
+      raise ValueError("it is not a regular file")
+    if size > _MOST_JSON:
+      raise ValueError(f"it has {size:,} bytes, more than {_MOST_JSON:,}")
+    return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=object_pairs_hook)
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def refuse_links_out(folder: str | os.PathLike[str]) -> None:
+  """Raises ValueError if a link below the folder leads out of it.
+
+  What is written into a stranger's folder must not end up in a file elsewhere, nor what lies
+  elsewhere be read as if it were the stranger's.
+  """
+  root = os.path.realpath(folder)
+  for where, folders, names in os.walk(root):
+    for name in folders + names:
+      path = os.path.join(where, name)
+      if os.path.islink(path) and not os.path.realpath(path).startswith(root + os.sep):
+        raise ValueError(f"{path} is a link that leads out of {folder}: copy what it means there")
 
 
 def sync(path: str | os.PathLike[str]) -> None:

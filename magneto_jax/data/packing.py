@@ -4,13 +4,15 @@ A document lies in the stream as `[bos] tokens [eos]`. Sample i is a pure functi
 and i: tokens `[i T, (i + 1) T]`, the first T of them inputs and the last T targets.
 """
 
+import concurrent.futures
+import hashlib
 import json
 import os
 import pathlib
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,8 +21,9 @@ from absl import logging
 from magneto_jax.data import documents as documents_lib
 from magneto_jax.data import files, tokenizers
 
-_FORMAT = 1  # of the cache; raise it when the files or the rule that makes the stream change
+_FORMAT = 2  # of the cache; raise it when the files or the rule that makes the stream change
 _HEADER, _TOKENS, _OFFSETS = "header.json", "tokens.bin", "offsets.bin"
+_BLOCK = 2**24  # bytes of a file that have a digest of their own, so that all cores can check them
 
 
 class TokenStream(NamedTuple):
@@ -30,11 +33,13 @@ class TokenStream(NamedTuple):
     tokens: [tokens], uint16 or uint32, memory-mapped.
     offsets: [documents + 1], int64: where each document starts, and the end.
     text_bytes: UTF-8 bytes of the raw text, the denominator of bits per byte.
+    left_out: the indices of the documents that are not in the stream: those that are damaged.
   """
 
   tokens: np.ndarray
   offsets: np.ndarray
   text_bytes: int
+  left_out: tuple[int, ...] = ()
 
 
 class PackedDataset:
@@ -134,22 +139,30 @@ def tokenize(
   documents: documents_lib.Documents,
   tokenizer: tokenizers.Tokenizer,
   cache_dir: str | os.PathLike[str],
+  bad: documents_lib.BadRecords | None = None,
 ) -> TokenStream:
   """Returns the token stream of documents, from the cache if it is there.
 
   The cache's directory is named after a digest of both identities, so another text or tokenizer
   never meets an old cache. It is written under another name, made durable and then renamed: a
-  crash leaves no half cache, at most a hidden directory that may be deleted. A cache whose files
-  do not fit its header is made anew.
+  crash leaves no half cache, at most a hidden directory that may be deleted. Each time a cache is
+  opened it is read once and held against digests in its header; one that is damaged, if only by a
+  bit, is made anew, and so is one that was made without more documents than may be left out now.
 
   Args:
     documents: the texts, read once, one at a time.
     tokenizer: see `Tokenizer`.
     cache_dir: directory of all caches; made if missing.
+    bad: what counts the damaged documents, which are left out; None: none may be damaged. A cache
+      remembers them.
 
   Returns:
     The stream, memory-mapped.
+
+  Raises:
+    ValueError: one damaged document too many; its file and its index in it are named.
   """
+  bad = documents_lib.BadRecords() if bad is None else bad
   identity = {
     "format": _FORMAT,
     "documents": dict(documents.identity),
@@ -158,14 +171,14 @@ def tokenize(
   final = pathlib.Path(cache_dir) / files.digest(identity)[:32]
   if final.exists():
     try:
-      return _open(final, identity)
-    except ValueError as error:
-      logging.warning("token cache %s is damaged (%s); making it anew", final, error)
+      return _open(final, identity, bad)
+    except _Damaged as error:
+      logging.warning("the token cache %s is made anew (%s)", final, error)
       shutil.rmtree(final)
   temporary = final.with_name(f".{final.name}.{uuid.uuid4().hex}")
   temporary.mkdir(parents=True)
   try:
-    _write(temporary, documents, tokenizer, identity)
+    _write(temporary, documents, tokenizer, identity, bad)
     try:
       temporary.rename(final)
     except OSError:
@@ -174,7 +187,11 @@ def tokenize(
     files.sync(final.parent)
   finally:
     shutil.rmtree(temporary, ignore_errors=True)
-  return _open(final, identity)
+  return _open(final, identity, bad)
+
+
+class _Damaged(Exception):
+  """Why a cache cannot be used."""
 
 
 def _write(
@@ -182,12 +199,14 @@ def _write(
   documents: documents_lib.Documents,
   tokenizer: tokenizers.Tokenizer,
   identity: dict[str, Any],
+  bad: documents_lib.BadRecords,
 ) -> None:
   """Writes the three files of a cache; the header, which vouches for the others, comes last."""
   dtype = np.dtype("<u2" if tokenizer.vocab_size < 2**16 else "<u4")
   offsets, text_bytes, tell_at = [0], 0, time.monotonic() + 30
+  left_out: dict[int, str] = {}
   with open(directory / _TOKENS, "wb") as f:
-    for texts in _batches(documents):
+    for texts in _batches(bad.readable(documents, left_out=left_out)):
       for text, ids in zip(texts, tokenizer.encode_all(texts), strict=True):
         tokens = np.concatenate([[tokenizer.bos_id], ids, [tokenizer.eos_id]]).astype(dtype)
         f.write(tokens.tobytes())
@@ -198,6 +217,8 @@ def _write(
         logging.warning(f"tokenised {done:,} of {len(documents):,} documents")
     f.flush()
     os.fsync(f.fileno())
+  if len(offsets) == 1:
+    raise ValueError(f"none of the {len(documents)} documents can be read: {documents.identity}")
   files.write_durably(directory / _OFFSETS, np.asarray(offsets, "<i8").tobytes())
   header = {
     "identity": identity,
@@ -205,12 +226,23 @@ def _write(
     "tokens": offsets[-1],
     "documents": len(offsets) - 1,
     "text_bytes": text_bytes,
+    "left_out": list(left_out.items()),
+    "files": {name: _sha256(directory / name) for name in (_TOKENS, _OFFSETS)},
   }
   header["sha256"] = files.digest(header)
   files.write_durably(directory / _HEADER, json.dumps(header, indent=2).encode())
 
 
-def _batches(documents: documents_lib.Documents) -> Iterator[list[str]]:
+def _sha256(path: pathlib.Path) -> str:
+  """A digest of a file: SHA-256 of the SHA-256 of its blocks, which all cores compute together."""
+  content = np.memmap(path, np.uint8, mode="r")
+  blocks = [content[start : start + _BLOCK] for start in range(0, len(content), _BLOCK)]
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
+    digests = threads.map(lambda block: hashlib.sha256(block).digest(), blocks)
+  return hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
   """Consecutive documents, at least a million characters at a time: work for every core."""
   batch, size = [], 0
   for text in documents:
@@ -223,18 +255,25 @@ def _batches(documents: documents_lib.Documents) -> Iterator[list[str]]:
     yield batch
 
 
-def _open(directory: pathlib.Path, identity: dict[str, Any]) -> TokenStream:
-  """Maps a cache after checks that cost no pass over the tokens; ValueError says what is off."""
+def _open(
+  directory: pathlib.Path, identity: dict[str, Any], bad: documents_lib.BadRecords
+) -> TokenStream:
+  """Maps a cache, once its files are seen to be those that were written; else _Damaged."""
   try:
-    header = json.loads((directory / _HEADER).read_bytes())
+    header = files.read_json(directory / _HEADER)
     sha256 = header.pop("sha256")
+    if sha256 != files.digest(header) or header["identity"] != identity:
+      raise _Damaged(f"{_HEADER} has been changed")
+    for name, expected in header["files"].items():
+      if _sha256(directory / name) != expected:
+        raise _Damaged(f"{name} has been changed")
     tokens = np.memmap(directory / _TOKENS, np.dtype(header["dtype"]), mode="r")
     offsets = np.memmap(directory / _OFFSETS, np.dtype("<i8"), mode="r")
   except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-    raise ValueError(f"unreadable: {error!r}") from None
-  if sha256 != files.digest(header) or header["identity"] != identity:
-    raise ValueError(f"{_HEADER} has been changed")
-  expected = (header["tokens"], header["documents"] + 1, 0, header["tokens"])
-  if (found := (len(tokens), len(offsets), int(offsets[0]), int(offsets[-1]))) != expected:
-    raise ValueError(f"tokens, offsets, first and last offset are {found}, not {expected}")
-  return TokenStream(tokens, offsets, header["text_bytes"])
+    raise _Damaged(f"unreadable: {error!r}") from None
+  left_out = dict(header["left_out"])
+  if len({*bad.found, *left_out.values()}) > max(bad.most, len(bad.found)):
+    raise _Damaged(f"it was made without {len(left_out)} documents that were damaged")
+  for record in left_out.values():
+    bad.add(record)
+  return TokenStream(tokens, offsets, header["text_bytes"], tuple(left_out))

@@ -24,6 +24,7 @@ class TextData:
     validation_bytes: UTF-8 bytes of the raw validation text: summed nats / (bytes * ln 2) is bits
       per byte, which compares tokenizers.
     documents: the raw training and validation documents.
+    bad_records: the damaged documents that were left out: file, index in it, and what is wrong.
     identity: JSON-able values that name all of this exactly; keep them in the checkpoint and
       refuse to resume when they differ.
   """
@@ -34,6 +35,7 @@ class TextData:
   train_bytes: int
   validation_bytes: int
   documents: tuple[documents.Documents, documents.Documents]
+  bad_records: tuple[str, ...]
   identity: Mapping[str, Any]
 
 
@@ -46,6 +48,7 @@ def load_text(
   tokenizer_file: str = "",
   seq_length: int = 256,
   cache_dir: str = "",
+  skip_bad: int = 0,
   expected: Mapping[str, Any] | None = None,
   **source_options: Any,
 ) -> TextData:
@@ -61,6 +64,7 @@ def load_text(
     seq_length: T, tokens of a sample.
     cache_dir: where token streams are cached; empty means `workdir/cache`. Runs that share it
       tokenise a text once.
+    skip_bad: how many damaged documents may be left out, of training and validation together.
     expected: the `identity` of an earlier call, whose texts these must be: others are refused
       before anything is written.
     **source_options: the fields of `SourceOptions`, such as `train_files` or `data_dir`.
@@ -70,8 +74,8 @@ def load_text(
 
   Raises:
     FileNotFoundError: text or tokenizer are not on disk.
-    ValueError: a value is out of range, `workdir` holds the tokenizer of other text, or the texts
-      are not the expected ones.
+    ValueError: a value is out of range, `workdir` holds the tokenizer of other text, the texts are
+      not the expected ones, or more than `skip_bad` documents are damaged.
 
   Example:
     >>> data = load_text(workdir="/tmp/run", tokenizer="byte")
@@ -82,17 +86,27 @@ def load_text(
     raise ValueError(f"{tokenizer=} must be one of {sorted(TOKENIZERS)}")
   train, validation = sources.load_documents(name, **source_options)
   for part, texts in (("train", train), ("validation", validation)):
-    if expected is not None and files.digest(expected[part]) != files.digest(dict(texts.identity)):
+    identity = files.digest(dict(texts.identity))
+    if expected is not None and files.digest(expected.get(part)) != identity:
       raise ValueError(
         f"the {part} text is not the one that this run was started with: bring that back, or use"
         " another workdir"
       )
+  bad = documents.BadRecords(skip_bad)
   made = TOKENIZERS[tokenizer](
-    train, pathlib.Path(workdir), vocab_size, tokenizer_file, expected is not None
+    train,
+    pathlib.Path(workdir),
+    vocab_size,
+    tokenizer_file,
+    None if expected is None else expected.get("tokenizer", {}),
+    bad,
   )
   cache = cache_dir or pathlib.Path(workdir) / "cache"
-  train_stream = packing.tokenize(train, made, cache)
-  validation_stream = packing.tokenize(validation, made, cache)
+  train_stream = packing.tokenize(train, made, cache, bad)
+  validation_stream = packing.tokenize(validation, made, cache, bad)
+  # By the indices: a file may be elsewhere when the run is resumed. Nothing where all can be read,
+  # so that a run from before there was any such choice goes on.
+  left_out = {"train": train_stream.left_out, "validation": validation_stream.left_out}
   return TextData(
     train=packing.PackedDataset(train_stream.tokens, train_stream.offsets, seq_length),
     validation=packing.PackedDataset(
@@ -102,18 +116,22 @@ def load_text(
     train_bytes=train_stream.text_bytes,
     validation_bytes=validation_stream.text_bytes,
     documents=(train, validation),
+    bad_records=tuple(bad.found),
     identity={
       "train": dict(train.identity),
       "validation": dict(validation.identity),
       "tokenizer": dict(made.identity),
       "seq_length": seq_length,
+      **({"left_out": left_out} if bad.found else {}),
     },
   )
 
 
-def _kept(kept: pathlib.Path, tokenizer_file: str) -> tokenizers.Tokenizer:
+def _kept(
+  kept: pathlib.Path, tokenizer_file: str, expected: Mapping[str, Any]
+) -> tokenizers.Tokenizer:
   """The tokenizer that a run keeps; the file it came from may be gone, but not be another."""
-  loaded = tokenizers.SentencePieceTokenizer.load(kept)
+  loaded = tokenizers.SentencePieceTokenizer.load(kept, expected)
   if tokenizer_file and os.path.exists(tokenizer_file):
     given = tokenizers.SentencePieceTokenizer.load(tokenizer_file)
     if given.identity != loaded.identity:
@@ -126,9 +144,10 @@ def _byte(
   workdir: pathlib.Path,
   vocab_size: int,
   tokenizer_file: str,
-  resumed: bool,
+  expected: Mapping[str, Any] | None,
+  bad: documents.BadRecords,
 ) -> tokenizers.Tokenizer:
-  del train, workdir, vocab_size, resumed  # nothing to train
+  del train, workdir, vocab_size, expected, bad  # nothing to train
   if tokenizer_file:
     raise ValueError(f"{tokenizer_file=} is a sentencepiece model: set tokenizer='sentencepiece'")
   return tokenizers.ByteTokenizer()
@@ -139,12 +158,13 @@ def _sentencepiece(
   workdir: pathlib.Path,
   vocab_size: int,
   tokenizer_file: str,
-  resumed: bool,
+  expected: Mapping[str, Any] | None,
+  bad: documents.BadRecords,
 ) -> tokenizers.Tokenizer:
   """The user's model, of which the run keeps a copy; or the run's own; or one trained for it."""
   model, note = workdir / TOKENIZER_FILE, workdir / "tokenizer.json"
-  if resumed and model.exists():
-    return _kept(model, tokenizer_file)
+  if expected is not None and model.exists():
+    return _kept(model, tokenizer_file, expected)
   if tokenizer_file:
     loaded = tokenizers.SentencePieceTokenizer.load(tokenizer_file)
     files.write_durably(model, loaded.model)
@@ -154,8 +174,8 @@ def _sentencepiece(
   if not model.exists():
     # The note goes first: a model without one would be of unknown origin.
     files.write_durably(note, json.dumps(trained_on, indent=2).encode())
-    return tokenizers.SentencePieceTokenizer.train(train, vocab_size, model)
-  if not note.exists() or json.loads(note.read_bytes()) != trained_on:
+    return tokenizers.SentencePieceTokenizer.train(train, vocab_size, model, bad=bad)
+  if not note.exists() or files.read_json(note) != trained_on:
     raise ValueError(
       f"{model} was trained on other text or with another vocab_size than {vocab_size}: delete it"
       f" if nothing needs it, choose another workdir, or set tokenizer_file={str(model)!r} to use"

@@ -9,9 +9,10 @@ from magneto_jax.data import documents
 
 
 class _Span(NamedTuple):
-  """The bytes of one document."""
+  """The bytes of one document, which is the file's index-th."""
 
   path: str
+  index: int
   start: int
   stop: int
 
@@ -38,12 +39,13 @@ def text_files(
       `validation_files`.
 
   Returns:
-    Training and validation documents. Empty documents are left out.
+    Training and validation documents. Empty documents are left out; one that is not UTF-8 is a
+    BadRecord when it is read.
 
   Raises:
     FileNotFoundError: a pattern matches no file.
     TypeError: the files are one string, not a sequence of them.
-    ValueError: a file is empty, not UTF-8 or in both parts, a part has no document, or
+    ValueError: a file is empty or in both parts, a part has no document, or
       `validation_fraction` is out of range.
   """
   train_paths = _expand(train_files, "train_files")
@@ -61,8 +63,9 @@ def text_files(
     for path in train_paths:
       content = _read(path)
       cut = _cut(content, separator, 1 - validation_fraction)
-      train += _spans(path, content, separator, stop=cut)
-      validation += _spans(path, content, separator, start=cut)
+      kept = _spans(path, content, separator, stop=cut)
+      train += kept
+      validation += _spans(path, content, separator, start=cut, index=len(kept))
   return _documents(train, "train"), _documents(validation, "validation")
 
 
@@ -86,18 +89,11 @@ def _expand(patterns: Sequence[str], argument: str) -> list[str]:
 
 
 def _read(path: str) -> bytes:
-  """The bytes of a text file, checked to be UTF-8 and not empty."""
+  """The bytes of a text file, which must hold any text."""
   with open(path, "rb") as f:
     content = f.read()
   if not content.strip():
     raise ValueError(f"{path} holds no text: remove it from the list of files")
-  try:
-    content.decode()
-  except UnicodeDecodeError as error:
-    raise ValueError(
-      f"{path} is not UTF-8 (byte {content[error.start]:#04x} at offset {error.start}): "
-      "convert it, for example with iconv -f latin1 -t utf-8"
-    ) from None
   return content
 
 
@@ -114,16 +110,21 @@ def _cut(content: bytes, separator: bytes, fraction: float) -> int:
 
 
 def _spans(
-  path: str, content: bytes, separator: bytes, start: int = 0, stop: int | None = None
+  path: str,
+  content: bytes,
+  separator: bytes,
+  start: int = 0,
+  stop: int | None = None,
+  index: int = 0,
 ) -> list[_Span]:
-  """The documents of `content[start:stop]`; those without text are left out."""
+  """The documents of `content[start:stop]`, counted from `index`, but those without text."""
   stop = len(content) if stop is None else stop
   spans = []
   while start < stop:
     end = content.find(separator, start, stop) if separator else -1
     end = stop if end < 0 else end
     if content[start:end].strip():
-      spans.append(_Span(path, start, end))
+      spans.append(_Span(path, index + len(spans), start, end))
     start = end + len(separator) if separator else stop
   return spans
 
@@ -137,7 +138,7 @@ def _documents(spans: list[_Span], split: str) -> documents.Documents:
     )
   return documents.Documents(
     size=len(spans),
-    read=lambda index: _read_span(spans[index]).decode(),
+    read=lambda index: _text(spans[index]),
     identity={
       "source": "text_files",
       "split": split,
@@ -151,3 +152,18 @@ def _read_span(span: _Span) -> bytes:
   with open(span.path, "rb") as f:
     f.seek(span.start)
     return f.read(span.stop - span.start)
+
+
+def _text(span: _Span) -> str:
+  content = _read_span(span)
+  if len(content) != span.stop - span.start:
+    raise documents.BadRecord(span.path, span.index, "the file has become shorter since")
+  try:
+    return content.decode()
+  except UnicodeDecodeError as error:
+    raise documents.BadRecord(
+      span.path,
+      span.index,
+      f"not UTF-8: byte {content[error.start]:#04x} at offset {span.start + error.start}; convert"
+      " it, for example with iconv -f latin1 -t utf-8",
+    ) from None

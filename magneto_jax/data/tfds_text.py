@@ -4,11 +4,15 @@ Whether a data set is there is decided by looking on disk, because asking TFDS t
 is not makes it search the network, for minutes where there is none.
 """
 
+import bisect
 import difflib
+import itertools
 import os
+import pathlib
+import re
 from typing import Any
 
-from magneto_jax.data import documents
+from magneto_jax.data import documents, files
 
 
 def tfds_text(
@@ -27,12 +31,13 @@ def tfds_text(
 
   Raises:
     FileNotFoundError: the data set exists in TFDS but is not prepared under `data_dir`.
-    ValueError: no such data set, split or feature, or it is not stored as ArrayRecord.
+    ValueError: no such data set, split or feature, it is not stored as ArrayRecord, or what TFDS
+      noted of it is damaged.
   """
   builder = _prepared_builder(name, data_dir)
   info = builder.info
   try:
-    info.splits[split]
+    shards = info.splits[split].file_instructions
   except (KeyError, ValueError):
     raise ValueError(
       f"{info.full_name} has no split {split!r}; it has {sorted(info.splits)}"
@@ -40,10 +45,19 @@ def tfds_text(
   if text_key not in (keys := _text_keys(info.features)):
     raise ValueError(f"{info.full_name} has no text feature {text_key!r}; text_key can be {keys}")
   examples = builder.as_data_source(split, file_format="array_record")
+  ends = list(itertools.accumulate(shard.take for shard in shards))
 
   def read(index: int) -> str:
-    text = examples[index][text_key]
-    return text.decode() if isinstance(text, bytes) else str(text)
+    try:
+      text = examples[index][text_key]
+      return text.decode() if isinstance(text, bytes) else str(text)
+    except Exception as error:  # ArrayRecord, protocol buffers and TFDS have no common one.
+      shard = bisect.bisect_right(ends, index)
+      within = shards[shard].skip + index - (ends[shard] - shards[shard].take)
+      reason = " ".join(str(error).split())
+      raise documents.BadRecord(
+        shards[shard].filename, within, f"{type(error).__name__}: {reason:.120}"
+      ) from error
 
   return documents.Documents(
     size=len(examples),
@@ -78,11 +92,20 @@ def _prepared_builder(name: str, data_dir: str) -> Any:
   from tensorflow_datasets.core import read_only_builder
 
   where = {"data_dir": os.path.expanduser(data_dir)} if data_dir else {}
+  directory = data_dir or tfds.core.constants.DATA_DIR
+  dataset = pathlib.Path(os.path.expanduser(directory), re.split("[/:]", name)[0])
+  _refuse_foreign_features(dataset)
   try:
     # Not `tfds.builder`: it falls back on the data set's code, whose constructor asks a bucket.
     builder = read_only_builder.builder_from_files(name, **where)
   except tfds.core.DatasetNotFoundError:
-    raise _not_prepared(name, data_dir or tfds.core.constants.DATA_DIR) from None
+    raise _not_prepared(name, directory) from None
+  except Exception as error:  # Of damaged metadata: JSON's, protocol buffers' or TFDS's own.
+    reason = " ".join(str(error).split())
+    raise ValueError(
+      f"{name} under {directory} cannot be read ({type(error).__name__}: {reason:.200}): prepare it"
+      " anew"
+    ) from error
   # Asked of all formats, since convert_format leaves its result beside the original.
   if tfds.core.FileFormat.ARRAY_RECORD in builder.info.available_file_formats():
     return builder
@@ -92,6 +115,20 @@ def _prepared_builder(name: str, data_dir: str) -> Any:
     "python -m tensorflow_datasets.scripts.convert_format "
     f"--dataset_version_dir={builder.data_dir} --out_file_format=array_record"
   )
+
+
+def _refuse_foreign_features(folder: pathlib.Path) -> None:
+  """TFDS imports whatever module a features.json names: only its own may be named."""
+
+  def check(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    for key, value in pairs:
+      if key in ("type", "pythonClassName", "python_class_name"):
+        if "." in str(value) and not str(value).startswith("tensorflow_datasets."):
+          raise ValueError(f"it names the class {value}, which is not TFDS's own")
+    return dict(pairs)
+
+  for path in sorted(folder.rglob("features.json")):
+    files.read_json(path, object_pairs_hook=check)
 
 
 def _not_prepared(name: str, directory: str) -> Exception:

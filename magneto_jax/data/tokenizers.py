@@ -12,10 +12,11 @@ from typing import Any, Protocol
 import numpy as np
 import sentencepiece
 
-from magneto_jax.data import files
+from magneto_jax.data import documents, files
 
 PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
 _SPECIALS = 4  # ids below are specials
+_MOST_BYTES = 2**30  # of a model, more than a protocol buffer of a million pieces
 _SPACE = "\u2581"  # what sentencepiece writes for a space
 
 # Training sentences: parts of lines, cut after at most 1,000 characters (at a space if there is
@@ -116,16 +117,27 @@ class SentencePieceTokenizer:
     self.identity = {
       "kind": "sentencepiece",
       "vocab_size": self.vocab_size,
-      "sha256": hashlib.sha256(model).hexdigest(),
+      "sha256": _digest(model),
     }
 
   @classmethod
-  def load(cls, path: str | os.PathLike[str]) -> "SentencePieceTokenizer":
-    """Reads a model file; see `__init__` for what it must hold."""
-    try:
-      model = pathlib.Path(path).read_bytes()
-    except FileNotFoundError:
-      raise FileNotFoundError(f"tokenizer_file: {path} does not exist") from None
+  def load(cls, path: str | os.PathLike[str], expected: Any = None) -> "SentencePieceTokenizer":
+    """Reads a model file; see `__init__` for what it must hold.
+
+    Unless it has the identity `expected`, if that is given, it is a ValueError before it is parsed.
+    """
+    path = pathlib.Path(path)
+    if not path.exists():
+      raise FileNotFoundError(f"tokenizer_file: {path} does not exist")
+    if not path.is_file() or path.stat().st_size > _MOST_BYTES:
+      raise ValueError(f"tokenizer_file: {path} is not a sentencepiece model")
+    model = path.read_bytes()
+    held = expected.get("sha256") if isinstance(expected, Mapping) else None
+    if expected is not None and _digest(model) != held:
+      raise ValueError(
+        f"{path} is not the tokenizer that this run was started with: bring that back, or use"
+        " another workdir"
+      )
     return cls(model, str(path))
 
   @classmethod
@@ -135,6 +147,7 @@ class SentencePieceTokenizer:
     vocab_size: int,
     path: str | os.PathLike[str],
     max_sentences: int = 1_000_000,
+    bad: documents.BadRecords | None = None,
   ) -> "SentencePieceTokenizer":
     """Trains on texts, writes the model to `path` and returns it.
 
@@ -148,19 +161,30 @@ class SentencePieceTokenizer:
       max_sentences: a bound on the lines trained on, and so on memory and time. A larger
         corpus is sampled evenly: documents at equal distances, lines at equal distances
         within each.
+      bad: what counts the damaged documents, which are left out; None: none may be damaged.
 
     Returns:
       The trained tokenizer.
 
     Raises:
-      ValueError: the texts have more characters or fewer distinct pieces than `vocab_size`.
+      ValueError: the texts have more characters or fewer distinct pieces than `vocab_size`, or one
+        is damaged.
     """
     if vocab_size < 1:
       raise ValueError(f"{vocab_size=} must be positive")
     model = io.BytesIO()
+    failed = []
+
+    def sentences() -> Iterator[str]:
+      try:
+        yield from _sentences(texts, max_sentences, bad or documents.BadRecords())
+      except Exception as error:
+        failed.append(error)
+        raise
+
     try:
       sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=_sentences(texts, max_sentences),
+        sentence_iterator=sentences(),
         model_writer=model,
         model_type="bpe",
         vocab_size=vocab_size,
@@ -179,9 +203,11 @@ class SentencePieceTokenizer:
         minloglevel=2,
       )
     except RuntimeError as error:
+      if failed:  # A text cannot be read; sentencepiece wraps the error in several lines.
+        raise failed[0] from None
       if message := _size_error(str(error), vocab_size):
         raise ValueError(message) from None
-      raise  # not about sizes: for example a text that cannot be read
+      raise
     files.write_durably(path, model.getvalue())
     return cls(model.getvalue(), str(path))
 
@@ -205,6 +231,10 @@ class SentencePieceTokenizer:
     return self._processor.decode(_without_specials(ids, self.vocab_size))
 
 
+def _digest(model: bytes) -> str:
+  return hashlib.sha256(model).hexdigest()
+
+
 def _without_specials(ids: Sequence[int] | np.ndarray, vocab_size: int) -> list[int]:
   """Plain ints without specials, checked to be in the vocabulary."""
   array = np.asarray(ids).reshape(-1)
@@ -213,11 +243,12 @@ def _without_specials(ids: Sequence[int] | np.ndarray, vocab_size: int) -> list[
   return [int(i) for i in array if i >= _SPECIALS]
 
 
-def _sentences(texts: Sequence[str], limit: int) -> Iterator[str]:
+def _sentences(texts: Sequence[str], limit: int, bad: documents.BadRecords) -> Iterator[str]:
   """At most `limit` training sentences, evenly spread over the documents."""
   visited = min(len(texts), limit)
-  for k in range(visited):
-    sentences = _SENTENCE.findall(texts[k * len(texts) // visited])
+  indices = [k * len(texts) // visited for k in range(visited)]
+  for k, text in enumerate(bad.readable(texts, indices)):
+    sentences = _SENTENCE.findall(text)
     quota = min(-(-limit // (visited - k)), len(sentences))
     for i in range(quota):
       yield sentences[i * len(sentences) // quota]

@@ -2,10 +2,13 @@
 
 import argparse
 import importlib.util
+import io
 import json
 import os
 import pathlib
 import sys
+import tarfile
+import warnings
 import zipfile
 
 import jax.numpy as jnp
@@ -13,6 +16,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from magneto_jax.convert import files
 from magneto_jax.convert.files import (
   ConversionError,
   check_finite,
@@ -367,6 +371,68 @@ def test_checkpoints_of_torch(nested, zipped, tmp_path):
   for suffix in (".safetensors", ".npz", ".pt"):
     write_state_dict(tmp_path / f"copy{suffix}", tensors)
     assert_same(read_state_dict(tmp_path / f"copy{suffix}").tensors, expected)
+
+
+def _npy(shape: tuple[int, ...], content: bytes = b"") -> bytes:
+  handle = io.BytesIO()
+  header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+  np.lib.format.write_array_header_1_0(handle, header)
+  return handle.getvalue() + content
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".pt"])
+@pytest.mark.parametrize(
+  "name", ["../w.npy", "/w.npy", "a/../../w.npy", "..\\w.npy", "\\w.npy", "a/.."]
+)
+def test_archives_whose_members_would_lie_elsewhere_are_refused(name, suffix, tmp_path):
+  path = tmp_path / f"model{suffix}"
+  with zipfile.ZipFile(path, "w") as archive:
+    archive.writestr(name, _npy((2,), bytes(8)))
+  assert error_of(path).startswith(f"holds a file that would lie elsewhere, {name!r}")
+
+
+def test_archives_that_would_fill_the_memory_are_refused_by_what_they_claim(tmp_path, monkeypatch):
+  """Before anything is unpacked; one that is only well packed is read."""
+  path = tmp_path / "model.npz"
+  zeros = np.zeros(10**6, np.float32)
+  np.savez_compressed(path, w=zeros)
+  assert_same(read_state_dict(path).tensors, {"w": zeros})
+  monkeypatch.setattr(files, "_MOST_UNPACKED", 10**6)
+  assert "would unpack to 4,000,128 bytes: save it anew, uncompressed" in error_of(path)
+  monkeypatch.setattr(files, "_MOST_RATIO", 10**6)
+  assert_same(read_state_dict(path).tensors, {"w": zeros})
+
+
+@pytest.mark.parametrize("shape", [(2**45,), (2**31, 2**31), (10**18,), (-1,), (3,)])
+def test_shapes_beyond_their_bytes_are_refused(shape, tmp_path):
+  npz, safe = tmp_path / "model.npz", tmp_path / "model.safetensors"
+  with zipfile.ZipFile(npz, "w") as archive:
+    archive.writestr("w.npy", _npy(shape, bytes(8)))
+  header = json.dumps({"w": {"dtype": "F32", "shape": shape, "data_offsets": [0, 8]}}).encode()
+  safe.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+  for path in (npz, safe):
+    assert "cannot be read: is it whole" in error_of(path)
+
+
+def test_two_members_of_one_name_and_tar_files_are_refused(tmp_path):
+  path = tmp_path / "model.npz"
+  with zipfile.ZipFile(path, "w") as archive, warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    for value in (0, 1):
+      archive.writestr("w.npy", _npy((2,), bytes([value]) * 8))
+  assert error_of(path) == "holds several files of one name"
+  for suffix in (".npz", ".pt", ".safetensors"):
+    path = tmp_path / f"tar{suffix}"
+    with tarfile.open(path, "w") as archive:
+      archive.addfile(tarfile.TarInfo("../storages"))
+    assert error_of(path).startswith("is a tar file")
+  assert not (tmp_path.parent / "storages").exists()
+
+
+def test_a_configuration_that_is_nested_too_deeply_is_one_line(tmp_path):
+  path = tmp_path / "model.safetensors"
+  safetensors.numpy.save_file({"w": np.ones(2)}, path, metadata={"config": "[" * 100_000})
+  assert "its configuration is not JSON" in error_of(path)
 
 
 @needs_torch

@@ -39,3 +39,53 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
   with pytest.raises(OSError, match="disk full"):
     files.write_durably(path, b"new")
   assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+  "content, error",
+  [
+    (b"[" * 100_000, "recursion"),
+    (b"{", "Expecting property name"),
+    (b"\xff", "can't decode byte"),
+    (b"!!python/object/apply:os.mkdir [x]", "Expecting value"),
+    (b"", "Expecting value"),
+    (b"9" * 5000, "integer string conversion"),
+  ],
+)
+def test_a_file_that_is_not_json_is_one_error_with_its_name(content, error, tmp_path):
+  path = tmp_path / "x.json"
+  path.write_bytes(content)
+  with pytest.raises(ValueError, match=rf"^{path} cannot be read: .*{error}"):
+    files.read_json(path)
+
+
+def test_json_is_read_from_regular_files_of_bounded_size(tmp_path, monkeypatch):
+  path = tmp_path / "x.json"
+  path.write_text('{"a": [1, null]}')
+  assert files.read_json(path) == {"a": [1, None]}
+  monkeypatch.setattr(files, "_MOST_JSON", 15)
+  with pytest.raises(ValueError, match="16 bytes, more than 15"):
+    files.read_json(path)
+  os.mkfifo(tmp_path / "pipe")
+  for name in ("pipe", "."):
+    with pytest.raises(ValueError, match="not a regular file"):
+      files.read_json(tmp_path / name)
+  with pytest.raises(FileNotFoundError):
+    files.read_json(tmp_path / "none")
+
+
+def test_links_may_lead_anywhere_within_a_folder_and_to_it_but_not_out(tmp_path):
+  folder = tmp_path / "run"
+  (folder / "deep").mkdir(parents=True)
+  (folder / "file").touch()
+  (folder / "deep" / "inside").symlink_to("../file")
+  (tmp_path / "alias").symlink_to(folder)
+  for given in (folder, tmp_path / "alias", tmp_path / "none"):
+    files.refuse_links_out(given)
+  (tmp_path / "run_of_another").mkdir()
+  for target in ("/dev/zero", tmp_path / "none", tmp_path / "run_of_another", "../.."):
+    link = folder / "deep" / "link"
+    link.symlink_to(target)
+    with pytest.raises(ValueError, match=r"deep/link is a link that leads out of "):
+      files.refuse_links_out(tmp_path / "alias")
+    link.unlink()

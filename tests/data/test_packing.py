@@ -226,6 +226,18 @@ def _edit(**changes):
   return damage
 
 
+def _flip(name, bit):
+  """A bit, counted from the end if negative: the cheapest damage, which no length shows."""
+
+  def damage(cache):
+    content = bytearray((cache / name).read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    (cache / name).write_bytes(content)
+
+  return damage
+
+
+_BITS = (0, 37, -1)
 DAMAGES = {
   "tokens_short": _truncate("tokens.bin"),
   "offsets_short": _truncate("offsets.bin"),
@@ -235,6 +247,11 @@ DAMAGES = {
   "header_is_no_object": lambda cache: (cache / "header.json").write_text("[]"),
   "header_edited": _edit(text_bytes=7),
   "header_of_other_text": _edit(identity={}),
+  **{
+    f"{part}_bit_{bit}": _flip(f"{part}.bin", bit)
+    for part in ("tokens", "offsets")
+    for bit in _BITS
+  },
   "offsets_zeroed": lambda cache: (cache / "offsets.bin").write_bytes(bytes(8 * 5)),
 }
 
@@ -250,6 +267,81 @@ def test_a_damaged_cache_is_made_anew(tmp_path, damage):
     np.testing.assert_array_equal(stream.tokens, whole.tokens)
     np.testing.assert_array_equal(stream.offsets, whole.offsets)
     assert stream.text_bytes == whole.text_bytes
+
+
+def test_digests_do_not_depend_on_the_blocks_a_file_is_hashed_in(tmp_path, monkeypatch):
+  """But see every byte, also of a last, shorter block."""
+  path = tmp_path / "file"
+  monkeypatch.setattr(packing, "_BLOCK", 4)
+  seen = set()
+  for content in (
+    b"abcdefghij",
+    b"abcdefghik",
+    b"bbcdefghij",
+    b"abcdefghi",
+    b"abcd",
+    b"efghabcdij",
+  ):
+    path.write_bytes(content)
+    seen.add(packing._sha256(path))
+  assert len(seen) == 6
+
+
+def _with_bad(bad):
+  """TEXTS, some of which cannot be read."""
+
+  def read(index):
+    if index in bad:
+      raise documents.BadRecord("a/shard", index, "hash mismatch")
+    return TEXTS[index]
+
+  return documents.Documents(len(TEXTS), read, {"name": "test"})
+
+
+def test_a_damaged_document_ends_it_with_file_and_index_and_leaves_nothing(tmp_path):
+  message = r"^a/shard: record 2 cannot be read \(hash mismatch\): repair it, or set data\.skip_bad"
+  with pytest.raises(ValueError, match=message):
+    packing.tokenize(_with_bad({2, 3}), tokenizers.ByteTokenizer(), tmp_path)
+  with pytest.raises(ValueError, match="record 3 .*; 1 others were left out"):
+    packing.tokenize(
+      _with_bad({2, 3}), tokenizers.ByteTokenizer(), tmp_path, documents.BadRecords(1)
+    )
+  assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("left_out", [{0}, {1, 3}, {0, 1, 2}])
+def test_the_stream_without_damaged_documents_is_that_of_the_others(tmp_path, left_out):
+  """And the cache remembers which they were, though no document is read any more."""
+  byte = tokenizers.ByteTokenizer()
+  others = [text for i, text in enumerate(TEXTS) if i not in left_out]
+  expected = packing.tokenize(_documents(others), byte, tmp_path / "others")
+  for source in (_with_bad(left_out), _documents()):
+    bad = documents.BadRecords(3)
+    stream = packing.tokenize(source, byte, tmp_path / "cache", bad)
+    np.testing.assert_array_equal(stream.tokens, expected.tokens)
+    np.testing.assert_array_equal(stream.offsets, expected.offsets)
+    assert stream.text_bytes == expected.text_bytes
+    assert set(stream.left_out) == left_out
+    assert [int(record.split()[2]) for record in bad.found] == sorted(left_out)
+
+
+def test_a_cache_without_too_many_documents_is_made_anew(tmp_path):
+  """They may have been repaired since; a run that may leave out none must not train on it."""
+  byte = tokenizers.ByteTokenizer()
+  packing.tokenize(_with_bad({2}), byte, tmp_path, documents.BadRecords(1))
+  with pytest.raises(ValueError, match="record 2 cannot be read"):
+    packing.tokenize(_with_bad({2}), byte, tmp_path)
+  packing.tokenize(_with_bad({2}), byte, tmp_path, documents.BadRecords(1))
+  stream = packing.tokenize(_documents(), byte, tmp_path)
+  assert byte.decode(stream.tokens) == "".join(TEXTS) and stream.left_out == ()
+
+
+def test_documents_of_which_none_can_be_read_are_refused(tmp_path):
+  with pytest.raises(ValueError, match="none of the 4 documents can be read"):
+    packing.tokenize(
+      _with_bad({0, 1, 2, 3}), tokenizers.ByteTokenizer(), tmp_path, documents.BadRecords(9)
+    )
+  assert list(tmp_path.iterdir()) == []
 
 
 def test_losing_the_race_to_make_a_cache_uses_the_winners(tmp_path):

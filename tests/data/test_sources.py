@@ -34,6 +34,21 @@ def test_documents_iterate_in_order_and_end():
     texts[3]
 
 
+def test_bad_records_are_counted_once_and_up_to_the_limit():
+  def read(index):
+    if index % 2:
+      raise documents.BadRecord("file", index, "odd")
+    return str(index)
+
+  texts, bad, left_out = documents.Documents(6, read, {}), documents.BadRecords(3), {}
+  for _ in range(2):
+    assert list(bad.readable(texts, left_out=left_out)) == ["0", "2", "4"]
+  assert list(bad.readable(texts, [5, 0, 1])) == ["0"]
+  assert list(left_out) == [1, 3, 5] and list(bad.found) == list(left_out.values())
+  with pytest.raises(ValueError, match=r"^other; 3 others were left out: repair it, or set"):
+    bad.add("other")
+
+
 def test_digest_tells_documents_apart_that_join_to_one_text():
   assert documents.texts_digest([b"ab", b"c"]) != documents.texts_digest([b"a", b"bc"])
 

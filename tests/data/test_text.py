@@ -119,6 +119,67 @@ def test_byte_tokens_need_no_training(tmp_path):
   assert [path.name for path in tmp_path.iterdir()] == ["cache"]
 
 
+@pytest.mark.parametrize("tokenizer", ["byte", "sentencepiece"])
+def test_damaged_documents_are_left_out_of_tokens_and_tokenizer(tmp_path, tokenizer):
+  """The run is that of the other documents; the damaged ones of both parts count together."""
+  lines = [b"the cat sat on the mat %d\n" % i * 9 for i in range(8)]
+  damaged = [line if i not in (1, 7) else b"\xff" + line[1:] for i, line in enumerate(lines)]
+
+  def load(workdir, content, skip_bad, **options):
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"|".join(content))
+    return _load(
+      tmp_path / workdir,
+      name="text_files",
+      train_files=(str(path),),
+      document_separator="|",
+      tokenizer=tokenizer,
+      vocab_size=280,
+      validation_fraction=0.25,
+      skip_bad=skip_bad,
+      **options,
+    )
+
+  for skip_bad, index in ((0, 1), (1, 7)):
+    with pytest.raises(
+      ValueError, match=f"text.txt: record {index} cannot be read .*data.skip_bad"
+    ):
+      load("strict", damaged, skip_bad)
+  data = load("run", damaged, 2)
+  assert [record.split("text.txt")[1][:9] for record in data.bad_records] == [
+    ": record ",
+    ": record ",
+  ]
+  assert data.identity["left_out"] == {"train": (1,), "validation": (1,)}
+  others = load(
+    "others",
+    [lines[i] for i in (0, 2, 3, 4, 5, 6)],
+    0,
+  )
+  np.testing.assert_array_equal(data.train.tokens, others.train.tokens)
+  identity = json.loads(json.dumps(data.identity))
+  again = load("run", damaged, 2, expected=identity)
+  assert again.bad_records == data.bad_records
+  assert json.loads(json.dumps(again.identity)) == identity
+
+
+def test_no_identity_speaks_of_documents_that_were_not_left_out(loaded):
+  """So that runs from before there was a choice can be resumed."""
+  assert "left_out" not in loaded.identity and loaded.bad_records == ()
+
+
+def test_a_damaged_tokenizer_of_a_run_is_named_before_it_is_parsed(tmp_path, loaded):
+  _load(tmp_path)
+  model = tmp_path / "tokenizer.model"
+  content = bytearray(model.read_bytes())
+  content[len(content) // 2] ^= 1
+  model.write_bytes(content)
+  with pytest.raises(ValueError, match=r"tokenizer\.model is not the tokenizer that this run was"):
+    _load(tmp_path, expected=loaded.identity)
+  with pytest.raises(ValueError, match="the train text is not the one"):
+    _load(tmp_path, expected={})
+
+
 def test_bad_choices_are_refused(tmp_path):
   with pytest.raises(ValueError, match=r"tokenizer='bpe' must be one of \['byte', 'sentencep"):
     _load(tmp_path, tokenizer="bpe")

@@ -1,8 +1,10 @@
 """Text files: splitting into documents, holding out, and errors that name the file."""
 
+import pathlib
+
 import pytest
 
-from magneto_jax.data import text_files
+from magneto_jax.data import documents, text_files
 
 
 def _write(path, text, encoding="utf-8"):
@@ -114,10 +116,24 @@ def test_empty_file_is_named(tmp_path, text):
     text_files.text_files(train_files=[_write(tmp_path / "empty.txt", text)])
 
 
-def test_file_that_is_not_utf8_is_named_with_the_offset(tmp_path):
-  path = _write(tmp_path / "latin.txt", "caf\xe9 noir", "latin1")
-  with pytest.raises(ValueError, match=r"latin\.txt is not UTF-8 \(byte 0xe9 at offset 3\)"):
-    text_files.text_files(train_files=[path])
+def test_a_document_that_is_not_utf8_is_named_with_the_offset_when_it_is_read(tmp_path):
+  """The others, before it and behind it, can be read."""
+  path = _write(tmp_path / "latin.txt", "caf\xe9|noir|th\xe9|s", "latin1")
+  parts = text_files.text_files(train_files=[path], document_separator="|", validation_fraction=0.3)
+  bad = documents.BadRecords(2)
+  assert [list(bad.readable(part)) for part in parts] == [["noir"], ["s"]]
+  for record, (index, offset) in zip(bad.found, [(0, 3), (2, 12)], strict=True):
+    reason = f"not UTF-8: byte 0xe9 at offset {offset}; convert it, for example with iconv"
+    assert record.startswith(f"{path}: record {index} cannot be read ({reason}")
+
+
+def test_a_file_that_has_become_shorter_is_a_bad_record(tmp_path):
+  path = _write(tmp_path / "a.txt", "one|two|three")
+  train, _ = text_files.text_files(train_files=[path], document_separator="|")
+  pathlib.Path(path).write_text("one|t")
+  assert train[0] == "one"
+  with pytest.raises(documents.BadRecord, match="record 1 cannot be read .*has become shorter"):
+    train[1]
 
 
 def test_file_in_both_parts_is_refused(tmp_path):

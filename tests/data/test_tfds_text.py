@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from magneto_jax.data import sources, tfds_text
+from magneto_jax.data import documents, sources, tfds_text
 
 
 class TinyText(tfds.core.GeneratorBasedBuilder):
@@ -161,3 +161,53 @@ def test_mocked_lm1b_reads_as_text(prepared, tmp_path):
     texts = tfds_text.tfds_text("lm1b", split="train")
     assert texts.identity["name"] == "lm1b/1.1.0"
     assert len(texts) == 4 and all(isinstance(text, str) and text for text in texts)
+
+
+def test_a_damaged_record_is_named_and_the_others_are_read(prepared, tmp_path):
+  """Each bit flip loses at most one record, and reading goes on behind it."""
+  data_dir = _copy_with_format(prepared, tmp_path)
+  (shard,) = pathlib.Path(data_dir).rglob("*-train.array_record-*")
+  whole = list(tfds_text.tfds_text("tiny_text", split="train", data_dir=data_dir))
+  content = shard.read_bytes()
+  lost = 0
+  for at in range(100, 3000, 150):
+    damaged = bytearray(content)
+    damaged[at] ^= 1
+    shard.write_bytes(damaged)
+    bad, left_out = documents.BadRecords(30), {}
+    texts = tfds_text.tfds_text("tiny_text", split="train[2:]", data_dir=data_dir)
+    read = list(bad.readable(texts, left_out=left_out))
+    assert read == [text for i, text in enumerate(whole[2:]) if i not in left_out]
+    # The index is that in the file, of which the split leaves out two.
+    for index, record in left_out.items():
+      assert record.startswith(f"{shard}: record {index + 2} cannot be read (RuntimeError: Corrupt")
+    assert len(left_out) <= 1
+    lost += len(left_out)
+  assert lost > 5
+
+
+def test_metadata_that_are_damaged_or_name_code_are_one_line(prepared, tmp_path, monkeypatch):
+  """TFDS would import the module of a class that features.json names."""
+  data_dir = _copy_with_format(prepared, tmp_path)
+  folder = tmp_path / "tiny_text" / "1.2.0"
+  (tmp_path / "planted_module.py").write_text("raise SystemExit('planted code was run')")
+  monkeypatch.syspath_prepend(tmp_path)
+  cases = {
+    "features.json": [
+      ('{"pythonClassName": "planted_module.Text"}', "names the class planted_module.Text"),
+      ('{"x": [{"p\\u0079thonClassName": "planted_module.X"}]}', "names the class planted_m"),
+      ('{"python_class_name": "planted_module.Text"}', "names the class planted_module"),
+      ('{"type": "planted_module.Text", "content": {}}', "names the class planted_module"),
+      ("[" * 100_000, "features.json cannot be read"),
+      ("{}", "cannot be read .*: prepare it anew"),
+    ],
+    "dataset_info.json": [("{", "cannot be read .*: prepare it anew")],
+  }
+  for name, contents in cases.items():
+    whole = (folder / name).read_text()
+    for content, error in contents:
+      (folder / name).write_text(content)
+      with pytest.raises(ValueError, match=error) as caught:
+        tfds_text.tfds_text("tiny_text", split="train", data_dir=data_dir)
+      assert "\n" not in str(caught.value)
+    (folder / name).write_text(whole)

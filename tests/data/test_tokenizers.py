@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from magneto_jax.data import sources, tokenizers
+from magneto_jax.data import documents, sources, tokenizers
 
 # Characters that sentencepiece normalises, reserves or drops unless told otherwise.
 _HARD = [
@@ -135,7 +135,7 @@ def test_no_training_text_is_lost_to_long_lines():
   draw = random.Random(0)
   line = " ".join("".join(draw.choices("abcdé", k=draw.randrange(1, 9))) for _ in range(50_000))
   text = f"{line}\n\n{'x' * 5000}\r\n\u2581a\u2585b\0c"
-  sentences = list(tokenizers._sentences([text], 10**6))
+  sentences = list(tokenizers._sentences([text], 10**6, documents.BadRecords()))
   assert max(len(s.encode()) for s in sentences) <= 4192
   reserved = str.maketrans("", "", "\n\0\u2581\u2585")
   assert "".join(sentences) == text.translate(reserved)
@@ -153,7 +153,7 @@ def test_a_long_line_teaches_the_words_in_it(tmp_path):
 def test_sampling_takes_at_most_the_limit_evenly(limit):
   """Ten documents of unequal length: up to ten sentences each document gives at most one."""
   texts = ["\n".join(f"{d}-{i}" for i in range(1 + d)) for d in range(10)]
-  sentences = list(tokenizers._sentences(texts, limit))
+  sentences = list(tokenizers._sentences(texts, limit, documents.BadRecords()))
   assert len(sentences) == len(set(sentences)) == min(limit, 55)
   visited = [int(s.split("-")[0]) for s in sentences]
   assert len(set(visited)) == min(limit, 10) and visited == sorted(visited)
@@ -192,7 +192,7 @@ def test_a_text_that_cannot_be_read_is_not_blamed_on_the_size(tmp_path):
     def __getitem__(self, index):
       raise OSError("disk gone")
 
-  with pytest.raises((OSError, RuntimeError), match="disk gone"):
+  with pytest.raises(OSError, match="^disk gone$"):
     tokenizers.SentencePieceTokenizer.train(Broken("a"), 300, tmp_path / "tokenizer.model")
 
 
