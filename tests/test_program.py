@@ -95,7 +95,9 @@ def steps_on_draws(count, **options):
     program.train_step, model=None, task=task, optimizer=optimizer, **options
   )
   step = jax.jit(step)
-  states, metrics = [program.TrainState(jnp.int32(0), params, optimizer.init(params), params)], []
+  none = jnp.int32(0)
+  first = program.TrainState(none, params, optimizer.init(params), params, none, none)
+  states, metrics = [first], []
   for _ in range(count):
     batch = {"x": jnp.eye(4), "weights": jnp.ones((4,))}
     state, values = step(states[-1], batch, jax.random.key(1))
