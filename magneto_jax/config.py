@@ -344,8 +344,8 @@ class TrainConfig(_Checked):
     if self.spike.factor and age < self.spike.rewind_steps:
       raise ConfigError(
         f"keep_checkpoints={self.keep_checkpoints}, with checkpoint_every={self.checkpoint_every},"
-        f" may reach back {age} steps only, and spike.rewind_steps={self.spike.rewind_steps}: set one"
-        " of the first two to more"
+        f" may reach back {age} steps only, not spike.rewind_steps={self.spike.rewind_steps}: set"
+        " one of the first two to more"
       )
     if self.batch_size % self.accumulation:
       raise ConfigError(
