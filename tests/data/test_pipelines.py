@@ -146,7 +146,7 @@ SKIPS = [(), ((0, 2),), ((3, 4), (6, 9)), ((1, 30),)]
 
 @pytest.mark.parametrize("skip", SKIPS)
 def test_batches_that_are_left_out_change_no_other(skip):
-  """Over the ends of epochs; and a run resumed with the ranges takes what one from the start did."""
+  """Over the ends of epochs; and a run that is resumed takes what one from the start does."""
   options = dict(batch_size=8, seed=0)
   every = _take(pipelines.train_iterator(_dataset(), **options), 40)
   kept = [k for k in range(40) if not any(begin <= k < end for begin, end in skip)]
