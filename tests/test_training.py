@@ -446,9 +446,7 @@ def test_a_run_with_spikes_goes_back_by_itself_so_often_and_no_more(bigrams, tmp
     steps=40, checkpoint_every=2, keep_checkpoints=4, eval_every=50, spike=SPIKES, seed=1
   )
   with numbers.faults({14: numbers.SPIKE, 30: numbers.SPIKE}, config):
-    with pytest.raises(
-      training.Diverged, match=r"a spike at step 26 \(.*\), after 1 rewinds; the c"
-    ):
+    with pytest.raises(training.Diverged, match=r"a spike at step 26 \(.*, after 1 rewinds; "):
       training.train(config, tmp_path)
     assert "a spike at step 15: " in capsys.readouterr().out
     record = runs.read_record(tmp_path)
