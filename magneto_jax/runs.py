@@ -97,9 +97,10 @@ def rewind(
     ConfigError: if there is no such checkpoint.
   """
   this = {"to": to, "spike": spike, "skip_batches": config.skip_batches}
+  steps = _steps(workdir)
+  distributed.everywhere(to)  # All have read, before the first one writes.
   if held is not None and this in held.rewinds:
     return held
-  steps = _steps(workdir)
   if held is None or to not in (0, *steps):
     kept = f"those of {', '.join(map(str, steps))}, and 0 for the start" if steps else "none"
     raise ConfigError(f"{workdir} has no checkpoint of step {to} to rewind to: it has {kept}")
@@ -210,9 +211,10 @@ def resumable(workdir: str | pathlib.Path, config: TrainConfig) -> Record | None
   Raises:
     ConfigError: if it holds another run.
   """
-  if not last_step(workdir) and not _rewound_in(workdir).exists():
+  rewound = _rewound_in(workdir).exists()
+  held = read_record(workdir) if rewound or last_step(workdir) else None
+  if held is None:
     return None
-  held = read_record(workdir)
   refuse_if_different(workdir, held, held._replace(config=config))
   return held
 

@@ -301,8 +301,9 @@ def _train(
 
   def report(step: int, metrics: dict[str, jax.Array]) -> None:
     """Reads a step's metrics, which waits for the step; so it is called one step late."""
-    loss, gradient_norm = float(metrics["loss"]), float(metrics["gradient_norm"])
-    skipped, in_a_row = int(metrics["skipped"]), int(metrics["skipped_in_a_row"])
+    read = jax.device_get(metrics)
+    loss, gradient_norm = float(read["loss"]), float(read["gradient_norm"])
+    skipped, in_a_row = int(read["skipped"]), int(read["skipped_in_a_row"])
     refuse_or_rewind(step, loss, gradient_norm, in_a_row)
     nonlocal waited, read_at
     seconds = stopwatch.seconds

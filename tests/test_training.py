@@ -426,7 +426,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_checkpoints(tmp_p
 def test_a_step_that_is_skipped_is_told_counted_and_moves_no_learning_rate(
   bigrams, tmp_path, capsys
 ):
-  config = tiny(steps=5, optimizer={**TINY["optimizer"], "warmup_steps": 4})
+  config = tiny(steps=5, sample_tokens=0, optimizer={**TINY["optimizer"], "warmup_steps": 4})
   with numbers.faults({2: numbers.GRADIENT_NAN}, config):
     summary = training.train(config, tmp_path)
   assert (summary["skipped_steps"], summary["rewinds"]) == (1, [])
@@ -444,7 +444,7 @@ SPIKES = {"factor": 50, "window": 8, "rewind_steps": 4, "skip_batches": 5, "limi
 
 def test_a_run_with_spikes_goes_back_by_itself_so_often_and_no_more(bigrams, tmp_path, capsys):
   config = tiny(
-    steps=40, checkpoint_every=2, keep_checkpoints=4, eval_every=50, spike=SPIKES, seed=1
+    steps=40, checkpoint_every=2, keep_checkpoints=4, eval_every=50, spike=SPIKES, sample_tokens=0
   )
   with numbers.faults({14: numbers.SPIKE, 30: numbers.SPIKE}, config):
     with pytest.raises(training.Diverged, match=r"a spike at step 26 \(.*, after 1 rewinds; "):
@@ -464,7 +464,7 @@ def test_a_run_with_spikes_goes_back_by_itself_so_often_and_no_more(bigrams, tmp
 
 
 def test_a_run_is_taken_back_by_hand_once_for_the_same_command(bigrams, tmp_path):
-  config = tiny(steps=4, keep_checkpoints=2)
+  config = tiny(steps=4, keep_checkpoints=2, sample_tokens=0)
   with pytest.raises(ConfigError, match="has no checkpoint of step 2 to rewind to: it has none"):
     training.train(config, tmp_path, rewind_to=2)
   training.train(config, tmp_path)
