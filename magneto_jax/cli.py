@@ -24,6 +24,7 @@ from magneto_jax.config import (
 )
 
 USAGE_EXIT_CODE = 2
+DIVERGED = 65  # EX_DATAERR of sysexits.h.
 INTERRUPTED = 130
 
 
@@ -68,7 +69,10 @@ def define_hosts_flags() -> Callable[[], None]:
 
 
 def run(main: Callable[[], None]) -> None:
-  """Runs a command; what the user can mend ends in one line on stderr and exit code 2."""
+  """Runs a command; what the user can mend ends in one line on stderr and exit code 2.
+
+  Numbers that are no longer finite end in a line and DIVERGED.
+  """
 
   def guarded(argv):
     logging.set_verbosity(logging.WARNING)  # Orbax and JAX tell every step of theirs at INFO.
@@ -76,8 +80,10 @@ def run(main: Callable[[], None]) -> None:
       if argv[1:]:
         raise ConfigError(f"{argv[1]!r} is not a flag: flags are --name=value")
       main()
-    except (ConfigError, FloatingPointError, OSError) as error:
+    except (ConfigError, OSError) as error:
       fail(str(error))
+    except FloatingPointError as error:
+      fail(str(error), DIVERGED)
     except MemoryError as error:
       print(f"error: {error}", file=sys.stderr)  # In a few lines: what would help is a table.
       distributed.leave(USAGE_EXIT_CODE)

@@ -309,6 +309,21 @@ class MeshConfig(_Checked):
 
 
 @dataclasses.dataclass(frozen=True)
+class SpikeConfig(_Checked):
+  """When a run goes back before a spike of its loss by itself, and how far. See `spikes`."""
+
+  _group = "spike."
+
+  factor: float = _field(
+    0.0, "median deviations above the median at which a loss is a spike; 0: none is", min=0.0
+  )
+  window: int = _field(100, "steps whose losses and gradient norms are compared", min=8)
+  rewind_steps: int = _positive(100, "how many steps it goes back at least")
+  skip_batches: int = _positive(200, "batches that are then left out")
+  limit: int = _positive(3, "how often, before the run ends")
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig(_Checked):
   """One run."""
 
@@ -343,6 +358,10 @@ class TrainConfig(_Checked):
     0, "steps between measurements of stream and gradient by layer; 0: none", min=0
   )
   keep_checkpoints: int = _positive(3, "how many checkpoints are kept")
+  max_skipped: int = _positive(
+    10, "steps in a row, skipped as their numbers are not finite, at which the run ends"
+  )
+  skip_batches: str = _field("", "batches that are left out: ranges a:b, separated by commas")
   sample_prompt: str = _field("", "start of the sample that is printed at the end")
   sample_tokens: int = _field(128, "tokens of that sample; 0: no sample", min=0, max=_LONGEST)
   sample_temperature: float = _field(0.8, "of that sample; 0: greedy", min=0.0)
@@ -350,9 +369,20 @@ class TrainConfig(_Checked):
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
   optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+  spike: SpikeConfig = dataclasses.field(default_factory=SpikeConfig)
 
   def __post_init__(self):
     super().__post_init__()
+    ranges = (f"{begin}:{end}" for begin, end in batch_ranges(self.skip_batches))
+    object.__setattr__(self, "skip_batches", ",".join(ranges))
+    # The oldest checkpoint that is kept for certain.
+    age = self.checkpoint_every * (self.keep_checkpoints - 1)
+    if self.spike.factor and age < self.spike.rewind_steps:
+      raise ConfigError(
+        f"keep_checkpoints={self.keep_checkpoints}, with checkpoint_every={self.checkpoint_every},"
+        f" may reach back {age} steps only, not spike.rewind_steps={self.spike.rewind_steps}: set"
+        " one of the first two to more"
+      )
     if self.batch_size % self.accumulation:
       raise ConfigError(
         f"accumulation={self.accumulation} must divide batch_size={self.batch_size}"
@@ -384,6 +414,27 @@ class TrainConfig(_Checked):
       raise ConfigError(f"sample_prompt={self.sample_prompt!r} is not valid text")
 
 
+def batch_ranges(text: str) -> tuple[tuple[int, int], ...]:
+  """The ranges [a, b) of `skip_batches`, in their order; those that touch are one.
+
+  Raises:
+    ConfigError: if the text is something else.
+  """
+  merged: list[tuple[int, int]] = []
+  found = re.fullmatch(r"(\d{1,12}:\d{1,12}(,|$))*", text.replace(" ", ""), re.ASCII)
+  ranges = [tuple(map(int, part.split(":"))) for part in text.split(",") if part] if found else []
+  if not found or any(begin >= end for begin, end in ranges):
+    raise ConfigError(
+      f"config.skip_batches={text!r} must be ranges of batches, from the first to before the last,"
+      " e.g. 200:400,1000:1010"
+    )
+  for begin, end in sorted(ranges):
+    if merged and begin <= merged[-1][1]:
+      begin, end = merged[-1][0], max(end, merged.pop()[1])
+    merged.append((begin, end))
+  return tuple(merged)
+
+
 # Fields that may differ when a run is resumed: how long it runs, how often it reports, and where
 # files lie. Others change what is computed, if only by rounding.
 RESUMABLE = (
@@ -394,6 +445,7 @@ RESUMABLE = (
   "checkpoint_every",
   "diagnostics_every",
   "keep_checkpoints",
+  "max_skipped",
   "sample_prompt",
   "sample_tokens",
   "sample_temperature",
@@ -413,6 +465,14 @@ RESUMABLE = (
   "mesh.fsdp",
   "mesh.sequence",
   "mesh.tensor",
+  # Ranges may be added for batches to come, or with a rewind.
+  "skip_batches",
+  # When a run goes back; what it then leaves out is kept as `skip_batches`.
+  "spike.factor",
+  "spike.window",
+  "spike.rewind_steps",
+  "spike.skip_batches",
+  "spike.limit",
 )
 
 

@@ -84,7 +84,7 @@ def _arguments(state, batch) -> dict[str, int]:
   return {
     "parameters": held(state.params),
     "average": held(state.ema_params),
-    "optimizer": held(state.opt_state) + held(state.step),
+    "optimizer": held((state.opt_state, state.step, state.skipped, state.skipped_in_a_row)),
     "batch": held(batch),
   }
 

@@ -30,12 +30,16 @@ class TrainState:
     params: the parameters.
     opt_state: the optimizer's.
     ema_params: an exponential moving average of the parameters, or None.
+    skipped: of the steps, how many have changed nothing, as their numbers were not finite.
+    skipped_in_a_row: how many of those were the last ones.
   """
 
   step: jax.Array
   params: Any
   opt_state: Any
   ema_params: Any
+  skipped: jax.Array
+  skipped_in_a_row: jax.Array
 
   @property
   def eval_params(self):
@@ -44,14 +48,27 @@ class TrainState:
 
   def parts(self) -> dict[str, Any]:
     """The state as a checkpoint's parts; `ema_params` only where there are any."""
-    parts = {"params": self.params, "optimizer": {"step": self.step, "state": self.opt_state}}
+    parts = {
+      "params": self.params,
+      "optimizer": {"step": self.step, "state": self.opt_state},
+      "skipped": {"in_all": self.skipped, "in_a_row": self.skipped_in_a_row},
+    }
     return parts if self.ema_params is None else {**parts, "ema_params": self.ema_params}
 
   @classmethod
   def from_parts(cls, parts: dict[str, Any]) -> "TrainState":
-    """The state that `parts` took apart."""
-    optimizer = parts["optimizer"]
-    return cls(optimizer["step"], parts["params"], optimizer["state"], parts.get("ema_params"))
+    """The state that `parts` took apart; without the part `skipped` none had been skipped."""
+    step = parts["optimizer"]["step"]
+    # Two arrays, that lie where the step does: each is donated.
+    skipped = parts.get("skipped") or {"in_all": 0 * step, "in_a_row": 0 * step}
+    return cls(
+      step=step,
+      params=parts["params"],
+      opt_state=parts["optimizer"]["state"],
+      ema_params=parts.get("ema_params"),
+      skipped=skipped["in_all"],
+      skipped_in_a_row=skipped["in_a_row"],
+    )
 
 
 def make_optimizer(config: OptimizerConfig, steps: int):
@@ -81,7 +98,14 @@ def init_state(key: jax.Array, *, model: nn.Module, inputs: tuple, optimizer, em
   params = model.init(key, *inputs)["params"]
   # A copy: the step donates its arguments, and one buffer cannot be donated twice.
   ema_params = jax.tree.map(jnp.copy, params) if ema else None
-  return TrainState(jnp.int32(0), params, optimizer.init(params), ema_params)
+  return TrainState(
+    step=jnp.int32(0),
+    params=params,
+    opt_state=optimizer.init(params),
+    ema_params=ema_params,
+    skipped=jnp.int32(0),
+    skipped_in_a_row=jnp.int32(0),
+  )
 
 
 def train_step(
@@ -98,6 +122,10 @@ def train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """One optimizer step on the mean loss of a batch; pure, to be jitted with `state` donated.
 
+  A step whose loss or gradient norm is not finite is skipped: of the state only the counters of
+  steps change, so that later steps draw the dropout that they would have drawn, and the learning
+  rate follows the optimizer's own count, of the steps that were taken.
+
   Args:
     state: the state.
     batch: arrays [batch, ...]; `weights` say how much each target counts.
@@ -112,7 +140,8 @@ def train_step(
       changes no number where it is the dtype of the model.
 
   Returns:
-    The new state, and the metrics `loss` (mean over weights) and `gradient_norm`.
+    The new state, and the metrics `loss` (mean over weights), `gradient_norm`, and the state's
+    `skipped` and `skipped_in_a_row`.
   """
   weight_sum = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
   dropout_key = jax.random.fold_in(dropout_key, state.step)
@@ -137,18 +166,31 @@ def train_step(
       return jax.tree.map(jnp.add, total, grad(weights, *part)), None
 
     zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
-    parts = (jax.tree.map(cut, batch), jnp.arange(accumulation))
-    (loss, gradients), _ = jax.lax.scan(add, zero, parts)
+    cuts = (jax.tree.map(cut, batch), jnp.arange(accumulation))
+    (loss, gradients), _ = jax.lax.scan(add, zero, cuts)
   gradients = sharding.constrain_parameters(gradients)
 
-  updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
-  ema_params = state.ema_params
-  if ema:
-    decay = jnp.minimum(ema, (1 + state.step) / (10 + state.step))
-    ema_params = optax.incremental_update(params, ema_params, 1 - decay)
-  metrics = {"loss": loss, "gradient_norm": optax.tree.norm(gradients)}
-  return TrainState(state.step + 1, params, opt_state, ema_params), metrics
+  gradient_norm = optax.tree.norm(gradients)
+  finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
+
+  def take(params, opt_state, ema_params):
+    updates, opt_state = optimizer.update(gradients, opt_state, params)
+    params = optax.apply_updates(params, updates)
+    if ema:
+      decay = jnp.minimum(ema, (1 + state.step) / (10 + state.step))
+      ema_params = optax.incremental_update(params, ema_params, 1 - decay)
+    return params, opt_state, ema_params
+
+  # A branch and no `where`: XLA updates the donated state in place, and rounds as if there were no
+  # branch. The flag is of sums over all devices, so that they take the same one.
+  parts = state.params, state.opt_state, state.ema_params
+  parts = jax.lax.cond(finite, take, lambda *unchanged: unchanged, *parts)
+  counters = {
+    "skipped": state.skipped + ~finite,
+    "skipped_in_a_row": jnp.where(finite, 0, state.skipped_in_a_row + 1),
+  }
+  metrics = {"loss": loss, "gradient_norm": gradient_norm, **counters}
+  return TrainState(state.step + 1, *parts, **counters), metrics
 
 
 def _cast_kernels(params, dtype):
@@ -324,6 +366,8 @@ def state_shardings(state: TrainState, optimizer, mesh: jax.sharding.Mesh) -> Tr
       transform_non_params=lambda _: whole,
     ),
     ema_params=None if state.ema_params is None else params,
+    skipped=whole,
+    skipped_in_a_row=whole,
   )
 
 

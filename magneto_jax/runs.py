@@ -2,6 +2,7 @@
 
 <workdir>/config.json          the run's config, and the identity and facts of its data
 <workdir>/checkpoints/<step>/  see `checkpoints.Checkpointer`
+<workdir>/rewound/<n>/<step>/  checkpoints after the step to which the run was taken back
 <workdir>/data/                the tokenizer and the token files
 <workdir>/metrics.jsonl, tensorboard/, learning_curve.png, summary.json
 """
@@ -9,21 +10,24 @@
 import dataclasses
 import json
 import pathlib
+import shutil
 from typing import Any, NamedTuple
 
 import jax
 from flax import linen as nn
 
+from magneto_jax import distributed
 from magneto_jax.checkpoints import Checkpointer, abstract_like
 from magneto_jax.config import (
   ConfigError,
   TrainConfig,
+  batch_ranges,
   config_errors,
   differing_fields,
   from_config_dict,
 )
 from magneto_jax.convert import saved
-from magneto_jax.data import files, text, tokenizers
+from magneto_jax.data import files, pipelines, text, tokenizers
 from magneto_jax.tasks import TASKS
 from magneto_jax.tasks.task import Facts
 
@@ -42,11 +46,14 @@ class Record(NamedTuple):
     config: of the run.
     data: JSON-able values that name the run's data exactly.
     facts: what the model must know of the data; see `tasks.Task`.
+    rewinds: for each time the run was taken back, the step `to` which, that of the `spike` for
+      which, None if by hand, and the `skip_batches` that were asked for.
   """
 
   config: TrainConfig
   data: dict[str, Any]
   facts: Facts
+  rewinds: tuple[dict[str, Any], ...] = ()
 
 
 def checkpoints_in(workdir: str | pathlib.Path) -> pathlib.Path:
@@ -67,6 +74,75 @@ def as_json(record: Record) -> dict[str, Any]:
 def write_record(workdir: pathlib.Path, record: Record) -> None:
   """Leaves the record where `read_record` finds it, whole or not at all."""
   _write_json(workdir / "config.json", as_json(record))
+
+
+def rewind(
+  workdir: pathlib.Path, held: Record | None, config: TrainConfig, to: int, spike: int | None = None
+) -> Record:
+  """Takes a run back to an earlier checkpoint; the later ones are moved to `rewound/`.
+
+  Twice by hand, with the same `skip_batches`, is once: a command that says so can be run again.
+
+  Args:
+    workdir: of the run.
+    held: its record.
+    config: with what it is to go on.
+    to: the checkpoint's step; 0: the run's start.
+    spike: the step for which it is taken back; None if by hand.
+
+  Returns:
+    The record with this rewind.
+
+  Raises:
+    ConfigError: if there is no such checkpoint.
+  """
+  this = {"to": to, "spike": spike, "skip_batches": config.skip_batches}
+  steps = _steps(workdir)
+  distributed.everywhere(to)  # All have read, before the first one writes.
+  if held is not None and this in held.rewinds:
+    return held
+  if held is None or to not in (0, *steps):
+    kept = f"those of {', '.join(map(str, steps))}, and 0 for the start" if steps else "none"
+    raise ConfigError(f"{workdir} has no checkpoint of step {to} to rewind to: it has {kept}")
+  record = held._replace(rewinds=(*held.rewinds, this))
+
+  def move() -> None:
+    folders = [path for path in checkpoints_in(workdir).iterdir() if path.name.isdecimal()]
+    number = 1 + sum(1 for _ in _rewound_in(workdir).glob("*"))
+    aside = _rewound_in(workdir) / str(number)
+    aside.mkdir(parents=True)
+    if (metrics := workdir / "metrics.jsonl").exists():
+      shutil.copy(metrics, aside)
+    # The newest first, and the record last: broken off between, the run is one that was stopped.
+    for folder in sorted(folders, key=lambda path: -int(path.name)):
+      if int(folder.name) > to:
+        folder.rename(aside / folder.name)
+    write_record(workdir, record)
+
+  distributed.on_first(lambda: move() if distributed.is_first() else None)
+  return record
+
+
+def with_batches_left_out(config: TrainConfig, held: Record | None, start: int) -> TrainConfig:
+  """The config with all batches that the run leaves out: those of its record, and the config's.
+
+  Raises:
+    ConfigError: if some of the config's were taken before the step `start`.
+  """
+  if held is None:
+    return config
+  before = held.config.skip_batches
+  both = ",".join(filter(None, (before, config.skip_batches)))
+  config = dataclasses.replace(config, skip_batches=both)
+  last = [
+    pipelines.batch_of_step(start - 1, batch_ranges(text)) for text in (before, config.skip_batches)
+  ]
+  if start and last[0] != last[1]:
+    raise ConfigError(
+      f"skip_batches={config.skip_batches!r} names batches that the run had taken by step {start}:"
+      " add --rewind_to, with the step of an earlier checkpoint"
+    )
+  return config
 
 
 def write_summary(workdir: pathlib.Path, summary: dict[str, Any]) -> None:
@@ -94,10 +170,19 @@ def read_summary(workdir: str | pathlib.Path) -> dict[str, Any] | None:
 
 def last_step(workdir: str | pathlib.Path) -> int:
   """The newest step with a complete checkpoint; 0 if there is none."""
+  return max(_steps(workdir), default=0)
+
+
+def _steps(workdir: str | pathlib.Path) -> list[int]:
+  """The steps with a complete checkpoint, oldest first."""
   if not checkpoints_in(workdir).exists():
-    return 0
+    return []
   with Checkpointer(checkpoints_in(workdir), read_only=True) as checkpointer:
-    return max(checkpointer.steps, default=0)
+    return checkpointer.steps
+
+
+def _rewound_in(workdir: str | pathlib.Path) -> pathlib.Path:
+  return pathlib.Path(workdir) / "rewound"
 
 
 def read_record(workdir: str | pathlib.Path) -> Record | None:
@@ -113,7 +198,8 @@ def read_record(workdir: str | pathlib.Path) -> Record | None:
         values = checkpointer.config(step)
     else:
       return None
-    return _checked(Record(from_config_dict(values["config"]), values["data"], values["facts"]))
+    config, rewinds = from_config_dict(values["config"]), tuple(values.get("rewinds", ()))
+    return _checked(Record(config, values["data"], values["facts"], rewinds))
   except (ValueError, KeyError, TypeError) as error:
     held = path if path.exists() else checkpoints_in(workdir)
     raise ConfigError(f"{held} does not hold the config of a run: {error}") from None
@@ -137,14 +223,17 @@ def _checked(record: Record) -> Record:
 def resumable(workdir: str | pathlib.Path, config: TrainConfig) -> Record | None:
   """The record of the run that the config would resume; None if the workdir holds no checkpoint.
 
+  A run that was taken back to its start has none either, and is one.
+
   Raises:
     ConfigError: if it holds another run.
   """
   with config_errors():  # Of a folder without a run, too: it is written into.
     files.refuse_links_out(workdir)
-  if not last_step(workdir):
+  rewound = _rewound_in(workdir).exists()
+  held = read_record(workdir) if rewound or last_step(workdir) else None
+  if held is None:
     return None
-  held = read_record(workdir)
   refuse_if_different(workdir, held, held._replace(config=config))
   return held
 

@@ -10,13 +10,21 @@ def main() -> None:
   config = cli.define_config_flag()
   workdir = cli.define_workdir_flag("Where the run's files go.")
   dry_run = flags.DEFINE_bool("dry_run", False, "Print what would be run, and stop.")
+  rewind_to = flags.DEFINE_integer(
+    "rewind_to",
+    None,
+    "Go on from the checkpoint of this step, 0 for the start; later ones are moved to rewound/.",
+    lower_bound=0,
+  )
   join_hosts = cli.define_hosts_flags()
 
   def run() -> None:
-    start = training.dry_run if dry_run.value else training.train
     typed = cli.typed_config(config)
     join_hosts()
-    start(typed, workdir.value)
+    if dry_run.value:
+      training.dry_run(typed, workdir.value)
+    else:
+      training.train(typed, workdir.value, rewind_to=rewind_to.value)
 
   cli.run(run)
 

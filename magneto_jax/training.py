@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import itertools
 import json
 import math
@@ -16,11 +17,12 @@ import numpy as np
 
 from magneto_jax import decoding, diagnostics, distributed, hardware, reporting, runs, sharding
 from magneto_jax.checkpoints import Checkpointer
-from magneto_jax.config import ConfigError, TrainConfig, config_errors
+from magneto_jax.config import ConfigError, TrainConfig, batch_ranges, config_errors
 from magneto_jax.data import feed, pipelines
 from magneto_jax.memory import held
 from magneto_jax.monitor import Monitor
 from magneto_jax.program import Program, TrainState, lower_step
+from magneto_jax.spikes import Diverged, Watch, restart
 from magneto_jax.tasks import TASKS
 
 # Damaged documents that are named where a run is described; the log names all.
@@ -52,7 +54,10 @@ class Job(NamedTuple):
 
 
 def prepare(
-  config: TrainConfig, directory: pathlib.Path, earlier: runs.Record | None = None
+  config: TrainConfig,
+  directory: pathlib.Path,
+  earlier: runs.Record | None = None,
+  program: Program | None = None,
 ) -> Job:
   """Loads the data, builds the model and compiles the step for all devices there are.
 
@@ -61,6 +66,7 @@ def prepare(
     directory: where what is derived from the data is kept.
     earlier: the record of the run that is resumed, if any: other data are then refused before
       anything is written.
+    program: the compiled step, of a run that differs in nothing but its data's order, if any.
 
   Raises:
     ConfigError: if the data cannot be had, or the model not be built, or hosts differ.
@@ -76,7 +82,8 @@ def prepare(
       lambda: task.load_data(config.data, directory, earlier and earlier.data)
     )
   # As JSON gives it back: tuples are lists.
-  record = runs.Record(config, json.loads(json.dumps(data.identity)), task.facts(data))
+  identity, rewinds = json.loads(json.dumps(data.identity)), earlier.rewinds if earlier else ()
+  record = runs.Record(config, identity, task.facts(data), rewinds)
   with config_errors():
     distributed.agree("run", runs.as_json(record))
   with config_errors():
@@ -86,11 +93,13 @@ def prepare(
       seed=config.seed,
       num_workers=config.data.workers,
       rows=rows,
+      skip=batch_ranges(config.skip_batches),
     )
-  lowered = lower_step(config, record.facts, mesh)
-  with lowered.memory_in_words():
-    program = lowered.compile()
-    program.refuse_if_too_large()
+  if program is None:
+    lowered = lower_step(config, record.facts, mesh)
+    with lowered.memory_in_words():
+      program = lowered.compile()
+      program.refuse_if_too_large()
   ahead = feed.Feed(batches, program.put, ahead=config.data.prefetch)
   return Job(data, record, ahead, rows, program)
 
@@ -111,12 +120,25 @@ def dry_run(config: TrainConfig, workdir: str | os.PathLike) -> None:
       _print(console, _first_batch(job))
 
 
-def train(config: TrainConfig, workdir: str | os.PathLike) -> dict:
+class _Rewind(Exception):
+  """A spike: from which step to go on, and without which batches."""
+
+  def __init__(self, spike: int, to: int, skip: str, program: Program):
+    super().__init__(spike, to, skip)
+    self.spike, self.to, self.skip, self.program = spike, to, skip, program
+
+
+def train(config: TrainConfig, workdir: str | os.PathLike, *, rewind_to: int | None = None) -> dict:
   """Trains, evaluates, saves and reports; a run that the workdir holds already is resumed.
+
+  A step whose loss or gradient is not finite is skipped. With `config.spike` a run whose loss rises
+  suddenly goes on from an earlier checkpoint, without the batches around the spike: just as one
+  that is stopped, and started again with `rewind_to` and those `skip_batches`.
 
   Args:
     config: the run.
     workdir: made if it does not exist; see `runs` for what it holds.
+    rewind_to: the step of a checkpoint to go on from, 0 for the start; None for the newest.
 
   Returns:
     What `summary.json` holds.
@@ -124,8 +146,29 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict:
   Raises:
     ConfigError: if the config cannot be run, or the workdir holds another run, or one that is past
       the config's steps.
-    FloatingPointError: if a loss or gradient is not finite; the checkpoints are kept.
+    Diverged: after `max_skipped` steps in a row that were skipped, or `spike.limit` rewinds, or a
+      validation loss that is not finite; the checkpoints are kept.
   """
+  spike = program = None
+  while True:
+    try:
+      return _train(config, workdir, rewind_to, spike, program)
+    except _Rewind as rewind:
+      spike, rewind_to, program = rewind.spike, rewind.to, rewind.program
+      both = ",".join(filter(None, (program.config.skip_batches, rewind.skip)))
+      config = dataclasses.replace(config, skip_batches=both)
+    # The state that is left behind, of which devices may hold no second one.
+    gc.collect()
+
+
+def _train(
+  config: TrainConfig,
+  workdir: str | os.PathLike,
+  rewind_to: int | None,
+  spike: int | None,
+  program: Program | None,
+) -> dict:
+  """`train` to the end or the next spike, after the rewind for the last one, if any."""
   started = time.perf_counter()
   is_first = distributed.is_first()
   console = reporting.make_console(quiet=not is_first)
@@ -134,15 +177,18 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict:
   # ------------------------------------------------------------------------ Where the run stands
   # Before the data is read: with other data settings, reading it would fail less clearly.
   with config_errors():
-    distributed.agree("config", dataclasses.asdict(config))
+    distributed.agree("config", {**dataclasses.asdict(config), "rewind_to": rewind_to})
     distributed.refuse_unless_shared(workdir)
   earlier = runs.resumable(workdir, config)
+  if rewind_to is not None:
+    earlier = runs.rewind(workdir, earlier, config, rewind_to, spike)
   start = runs.last_step(workdir)
   if start > config.steps:
     raise ConfigError(
       f"{workdir} is at step {start} already: set steps to more than {start}, or use another"
       " workdir"
     )
+  config = runs.with_batches_left_out(config, earlier, start)
   summary = runs.read_summary(workdir)
   if start == config.steps and summary and summary.get("steps") == start:
     _print(console, [f"{workdir} is finished: to go on, set steps to more than {config.steps}"])
@@ -150,7 +196,7 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict:
     return summary
 
   # ------------------------------------------------------------------------- What will be run
-  job = prepare(config, runs.data_in(workdir), earlier)
+  job = prepare(config, runs.data_in(workdir), earlier, program)
   program, task, model = job.program, job.program.task, job.program.model
   if earlier:
     runs.refuse_if_different(workdir, earlier, job.record)
@@ -165,14 +211,16 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict:
   parameter_key, dropout_key, sample_key = jax.jit(make_keys, out_shardings=whole)()
   eval_step = jax.jit(lambda params, batch: task.loss(model, params, batch), out_shardings=whole)
   tokens_per_step = config.batch_size * config.data.seq_length
+  saved = start
 
   def validate(params) -> dict[str, float]:
     batches = pipelines.eval_batches(job.data.validation, config.batch_size, rows=job.rows)
     batches = map(program.put, itertools.islice(batches, config.eval_batches or None))
     totals = evaluate(eval_step, params, batches)
     if not all(map(math.isfinite, totals)):
-      raise FloatingPointError(
-        f"the validation loss is {totals[0]}: in another workdir, lower optimizer.learning_rate"
+      raise Diverged(
+        f"the validation loss is {totals[0]}; the checkpoint of step {saved} is kept: in another"
+        " workdir, lower optimizer.learning_rate"
       )
     return task.metrics(*totals, job.data, whole=not config.eval_batches)
 
@@ -186,7 +234,10 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict:
     opened.enter_context(contextlib.closing(job.batches))
     opened.enter_context(sharding.use_mesh(program.mesh))
     if start:
-      parts = checkpointer.restore(start, program.state.parts(), job.batches)
+      wanted = program.state.parts()
+      if "skipped" not in checkpointer.parts(start):  # Of a version that skipped none.
+        del wanted["skipped"]
+      parts = checkpointer.restore(start, wanted, job.batches)
       state = TrainState.from_parts(parts)
       _print(console, [f"resumed at step {start:,}"])
     else:
@@ -213,22 +264,50 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict:
       writer.write(step, monitor.record(step, state.params))
 
   def save(step: int) -> None:
+    nonlocal saved
+    saved = step
     checkpointer.save(step, state.parts(), job.batches, runs.as_json(job.record))
 
   # --------------------------------------------------------------------------------- The steps
   stopwatch = reporting.Stopwatch()
   waited = read_at = 0.0  # Seconds of waiting for input, and of running, at the last line.
   validation: dict[str, float] = {}
+  watch = Watch(config.spike.factor, config.spike.window)
+
+  def refuse_or_rewind(step: int, loss: float, gradient_norm: float, in_a_row: int) -> None:
+    """What follows from a step that was skipped, or from a spike."""
+    mend = (
+      f"the checkpoint of step {saved} is kept: go on from an earlier one with --rewind_to and"
+      " --config.skip_batches, or in another workdir lower optimizer.learning_rate or set"
+      " optimizer.clip_norm"
+    )
+    if in_a_row:
+      progress.line(
+        f"warning: step {step:,} is skipped, as its loss is {loss} and its gradient's norm"
+        f" {gradient_norm}"
+      )
+      if in_a_row >= config.max_skipped:
+        raise Diverged(
+          f"at step {step} the loss is {loss} and its gradient's norm {gradient_norm}, and"
+          f" {in_a_row} steps in a row were skipped; {mend}"
+        )
+    elif found := watch.spike(loss, gradient_norm):
+      before = sum(rewind["spike"] is not None for rewind in job.record.rewinds)
+      if before >= config.spike.limit:
+        raise Diverged(f"a spike at step {step} ({found}), after {before} rewinds; {mend}")
+      to, skip = restart(step, checkpointer.steps, config)
+      progress.line(
+        f"warning: a spike at step {step:,}: {found}; back to step {to:,}, without batches {skip}"
+        f" (rewind {before + 1} of at most {config.spike.limit})"
+      )
+      raise _Rewind(step, to, skip, program)
 
   def report(step: int, metrics: dict[str, jax.Array]) -> None:
     """Reads a step's metrics, which waits for the step; so it is called one step late."""
-    loss, gradient_norm = float(metrics["loss"]), float(metrics["gradient_norm"])
-    if not math.isfinite(loss + gradient_norm):
-      raise FloatingPointError(
-        f"at step {step} the loss is {loss} and its gradient's norm {gradient_norm}: in another"
-        " workdir, lower optimizer.learning_rate or set optimizer.clip_norm; the checkpoints before"
-        f" it are kept in {workdir}"
-      )
+    read = jax.device_get(metrics)
+    loss, gradient_norm = float(read["loss"]), float(read["gradient_norm"])
+    skipped, in_a_row = int(read["skipped"]), int(read["skipped_in_a_row"])
+    refuse_or_rewind(step, loss, gradient_norm, in_a_row)
     nonlocal waited, read_at
     seconds = stopwatch.seconds
     rate = (step - start) * tokens_per_step / seconds
@@ -236,10 +315,12 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict:
     if step % config.log_every == 0 or step == config.steps:
       # A step waits for the host that waits the longest.
       waiting = max(distributed.everywhere(job.batches.waited()))
+      # A step that was skipped has no numbers that JSON knows.
+      taken = {} if in_a_row else {"train/loss": loss, "train/gradient_norm": gradient_norm}
       row = {
-        "train/loss": loss,
-        "train/gradient_norm": gradient_norm,
-        "train/learning_rate": float(program.schedule(step - 1)),
+        **taken,
+        "train/learning_rate": 0.0 if in_a_row else float(program.schedule(step - 1 - skipped)),
+        "train/skipped_steps": skipped,
         "tokens_per_second": rate,
         "input_share": waiting / (seconds - read_at),
       }
@@ -292,6 +373,8 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict:
     **_speed(program, config.steps - start, training_seconds, waited),
     "steps": config.steps,
     "resumed_at_step": start,
+    "skipped_steps": int(state.skipped),
+    "rewinds": list(job.record.rewinds),
     "wall_seconds": time.perf_counter() - started,
     "training_seconds": training_seconds,
     "compile_seconds": program.compile_seconds + program.lower_seconds,

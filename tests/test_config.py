@@ -112,6 +112,20 @@ def test_every_number_has_a_range_on_both_sides():
     ("model.steps", 3, r"config.model.steps does not exist; did you mean config.steps\?"),
     ("mesh.dropout", 0.1, r"did you mean config.model.dropout\?"),
     ("x" * 10**6, 1, r"config.x{80} does not exist; groups: recipe_options, model"),
+    ("max_skipped", 0, r"config.max_skipped=0 must be at least 1"),
+    (
+      "skip_batches",
+      "200-400",
+      r"skip_batches='200-400' must be ranges of batches",
+    ),
+    ("skip_batches", "5:5", r"skip_batches='5:5' must be ranges of batches"),
+    ("spike.factor", -1.0, r"config.spike.factor=-1.0 must be at least 0.0"),
+    ("spike.window", 1, r"config.spike.window=1 must be at least 8"),
+    (
+      "spike",
+      {"factor": 9, "rewind_steps": 501},
+      r"may reach back 500 steps only",
+    ),
   ],
 )
 def test_an_impossible_value_is_refused(name, value, message):
@@ -153,6 +167,25 @@ def test_bounds_that_are_allowed_are_allowed():
     from_config_dict(changed(name, value))
 
 
+@pytest.mark.parametrize(
+  "text, ranges",
+  [
+    ("", ""),
+    ("200:400", "200:400"),
+    ("1000:1010, 200:400", "200:400,1000:1010"),
+    ("3:5,5:6,9:10,0:4", "0:6,9:10"),
+  ],
+)
+def test_ranges_of_batches_have_one_form(text, ranges):
+  """In order, with no batch twice; what it stands for is unchanged."""
+  found = from_config_dict({"skip_batches": text}).skip_batches
+  assert found == ranges
+  listed = lambda text: {
+    k for part in text.split(",") if part for k in range(*map(int, part.split(":")))
+  }
+  assert listed(found) == listed(text)
+
+
 # What changes neither the numbers of a run nor what it has learned so far.
 MAY_DIFFER = {
   *("steps", "eval_every", "eval_batches", "log_every", "checkpoint_every", "keep_checkpoints"),
@@ -161,6 +194,8 @@ MAY_DIFFER = {
   *("data.cache_dir", "data.data_dir", "data.workers", "data.train_files", "data.validation_files"),
   "data.tokenizer_file",
   *("data.prefetch", "data.skip_bad"),
+  *("max_skipped", "skip_batches"),
+  *(f"spike.{name}" for name in ("factor", "window", "rewind_steps", "skip_batches", "limit")),
   *("mesh.slices", "mesh.data", "mesh.fsdp", "mesh.sequence", "mesh.tensor"),
 }
 

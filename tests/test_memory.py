@@ -164,7 +164,8 @@ def test_what_a_compiler_refuses_is_told_apart():
   """Of errors that speak of temporaries alone, and of those that speak of all."""
   at = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   array = jax.ShapeDtypeStruct((2**18,), jnp.float32, sharding=at)  # 1 MiB.
-  state = types.SimpleNamespace(params=array, ema_params=None, opt_state=(array,) * 2, step=())
+  counters = {"step": (), "skipped": (), "skipped_in_a_row": ()}
+  state = types.SimpleNamespace(params=array, ema_params=None, opt_state=(array,) * 2, **counters)
   of = lambda text: memory.of_refused(jax.errors.JaxRuntimeError(text), state, {"x": array})
   said = "RESOURCE_EXHAUSTED: Ran out of memory"
   alone = of(f"{said} on HBM, total HLO temporaries (9.00M) exceeds available HBM (8.00M)")

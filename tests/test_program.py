@@ -96,7 +96,9 @@ def steps_on_draws(count, **options):
     program.train_step, model=None, task=task, optimizer=optimizer, **options
   )
   step = jax.jit(step)
-  states, metrics = [program.TrainState(jnp.int32(0), params, optimizer.init(params), params)], []
+  none = jnp.int32(0)
+  first = program.TrainState(none, params, optimizer.init(params), params, none, none)
+  states, metrics = [first], []
   for _ in range(count):
     batch = {"x": jnp.eye(4), "weights": jnp.ones((4,))}
     state, values = step(states[-1], batch, jax.random.key(1))
@@ -112,6 +114,41 @@ def test_every_step_and_every_part_draws_its_own_dropout(accumulation):
   assert len(set(np.round(np.ravel(gradients), 4).tolist())) == 12
   norms = [float(values["gradient_norm"]) for values in metrics]
   np.testing.assert_allclose(norms, np.linalg.norm(gradients, axis=1), rtol=1e-5)  # float32
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_step_that_is_not_finite_changes_only_its_counters(accumulation, value):
+  """Of whichever row; what follows is as if its update had been left out."""
+  optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.1))
+  params, task = {"w": jnp.arange(1.0, 5.0)}, types.SimpleNamespace(loss=drawn)
+  options = {"model": None, "task": task, "optimizer": optimizer, "ema": 0.5}
+  step = jax.jit(functools.partial(program.train_step, accumulation=accumulation, **options))
+  none = jnp.int32(0)
+  state = program.TrainState(none, params, optimizer.init(params), params, none, none)
+  batch = {"x": jnp.eye(4), "weights": jnp.ones((4,))}
+  bad = {"x": jnp.eye(4).at[2, 2].set(value), "weights": jnp.ones((4,))}
+  key = jax.random.key(1)
+  state, _ = step(state, batch, key)
+  moved = state.replace(step=state.step + 2, skipped=none + 2, skipped_in_a_row=none + 2)
+  for count in (1, 2):
+    state, metrics = step(state, bad, key)
+    assert not np.isfinite(metrics["gradient_norm"])
+    assert (int(metrics["skipped"]), int(metrics["skipped_in_a_row"])) == (count, count)
+  jax.tree.map(np.testing.assert_array_equal, state, moved)
+  (state, metrics), (expected, _) = step(state, batch, key), step(moved, batch, key)
+  jax.tree.map(np.testing.assert_array_equal, state, expected)
+  assert (int(metrics["skipped"]), int(metrics["skipped_in_a_row"])) == (2, 0)
+
+
+def test_a_state_of_a_checkpoint_without_counters_has_skipped_nothing():
+  none = jnp.int32(7)
+  state = program.TrainState(none, {"w": none}, (), None, none, none)
+  parts = state.parts()
+  assert program.TrainState.from_parts(parts) == state
+  del parts["skipped"]
+  found = program.TrainState.from_parts(parts)
+  assert (int(found.step), int(found.skipped), int(found.skipped_in_a_row)) == (7, 0, 0)
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ LEVELS = {
   # What the commands share.
   "cli": 4,
   "program": 4,
+  "spikes": 4,
   "monitor": 4,
   "runs": 4,
   # The public names.

@@ -16,6 +16,7 @@ import pytest
 from flax import linen as nn
 
 import magneto_jax
+from benchmarks.reliability import numbers
 from magneto_jax import decoding, memory, monitor, program, reporting, runs, training
 from magneto_jax.checkpoints import Checkpointer, abstract_like
 from magneto_jax.config import ConfigError, TrainConfig, from_config_dict
@@ -188,7 +189,7 @@ def bigrams(monkeypatch):
   monkeypatch.setitem(TASKS, "causal_lm", task)
 
 
-def replayed(config, workdir):
+def replayed(config, workdir, skip=()):
   """The run from its definition: the data, the last state, and the metrics of every step."""
   task = TASKS[config.task]
   data = task.load_data(config.data, runs.data_in(workdir))
@@ -203,7 +204,8 @@ def replayed(config, workdir):
   )
   step, dropout_key, metrics = jax.jit(step), jax.random.fold_in(key, 1), []
   batches = pipelines.train_iterator(data.train, batch_size=config.batch_size, seed=config.seed)
-  for batch in itertools.islice(batches, config.steps):
+  left = (b for k, b in enumerate(batches) if not any(a <= k < end for a, end in skip))
+  for batch in itertools.islice(left, config.steps):
     state, values = step(state, batch, dropout_key)
     metrics.append({name: float(value) for name, value in values.items()})
   return data, state, metrics
@@ -246,7 +248,8 @@ def test_a_run_leaves_what_it_promises(bigrams, tmp_path):
   trained = [row for row in rows if "train/loss" in row]
   assert [row["step"] for row in trained] == [3, 5]
   for row in trained:
-    for name, value in metrics[row["step"] - 1].items():
+    for name in ("loss", "gradient_norm"):
+      value = metrics[row["step"] - 1][name]
       assert row[f"train/{name}"] == pytest.approx(value, rel=1e-5)  # float32
     decayed = (row["step"] - 1 - 2) / (20 - 2)  # Two steps of warm-up, and the first is step 0.
     rate = 0.3 * (1 + np.cos(np.pi * decayed)) / 2
@@ -258,7 +261,9 @@ def test_a_run_leaves_what_it_promises(bigrams, tmp_path):
 
   checkpointer = Checkpointer(runs.checkpoints_in(tmp_path), read_only=True)
   assert checkpointer.steps == [4, 5]
-  assert checkpointer.parts(5) == {"params", "ema_params", "optimizer", "data", "config"}
+  assert checkpointer.parts(5) == {
+    *("params", "ema_params", "optimizer", "skipped", "data", "config")
+  }
   checkpointer.close()
 
   model, variables = magneto_jax.load(tmp_path)
@@ -441,9 +446,67 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_checkpoints(tmp_p
   optimizer = dataclasses.replace(record.config.optimizer, learning_rate=1e38)
   config = dataclasses.replace(record.config, optimizer=optimizer, steps=8)
   runs.write_record(tmp_path, record._replace(config=config))
-  with pytest.raises(FloatingPointError, match="lower optimizer.learning_rate"):
+  with pytest.raises(training.Diverged, match="lower optimizer.learning_rate"):
     training.train(config, tmp_path)
   assert runs.last_step(tmp_path) == 2
+
+
+def test_a_step_that_is_skipped_is_told_counted_and_moves_no_learning_rate(
+  bigrams, tmp_path, capsys
+):
+  config = tiny(steps=5, sample_tokens=0, optimizer={**TINY["optimizer"], "warmup_steps": 4})
+  with numbers.faults({2: numbers.GRADIENT_NAN}, config):
+    summary = training.train(config, tmp_path)
+  assert (summary["skipped_steps"], summary["rewinds"]) == (1, [])
+  assert capsys.readouterr().out.count("warning: step 3 is skipped, as its loss is ") == 1
+  rows = [row for row in reporting.read_metrics(tmp_path) if "train/skipped_steps" in row]
+  assert [row["train/skipped_steps"] for row in rows] == [0, 0, 1, 1, 1]
+  assert ["train/loss" in row for row in rows] == [True, True, False, True, True]
+  rates = [row["train/learning_rate"] * 4 / 1e-3 for row in rows]
+  assert rates == pytest.approx([1, 2, 0, 3, 4], rel=1e-6)  # float32
+  assert int(final_arrays(tmp_path, 5)["skipped"]["in_all"]) == 1
+
+
+SPIKES = {"factor": 50, "window": 8, "rewind_steps": 4, "skip_batches": 5, "limit": 1}
+
+
+def test_a_run_with_spikes_goes_back_by_itself_so_often_and_no_more(bigrams, tmp_path, capsys):
+  config = tiny(
+    steps=40, checkpoint_every=2, keep_checkpoints=4, eval_every=50, spike=SPIKES, sample_tokens=0
+  )
+  with numbers.faults({14: numbers.SPIKE, 30: numbers.SPIKE}, config):
+    with pytest.raises(training.Diverged, match=r"a spike at step 26 \(.*, after 1 rewinds; "):
+      training.train(config, tmp_path)
+    assert "a spike at step 15: " in capsys.readouterr().out
+    record = runs.read_record(tmp_path)
+    assert record.rewinds == ({"to": 10, "spike": 15, "skip_batches": "10:15"},)
+    assert record.config.skip_batches == "10:15"
+    moved = {path.name for path in (tmp_path / "rewound" / "1").iterdir()}
+    assert moved == {"12", "14", "metrics.jsonl"}
+    # The same command goes on from the last checkpoint, with the batches that the run left out.
+    with pytest.raises(ConfigError, match=r"'3:4,10:15' names batches that the run had taken by"):
+      training.train(dataclasses.replace(config, skip_batches="3:4"), tmp_path)
+    summary = training.train(dataclasses.replace(config, steps=25), tmp_path)
+  assert (summary["resumed_at_step"], len(summary["rewinds"])) == (24, 1)
+  assert runs.read_record(tmp_path).config.skip_batches == "10:15"
+
+
+def test_a_run_is_taken_back_by_hand_once_for_the_same_command(bigrams, tmp_path):
+  config = tiny(steps=4, keep_checkpoints=2, sample_tokens=0)
+  with pytest.raises(ConfigError, match="has no checkpoint of step 2 to rewind to: it has none"):
+    training.train(config, tmp_path, rewind_to=2)
+  training.train(config, tmp_path)
+  with pytest.raises(ConfigError, match="step 3 to rewind to: it has those of 2, 4, and 0 for th"):
+    training.train(config, tmp_path, rewind_to=3)
+  config = dataclasses.replace(config, skip_batches="1:3")
+  back = training.train(config, tmp_path, rewind_to=0)
+  assert back["resumed_at_step"] == 0
+  assert {path.name for path in (tmp_path / "rewound" / "1").glob("[0-9]*")} == {"2", "4"}
+  # Finished, and so reported again as it was.
+  assert training.train(config, tmp_path, rewind_to=0) == back
+  rows = [row["train/loss"] for row in reporting.read_metrics(tmp_path) if "train/loss" in row]
+  _, _, metrics = replayed(config, tmp_path, skip=((1, 3),))
+  assert rows == pytest.approx([values["loss"] for values in metrics], rel=1e-5)  # float32
 
 
 def test_the_sample_ends_where_the_table_of_positions_does(tmp_path):

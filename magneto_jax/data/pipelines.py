@@ -23,6 +23,7 @@ def train_iterator(
   seed: int,
   num_workers: int = 0,
   rows: Sequence[int] | None = None,
+  skip: Sequence[tuple[int, int]] = (),
 ) -> grain.DatasetIterator:
   """Returns an endless iterator of shuffled batches, with a new order in every epoch.
 
@@ -39,11 +40,13 @@ def train_iterator(
       script needs `if __name__ == "__main__":`.
     rows: the rows of a batch that this host reads, in this order: any of [0, batch_size), also such
       as another host reads. None: all.
+    skip: ranges [a, b) of batches k that are left out; see `batch_of_step`.
 
   Returns:
     A Grain iterator of batches with one row for each of `rows`. `get_state` and `set_state`
     resume it exactly, and `grain.checkpoint.CheckpointSave(iterator)` puts it into an Orbax
-    checkpoint. Its state counts batches, so that it is the same on every host, whatever its rows.
+    checkpoint. Its state counts the batches that it gave, so that it is the same on every host,
+    whatever its rows, and says nothing of `skip`.
 
   Raises:
     ValueError: sizes do not fit, or the dataset has fewer samples than one batch.
@@ -57,7 +60,10 @@ def train_iterator(
       "a smaller batch or shorter sequences"
     )
   samples = grain.MapDataset.source(dataset).seed(seed).shuffle().repeat(_EPOCHS)
-  batches = grain.MapDataset.range(len(samples) // batch_size)
+  left = len(samples) // batch_size - sum(end - begin for begin, end in skip)
+  if left < 1:
+    raise ValueError(f"{skip=} leaves no batch")
+  batches = grain.MapDataset.range(left).map(lambda step: batch_of_step(step, skip))
   batches = batches.map(lambda k: _stack([samples[k * batch_size + row] for row in rows]))
   iterable = batches.to_iter_dataset(grain.ReadOptions(**_READ_OPTIONS))
   if num_workers > 0:
@@ -66,6 +72,19 @@ def train_iterator(
       flags.FLAGS.mark_as_parsed()
     iterable = iterable.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
   return iter(iterable)
+
+
+def batch_of_step(step: int, skip: Sequence[tuple[int, int]]) -> int:
+  """The index of the batch that is the step-th, from 0, of those in none of the ranges [a, b).
+
+  Ranges are in their order and do not touch, as `config.batch_ranges` gives them.
+  """
+  k = step
+  for begin, end in skip:
+    if k < begin:
+      break
+    k += end - begin
+  return k
 
 
 def eval_batches(

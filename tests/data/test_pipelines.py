@@ -141,6 +141,28 @@ def test_orbax_saves_and_restores_the_iterator(tmp_path):
   _assert_equal(_take(resumed, 5), expected)
 
 
+SKIPS = [(), ((0, 2),), ((3, 4), (6, 9)), ((1, 30),)]
+
+
+@pytest.mark.parametrize("skip", SKIPS)
+def test_batches_that_are_left_out_change_no_other(skip):
+  """Over the ends of epochs; and a run that is resumed takes what one from the start does."""
+  options = dict(batch_size=8, seed=0)
+  every = _take(pipelines.train_iterator(_dataset(), **options), 40)
+  kept = [k for k in range(40) if not any(begin <= k < end for begin, end in skip)]
+  assert [pipelines.batch_of_step(step, skip) for step in range(len(kept))] == kept
+  iterator = pipelines.train_iterator(_dataset(), skip=skip, **options)
+  _assert_equal(_take(iterator, len(kept)), [every[k] for k in kept])
+  resumed = pipelines.train_iterator(_dataset(), skip=skip, **options)
+  resumed.set_state({**iterator.get_state(), "next_index": 4})
+  _assert_equal(_take(resumed, 3), [every[k] for k in kept[4:7]])
+
+
+def test_ranges_that_leave_no_batch_are_refused():
+  with pytest.raises(ValueError, match="leaves no batch"):
+    pipelines.train_iterator(_dataset(), batch_size=8, seed=0, skip=((0, 10**12),))
+
+
 @pytest.mark.slow
 def test_workers_give_the_same_stream_and_resume_exactly(tmp_path):
   """Two spawned processes over memory-mapped tokens; takes seconds to start them."""
