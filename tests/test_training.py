@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from magneto_jax import decoding, memory, monitor, program, reporting, runs, tra
 from magneto_jax.checkpoints import Checkpointer, abstract_like
 from magneto_jax.config import ConfigError, TrainConfig, from_config_dict
 from magneto_jax.data import pipelines
+from magneto_jax.preemption import Preempted
 from magneto_jax.tasks import TASKS
 
 TINY = {
@@ -416,6 +418,58 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_checkpoints(tmp_p
   with pytest.raises(FloatingPointError, match="lower optimizer.learning_rate"):
     training.train(config, tmp_path)
   assert runs.last_step(tmp_path) == 2
+
+
+# {what is under way when SIGTERM comes: (whose call, which of them, the step that is saved)}.
+PREEMPTED = {
+  "preparation": (training, "prepare", 1, 0),
+  "steps": (program.Program, "step", 3, 3),
+  "evaluation": (training, "evaluate", 1, 2),
+  "the last step": (program.Program, "step", 4, 4),
+  "the last evaluation": (training, "evaluate", 2, 4),
+}
+
+
+@pytest.mark.parametrize("where, name, call, saved", PREEMPTED.values(), ids=PREEMPTED)
+def test_a_preempted_run_goes_on_as_if_it_had_not_been(
+  where, name, call, saved, bigrams, tmp_path, monkeypatch
+):
+  """Weights, metrics, evaluations and sample; half an evaluation is not written."""
+  config = tiny(checkpoint_every=100)
+  alone, broken = tmp_path / "alone", tmp_path / "broken"
+  expected = training.train(config, alone)
+  real, calls = getattr(where, name), itertools.count(1)
+
+  def interrupted(*args, **kwargs):
+    if next(calls) == call:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return real(*args, **kwargs)
+
+  with monkeypatch.context() as patched, pytest.raises(Preempted) as caught:
+    patched.setattr(where, name, interrupted)
+    training.train(config, broken)
+  assert caught.value.step == runs.last_step(broken) == saved
+  assert not reporting.has_validation(broken, saved)
+  summary = training.train(config, broken)
+  assert (summary["resumed_at_step"], summary["sample"]) == (saved, expected["sample"])
+  chex.assert_trees_all_equal(final_arrays(broken, 4), final_arrays(alone, 4))
+  timed = {"tokens_per_second", "input_share"}
+  rows = [
+    [{name: row[name] for name in row.keys() - timed} for row in reporting.read_metrics(workdir)]
+    for workdir in (alone, broken)
+  ]
+  assert rows[0] == rows[1]
+
+
+def test_a_run_that_is_told_to_stop_while_it_samples_finishes(bigrams, tmp_path, monkeypatch):
+  real = training._sample
+
+  def interrupted(*args):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return real(*args)
+
+  monkeypatch.setattr(training, "_sample", interrupted)
+  assert training.train(tiny(), tmp_path) == runs.read_summary(tmp_path)
 
 
 def test_the_sample_ends_where_the_table_of_positions_does(tmp_path):
