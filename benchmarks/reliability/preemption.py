@@ -222,11 +222,15 @@ def dead_hosts(
   heartbeat: int = 10,
   slack: float = 5,
 ) -> Row:
-  """R7: one process of a run is killed with -9, the first and others in turn.
+  """R7: one process of a run is lost, the first or another.
+
+  It is killed with -9, whereupon its connections break; or it stands still (SIGSTOP), as a machine
+  that has vanished: of that only the missing heartbeat tells.
 
   Args:
     processes: how many run together.
-    kills: how many times.
+    kills: how many times; in turn another is killed, the first is killed, another stands still, and
+      the first does.
     seed: of what is random.
     folder: for the runs.
     heartbeat: `--heartbeat_timeout`, in seconds.
@@ -243,12 +247,13 @@ def dead_hosts(
   seen = []
   for kill in range(kills):
     victim = 0 if kill % 2 else draw.randrange(1, processes)
+    signum = signal.SIGSTOP if kill % 4 >= 2 else signal.SIGKILL
     others = [i for i in range(processes) if i != victim]
     start = runs.last_step(workdir)
     with Hosts(workdir, processes, *flags, f"--heartbeat_timeout={heartbeat}") as hosts:
       hosts.wait_for(f"step {start + every + draw.randint(1, 2)}/")
       began = time.monotonic()
-      hosts.processes[victim].kill()
+      hosts.processes[victim].send_signal(signum)
       codes = hosts.codes(others)
       seconds = time.monotonic() - began
     saved = runs.last_step(workdir)
@@ -262,6 +267,7 @@ def dead_hosts(
     seen.append(
       {
         "victim": victim,
+        "signal": signum.name,
         "start": start,
         "saved": saved,
         "seconds": round(seconds, 1),
@@ -273,8 +279,8 @@ def dead_hosts(
   bad = [one for one in seen if one["wrong"]]
   return Row(
     "R7",
-    f"kill -9 of one of {processes} processes: the others end, not with 0, within the heartbeat"
-    f" ({heartbeat} s) and {slack:g} s; goes on bit for bit",
+    f"one of {processes} processes killed, or frozen: the others end, not with 0, in the heartbeat"
+    f" ({heartbeat} s) and {slack:g} s more; goes on bit for bit",
     f"{kills - len(bad)} of {kills} so, after {max(one['seconds'] for one in seen):.1f} s at most;"
     f" {'equal' if not differing else 'not equal'} to the run that was left alone",
     not bad and not differing,
