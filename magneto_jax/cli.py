@@ -4,6 +4,7 @@ import difflib
 import importlib.resources
 import pathlib
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -22,9 +23,12 @@ from magneto_jax.config import (
   from_config_dict,
   unknown_field,
 )
+from magneto_jax.preemption import Preempted
 
+# What a command ends with, beside 0; docs/launch.md explains them.
 USAGE_EXIT_CODE = 2
 DIVERGED = 65  # EX_DATAERR of sysexits.h.
+PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again.
 INTERRUPTED = 130
 
 
@@ -60,10 +64,19 @@ def define_hosts_flags() -> Callable[[], None]:
   )
   count = flags.DEFINE_integer("num_processes", None, "How many processes run together.")
   index = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+  heartbeat = flags.DEFINE_integer(
+    "heartbeat_timeout",
+    distributed.HEARTBEAT_TIMEOUT,
+    "Seconds without a sign of life after which a process is taken for dead, and the others end.",
+    lower_bound=5,
+    upper_bound=3600,
+  )
 
   def join() -> None:
     with config_errors():
-      distributed.initialize(address.value, count.value, index.value)
+      distributed.initialize(
+        address.value, count.value, index.value, heartbeat_timeout=heartbeat.value
+      )
 
   return join
 
@@ -87,6 +100,13 @@ def run(main: Callable[[], None]) -> None:
     except MemoryError as error:
       print(f"error: {error}", file=sys.stderr)  # In a few lines: what would help is a table.
       distributed.leave(USAGE_EXIT_CODE)
+    except Preempted as notice:
+      # All processes are here. A launcher that sees the first of them end signals the others again,
+      # which now wait for each other.
+      signal.signal(signal.SIGTERM, signal.SIG_IGN)
+      if distributed.is_first():
+        print(notice, file=sys.stderr)
+      sys.exit(PREEMPTED)
     except KeyboardInterrupt:
       fail("interrupted; what is saved stays, and the same command goes on from it", INTERRUPTED)
     except Exception:

@@ -4,6 +4,7 @@ JAX runs one process a host (or a GPU), all with the same program; together they
 Everything here is a no-op where there is only one.
 """
 
+import functools
 import importlib.util
 import json
 import os
@@ -21,6 +22,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 T = TypeVar("T")
+
+# Seconds without a sign of life after which a process is taken for dead, and the others end.
+HEARTBEAT_TIMEOUT = 30
 
 # ---------------------------------------------------------------------------------------------
 # Start
@@ -48,6 +52,8 @@ def initialize(
   coordinator_address: str | None = None,
   num_processes: int | None = None,
   process_id: int | None = None,
+  *,
+  heartbeat_timeout: int = HEARTBEAT_TIMEOUT,
 ) -> None:
   """Joins this process to those that run with it; to be called before devices are first used.
 
@@ -58,6 +64,8 @@ def initialize(
     coordinator_address: `host:port` of process 0, the same on all: it listens there.
     num_processes: how many there are.
     process_id: which this is, from 0.
+    heartbeat_timeout: seconds without a sign of life after which a process is taken for dead; JAX
+      then ends the others, wherever they wait.
 
   Raises:
     ValueError: if some of the arguments are given and not all, or they cannot be; or if MPI has
@@ -66,9 +74,12 @@ def initialize(
   given = (coordinator_address, num_processes, process_id)
   if jax.distributed.is_initialized():
     return
+  # It would catch SIGTERM, for those who ask it; `preemption` does that itself.
+  jax.config.update("jax_enable_preemption_service", False)
+  join = functools.partial(jax.distributed.initialize, heartbeat_timeout_seconds=heartbeat_timeout)
   if given != (None, None, None):
     _check(*given)
-    jax.distributed.initialize(*given, cluster_detection_method="deactivate")
+    join(*given, cluster_detection_method="deactivate")
     return
   method = launcher(os.environ, jax.config.jax_platforms or "")
   if method == "mpi4py" and importlib.util.find_spec("mpi4py") is None:
@@ -79,14 +90,14 @@ def initialize(
   if method == "gcetpu":
     # A machine with TPUs: whether it is one of several, JAX asks the metadata of the machine.
     try:
-      jax.distributed.initialize()
+      join()
     except ValueError as error:
       # What JAX says where it finds nothing, as on Colab.
       if "coordinator_address" not in str(error):
         raise
   elif method is not None:
     local = local_devices(os.environ) if method == "slurm" else None
-    jax.distributed.initialize(cluster_detection_method=method, local_device_ids=local)
+    join(cluster_detection_method=method, local_device_ids=local)
 
 
 def _check(coordinator_address, num_processes, process_id) -> None:

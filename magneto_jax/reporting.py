@@ -190,6 +190,12 @@ def read_metrics(workdir: pathlib.Path) -> list[dict[str, float]]:
   return read_lines(pathlib.Path(workdir) / "metrics.jsonl")
 
 
+def has_validation(workdir: pathlib.Path, step: int) -> bool:
+  """Whether a run's metrics.jsonl tells what an evaluation at a step has found."""
+  rows = (row for row in read_metrics(workdir) if row["step"] == step)
+  return any(name.startswith("validation/") for row in rows for name in row)
+
+
 def read_lines(path: pathlib.Path) -> list[dict]:
   """The JSON objects of a file, one a line; no file has none, and a line cut short is left out."""
   rows = []

@@ -15,7 +15,16 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from magneto_jax import decoding, diagnostics, distributed, hardware, reporting, runs, sharding
+from magneto_jax import (
+  decoding,
+  diagnostics,
+  distributed,
+  hardware,
+  preemption,
+  reporting,
+  runs,
+  sharding,
+)
 from magneto_jax.checkpoints import Checkpointer
 from magneto_jax.config import ConfigError, TrainConfig, batch_ranges, config_errors
 from magneto_jax.data import feed, pipelines
@@ -31,8 +40,13 @@ _SHOWN_RECORDS = 5
 
 def evaluate(eval_step, params, batches) -> tuple[float, float]:
   """Sums of losses and of weights over batches, in float64."""
-  sums = [eval_step(params, batch) for batch in batches]
-  return tuple(np.sum(np.asarray(sums, np.float64), axis=0))
+  sums, unread = np.zeros(2), np.zeros(2)
+  for batch in batches:
+    # One batch late: the next one is prepared meanwhile, and no more of them wait on the devices.
+    coming = eval_step(params, batch)
+    sums += np.asarray(unread, np.float64)
+    unread = coming
+  return tuple(sums + np.asarray(unread, np.float64))
 
 
 class Job(NamedTuple):
@@ -148,22 +162,26 @@ def train(config: TrainConfig, workdir: str | os.PathLike, *, rewind_to: int | N
       the config's steps.
     Diverged: after `max_skipped` steps in a row that were skipped, or `spike.limit` rewinds, or a
       validation loss that is not finite; the checkpoints are kept.
+    Preempted: on every process, if one of them receives SIGTERM: after at most two more steps, once
+      the last is saved.
   """
   spike = program = None
-  while True:
-    try:
-      return _train(config, workdir, rewind_to, spike, program)
-    except _Rewind as rewind:
-      spike, rewind_to, program = rewind.spike, rewind.to, rewind.program
-      both = ",".join(filter(None, (program.config.skip_batches, rewind.skip)))
-      config = dataclasses.replace(config, skip_batches=both)
-    # The state that is left behind, of which devices may hold no second one.
-    gc.collect()
+  with preemption.watched() as notice:
+    while True:
+      try:
+        return _train(config, pathlib.Path(workdir), notice, rewind_to, spike, program)
+      except _Rewind as rewind:
+        spike, rewind_to, program = rewind.spike, rewind.to, rewind.program
+        both = ",".join(filter(None, (program.config.skip_batches, rewind.skip)))
+        config = dataclasses.replace(config, skip_batches=both)
+      # The state that is left behind, of which devices may hold no second one.
+      gc.collect()
 
 
 def _train(
   config: TrainConfig,
-  workdir: str | os.PathLike,
+  workdir: pathlib.Path,
+  notice: preemption.Notice,
   rewind_to: int | None,
   spike: int | None,
   program: Program | None,
@@ -172,7 +190,6 @@ def _train(
   started = time.perf_counter()
   is_first = distributed.is_first()
   console = reporting.make_console(quiet=not is_first)
-  workdir = pathlib.Path(workdir)
 
   # ------------------------------------------------------------------------ Where the run stands
   # Before the data is read: with other data settings, reading it would fail less clearly.
@@ -213,10 +230,15 @@ def _train(
   tokens_per_step = config.batch_size * config.data.seq_length
   saved = start
 
+  def noticing(batches):
+    for batch in batches:
+      notice.check(saved)
+      yield batch
+
   def validate(params) -> dict[str, float]:
     batches = pipelines.eval_batches(job.data.validation, config.batch_size, rows=job.rows)
-    batches = map(program.put, itertools.islice(batches, config.eval_batches or None))
-    totals = evaluate(eval_step, params, batches)
+    batches = itertools.islice(batches, config.eval_batches or None)
+    totals = evaluate(eval_step, params, map(program.put, noticing(batches)))
     if not all(map(math.isfinite, totals)):
       raise Diverged(
         f"the validation loss is {totals[0]}; the checkpoint of step {saved} is kept: in another"
@@ -233,6 +255,7 @@ def _train(
     opened.enter_context(program.memory_in_words())
     opened.enter_context(contextlib.closing(job.batches))
     opened.enter_context(sharding.use_mesh(program.mesh))
+    notice.check(start)  # There may have been an hour of preparing the data, and of compiling.
     if start:
       wanted = program.state.parts()
       if "skipped" not in checkpointer.parts(start):  # Of a version that skipped none.
@@ -258,6 +281,9 @@ def _train(
     batch = diagnostics.first_samples(job.data.train, rows, length)
     calls = diagnostics.calls_of(task)
     monitor = Monitor(workdir, model, calls, batch, after_step=start, writes=is_first)
+
+  def is_due(step: int, every: int) -> bool:
+    return step == config.steps or step % every == 0
 
   def diagnose(step: int) -> None:
     if step not in monitor.steps:
@@ -334,31 +360,46 @@ def _train(
         terminal=False,
       )
 
+  def assess(step: int) -> None:
+    nonlocal validation
+    validation = validate(state.eval_params)
+    writer.write(step, {f"validation/{k}": v for k, v in validation.items()})
+    progress.line(f"step {step:,}/{config.steps:,}  validation: {_in_words(validation)}")
+
   with opened, reporting.Progress(console, start=start, total=config.steps) as progress:
-    if monitor is not None and (start == 0 or not monitor.steps):
+    step, unread = start, None
+    try:
       with stopwatch.paused():
-        diagnose(start)
-    unread = None
-    for step in range(start + 1, config.steps + 1):
-      state, metrics = program.step(state, next(job.batches), dropout_key)
+        # What a fresh run is compared with, and what was due where an earlier one was broken off.
+        if monitor is not None and (is_due(start, config.diagnostics_every) or not monitor.steps):
+          diagnose(start)
+        if start and is_due(start, config.eval_every):
+          if not distributed.everywhere(reporting.has_validation(workdir, start))[0]:
+            assess(start)
+      for step in range(start + 1, config.steps + 1):
+        state, metrics = program.step(state, next(job.batches), dropout_key)
+        if unread is not None:
+          report(*unread)
+        unread = step, metrics
+        notice.check(saved)
+        if monitor is not None and is_due(step, config.diagnostics_every):
+          # Before the checkpoint: what is saved has been measured.
+          with stopwatch.paused():
+            diagnose(step)
+        if is_due(step, config.eval_every) or is_due(step, config.checkpoint_every):
+          report(*unread)
+          unread = None
+          with stopwatch.paused():
+            if is_due(step, config.eval_every):
+              assess(step)
+            if is_due(step, config.checkpoint_every):
+              save(step)
+    except preemption.Preempted:
       if unread is not None:
         report(*unread)
-      unread = step, metrics
-      last = step == config.steps
-      if monitor is not None and (last or step % config.diagnostics_every == 0):
-        # Before the checkpoint: what is saved has been measured.
-        with stopwatch.paused():
-          diagnose(step)
-      if last or step % config.eval_every == 0 or step % config.checkpoint_every == 0:
-        report(*unread)
-        unread = None
-        with stopwatch.paused():
-          if last or step % config.eval_every == 0:
-            validation = validate(state.eval_params)
-            writer.write(step, {f"validation/{k}": v for k, v in validation.items()})
-            progress.line(f"step {step:,}/{config.steps:,}  validation: {_in_words(validation)}")
-          if last or step % config.checkpoint_every == 0:
-            save(step)
+      if step > saved:
+        save(step)
+      raise preemption.Preempted(step) from None
 
     training_seconds = stopwatch.seconds
 

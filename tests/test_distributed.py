@@ -309,24 +309,29 @@ def test_jax_is_asked_to_join_what_was_found_and_nothing_else(
   monkeypatch.setattr(os, "environ", dict(environ))
   monkeypatch.setattr(jax, "config", FakeConfig(platforms))
   distributed.initialize()
-  options = {"cluster_detection_method": method, "local_device_ids": None}
-  expected = {None: [], "gcetpu": [((), {})]}.get(method, [((), options)])
+  heartbeat = {"heartbeat_timeout_seconds": 30}
+  options = {"cluster_detection_method": method, "local_device_ids": None, **heartbeat}
+  expected = {None: [], "gcetpu": [((), heartbeat)]}.get(method, [((), options)])
   assert calls == expected
 
 
 class FakeConfig:
-  """What of JAX's config is read."""
+  """What of JAX's config is read and set."""
 
   def __init__(self, platforms):
     self.jax_platforms = platforms or None
+
+  def update(self, name, value):
+    assert (name, value) == ("jax_enable_preemption_service", False)
 
 
 def test_what_is_given_is_taken_and_nothing_is_looked_for(monkeypatch):
   calls = []
   monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: calls.append((a, k)))
   monkeypatch.setattr(os, "environ", dict(SLURM))
-  distributed.initialize("10.0.0.1:1234", 2, 1)
-  assert calls == [(("10.0.0.1:1234", 2, 1), {"cluster_detection_method": "deactivate"})]
+  distributed.initialize("10.0.0.1:1234", 2, 1, heartbeat_timeout=7)
+  options = {"cluster_detection_method": "deactivate", "heartbeat_timeout_seconds": 7}
+  assert calls == [(("10.0.0.1:1234", 2, 1), options)]
 
 
 def test_mpi_without_mpi4py_is_one_line(monkeypatch):
@@ -338,7 +343,7 @@ def test_mpi_without_mpi4py_is_one_line(monkeypatch):
 
 @pytest.mark.parametrize("error, refused", [("coordinator_address should", False), ("x", True)])
 def test_a_tpu_vm_alone_is_no_error(error, refused, monkeypatch):
-  def initialize():
+  def initialize(**options):
     raise ValueError(error)
 
   monkeypatch.setattr(jax.distributed, "initialize", initialize)
@@ -382,12 +387,19 @@ def test_half_an_answer_is_refused(given, message, monkeypatch):
     distributed.initialize(*given)
 
 
-def test_the_command_refuses_half_an_answer_in_one_line(tmp_path):
+@pytest.mark.parametrize(
+  "flag, message",
+  [
+    ("--num_processes=2", "give all three, or none"),
+    ("--heartbeat_timeout=1", "heartbeat_timeout=1: 1 is not an integer in the range [5, 3600]"),
+  ],
+)
+def test_the_command_refuses_what_cannot_be_in_one_line(flag, message, tmp_path):
   command = [sys.executable, "-m", "magneto_jax.train", "--config=configs/gpt.py:tiny"]
-  command += [f"--workdir={tmp_path / 'run'}", "--num_processes=2"]
+  command += [f"--workdir={tmp_path / 'run'}", flag]
   result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
   assert result.returncode == 2, result.stderr
-  assert "give all three, or none" in result.stderr and result.stderr.count("\n") == 1
+  assert message in result.stderr and result.stderr.count("\n") == 1, result.stderr
   assert not (tmp_path / "run").exists()
 
 

@@ -26,6 +26,7 @@ LEVELS = {
   "checkpoints": 1,
   "data": 1,
   "distributed": 1,
+  "preemption": 1,
   "config": 1,
   "hardware": 1,
   "hlo": 1,

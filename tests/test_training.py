@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import itertools
 import json
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -20,7 +22,8 @@ from benchmarks.reliability import numbers
 from magneto_jax import decoding, memory, monitor, program, reporting, runs, training
 from magneto_jax.checkpoints import Checkpointer, abstract_like
 from magneto_jax.config import ConfigError, TrainConfig, from_config_dict
-from magneto_jax.data import pipelines
+from magneto_jax.data import feed, pipelines
+from magneto_jax.preemption import Preempted
 from magneto_jax.tasks import TASKS
 from tests import simulated
 
@@ -507,6 +510,50 @@ def test_a_run_is_taken_back_by_hand_once_for_the_same_command(bigrams, tmp_path
   rows = [row["train/loss"] for row in reporting.read_metrics(tmp_path) if "train/loss" in row]
   _, _, metrics = replayed(config, tmp_path, skip=((1, 3),))
   assert rows == pytest.approx([values["loss"] for values in metrics], rel=1e-5)  # float32
+
+
+@pytest.mark.ci
+def test_a_run_that_is_preempted_at_every_turn_ends_as_if_it_had_not_been(
+  bigrams, tmp_path, monkeypatch
+):
+  """Weights, metrics and sample. Half an evaluation is not written, and made up for."""
+  config, alone, broken = tiny(checkpoint_every=100), tmp_path / "alone", tmp_path / "broken"
+  expected = training.train(config, alone)
+
+  def trained(where, name):
+    """Runs on; SIGTERM comes at the first call of a function."""
+    real, calls = getattr(where, name), itertools.count()
+
+    def interrupted(*args, **kwargs):
+      if next(calls) == 0:
+        os.kill(os.getpid(), signal.SIGTERM)
+      return real(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+      patched.setattr(where, name, interrupted)
+      return training.train(config, broken)
+
+  for where, name, saved in (
+    (training, "prepare", 0),
+    (training, "evaluate", 2),
+    (feed.Feed, "__next__", 3),
+    (training, "evaluate", 4),
+  ):
+    with pytest.raises(Preempted) as caught:
+      trained(where, name)
+    assert caught.value.step == runs.last_step(broken) == saved
+    assert not reporting.has_validation(broken, saved)
+  # From here on nothing is lost that a run could save.
+  summary = trained(training, "_sample")
+  assert summary["resumed_at_step"] == 4
+  assert summary["sample"] == expected["sample"]
+  chex.assert_trees_all_equal(final_arrays(broken, 4), final_arrays(alone, 4))
+  timed = {"tokens_per_second", "input_share"}
+  rows = [
+    [{name: row[name] for name in row.keys() - timed} for row in reporting.read_metrics(workdir)]
+    for workdir in (alone, broken)
+  ]
+  assert rows[0] == rows[1]
 
 
 def test_the_sample_ends_where_the_table_of_positions_does(tmp_path):

@@ -1,5 +1,6 @@
 """Grain pipelines over random-access samples: an endless shuffled one, and a finite exact one."""
 
+import signal
 from collections.abc import Iterator, Sequence
 
 import grain
@@ -70,7 +71,8 @@ def train_iterator(
     # Grain reads an absl flag here, which fails in notebooks and scripts that parse none.
     if not flags.FLAGS.is_parsed():
       flags.FLAGS.mark_as_parsed()
-    iterable = iterable.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
+    options = grain.MultiprocessingOptions(num_workers=num_workers)
+    iterable = iterable.mp_prefetch(options, worker_init_fn=_outlive_sigterm)
   return iter(iterable)
 
 
@@ -116,6 +118,15 @@ def eval_batches(
 
   starts = range(0, len(dataset), batch_size)
   return (_stack([sample(start + row) for row in rows]) for start in starts)
+
+
+def _outlive_sigterm(worker: int, workers: int) -> None:
+  """A launcher may signal every process of a host; the run still needs batches, and then ends us.
+
+  Grain ends its workers by other means.
+  """
+  del worker, workers
+  signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _checked_rows(rows: Sequence[int] | None, batch_size: int) -> tuple[int, ...]:
