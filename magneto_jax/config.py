@@ -307,6 +307,11 @@ class TrainConfig(_Checked):
     0, "steps between measurements of stream and gradient by layer; 0: none", min=0
   )
   keep_checkpoints: int = _positive(3, "how many checkpoints are kept")
+  on_damage: str = _field(
+    "fallback",
+    "where the newest checkpoint is damaged: go on from the newest good one, or stop",
+    choices=("fallback", "stop"),
+  )
   sample_prompt: str = _field("", "start of the sample that is printed at the end")
   sample_tokens: int = _field(128, "tokens of that sample; 0: no sample", min=0)
   sample_temperature: float = _field(0.8, "of that sample; 0: greedy", min=0.0)
@@ -353,6 +358,7 @@ RESUMABLE = (
   "checkpoint_every",
   "diagnostics_every",
   "keep_checkpoints",
+  "on_damage",
   "sample_prompt",
   "sample_tokens",
   "sample_temperature",

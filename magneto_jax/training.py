@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from magneto_jax import decoding, diagnostics, distributed, hardware, reporting, runs, sharding
-from magneto_jax.checkpoints import Checkpointer
+from magneto_jax.checkpoints import Checkpointer, refuse_if_no_room
 from magneto_jax.config import ConfigError, TrainConfig, config_errors
 from magneto_jax.data import feed, pipelines
 from magneto_jax.memory import held
@@ -151,6 +151,9 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict:
   program, task, model = job.program, job.program.task, job.program.model
   if earlier:
     runs.refuse_if_different(workdir, earlier, job.record)
+  with config_errors():
+    kept, saved = config.keep_checkpoints, program.state.parts()
+    distributed.on_first(lambda: refuse_if_no_room(runs.checkpoints_in(workdir), saved, kept))
   _print(console, [*_overview(job), *schedule_notes(config, earlier and earlier.config)])
 
   def make_keys() -> list[jax.Array]:
@@ -175,6 +178,8 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict:
 
   # ------------------------------------------------------------------- Checkpoints and resuming
   with contextlib.ExitStack() as opened:
+    with config_errors():
+      distributed.on_first(lambda: is_first and opened.enter_context(runs.the_only_one(workdir)))
     # Closing waits for the last checkpoint, also when the run fails.
     checkpointer = opened.enter_context(
       Checkpointer(runs.checkpoints_in(workdir), keep=config.keep_checkpoints)
@@ -183,7 +188,12 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict:
     opened.enter_context(contextlib.closing(job.batches))
     opened.enter_context(sharding.use_mesh(program.mesh))
     if start:
-      parts = checkpointer.restore(start, program.state.parts(), job.batches)
+      start, parts = checkpointer.restore_newest(
+        program.state.parts(),
+        job.batches,
+        fall_back=config.on_damage == "fallback",
+        say=lambda line: _print(console, [line]),
+      )
       state = TrainState.from_parts(parts)
       _print(console, [f"resumed at step {start:,}"])
     else:
