@@ -87,6 +87,7 @@ class Checkpointer:
     )
     self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
     self._saving: tuple[int, concurrent.futures.Future] | None = None
+    self._failed = False
 
   @property
   def steps(self) -> list[int]:
@@ -152,6 +153,7 @@ class Checkpointer:
       self._empty_trash()
 
   def _not_saved(self, step: int, error: Exception) -> CheckpointError:
+    self._failed = True
     if distributed.is_first():
       self._remove_unfinished()
     free = shutil.disk_usage(self._directory).free
@@ -326,7 +328,13 @@ class Checkpointer:
       self.wait()
     finally:
       self._thread.shutdown()
-      self._orbax.close()
+      try:
+        self._orbax.close()
+      except Exception:
+        if not self._failed:  # Else it has been told.
+          raise
+      if self._failed and distributed.is_first():
+        self._remove_unfinished()
 
   def __enter__(self) -> "Checkpointer":
     return self
