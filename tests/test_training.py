@@ -18,10 +18,11 @@ from flax import linen as nn
 
 import magneto_jax
 from magneto_jax import decoding, memory, monitor, program, reporting, runs, training
-from magneto_jax.checkpoints import Checkpointer, abstract_like
+from magneto_jax.checkpoints import Checkpointer
 from magneto_jax.config import ConfigError, TrainConfig, from_config_dict
 from magneto_jax.data import pipelines
 from magneto_jax.tasks import TASKS
+from tests import run_states
 
 TINY = {
   "steps": 4,
@@ -49,28 +50,6 @@ def flags(changes: dict, prefix="--config.") -> list[str]:
   return found
 
 
-def final_arrays(workdir, step):
-  """Every array of a checkpoint, by path, as the run left it."""
-  record = runs.read_record(workdir)
-  task = TASKS[record.config.task]
-  model = task.build_model(record.config, record.facts)
-  optimizer, _ = program.make_optimizer(record.config.optimizer, record.config.steps)
-  state = jax.eval_shape(
-    lambda key: program.init_state(
-      key,
-      model=model,
-      inputs=task.dummy_inputs(record.config),
-      optimizer=optimizer,
-      ema=record.config.ema,
-    ),
-    jax.random.key(0),
-  )
-  checkpointer = Checkpointer(runs.checkpoints_in(workdir), read_only=True)
-  parts = checkpointer.restore(step, abstract_like(state.parts()))
-  checkpointer.close()
-  return jax.tree.map(np.asarray, parts)
-
-
 def test_twenty_steps_equal_ten_a_new_process_and_ten(tmp_path):
   """Bit for bit: parameters, averages and optimizer, with dropout, over an epoch's border."""
   changes = {**TINY, "ema": 0.9, "eval_every": 100, "checkpoint_every": 100, "log_every": 100}
@@ -82,7 +61,7 @@ def test_twenty_steps_equal_ten_a_new_process_and_ten(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
   assert "resumed at step 10" in result.stdout
-  a, b = final_arrays(straight, 20), final_arrays(resumed, 20)
+  a, b = run_states.arrays(straight, 20), run_states.arrays(resumed, 20)
   jax.tree.map(np.testing.assert_array_equal, a, b)
   summary = json.loads((resumed / "summary.json").read_text())
   assert summary["resumed_at_step"] == 10
@@ -437,7 +416,7 @@ def test_measuring_a_run_changes_nothing_of_it(tmp_path):
   plain, measured = tmp_path / "plain", tmp_path / "measured"
   training.train(tiny(steps=3), plain)
   summary = training.train(tiny(steps=3, diagnostics_every=2), measured)
-  chex.assert_trees_all_equal(final_arrays(plain, 3), final_arrays(measured, 3))
+  chex.assert_trees_all_equal(run_states.arrays(plain, 3), run_states.arrays(measured, 3))
   assert not (plain / monitor.FILE).exists()
   assert [row["step"] for row in monitor.read(measured)] == [0, 2, 3]
   rows = [row for row in reporting.read_metrics(measured) if "diagnostics/first_update" in row]
