@@ -34,7 +34,7 @@ def by_definition(bits: np.ndarray) -> str:
     total = 0
     for index in np.ndindex(bits.shape):
       place = seed + sum(i * factor for i, factor in zip(index, factors, strict=True))
-      total += int(bits[index]) * (mix(place & MASK) | 1)
+      total += mix(int(bits[index]) ^ mix(place & MASK))
     lanes.append(f"{total & MASK:08x}")
   return "".join(lanes)
 
@@ -95,6 +95,9 @@ def test_every_change_of_an_element_and_every_exchange_is_seen():
     changed.flat[[a, b]] = changed.flat[[b, a]]
     seen.add(of([changed])["0"])
   assert len(seen) == 1 + changes + len(pairs)
+  y = draw(4, 6)
+  negated = y * np.where(np.arange(24).reshape(4, 6) % 5, 1, -1).astype(np.float32)
+  assert of([y]) != of([negated])
   assert of([x.reshape(6, 4)])["0"].split(" ")[1] != of([x.T])["0"].split(" ")[1]
 
 
