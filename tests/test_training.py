@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,8 +18,8 @@ import pytest
 from flax import linen as nn
 
 import magneto_jax
-from magneto_jax import decoding, memory, monitor, program, reporting, runs, training
-from magneto_jax.checkpoints import Checkpointer
+from magneto_jax import checkpoints, decoding, memory, monitor, program, reporting, runs, training
+from magneto_jax.checkpoints import Checkpointer, CheckpointError, DamagedError
 from magneto_jax.config import ConfigError, TrainConfig, from_config_dict
 from magneto_jax.data import pipelines
 from magneto_jax.tasks import TASKS
@@ -395,6 +396,56 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_checkpoints(tmp_p
   with pytest.raises(FloatingPointError, match="lower optimizer.learning_rate"):
     training.train(config, tmp_path)
   assert runs.last_step(tmp_path) == 2
+
+
+@pytest.mark.ci
+def test_a_damaged_checkpoint_is_gone_back_from_and_the_run_is_the_same(bigrams, tmp_path, capsys):
+  """Its metrics are there once; with on_damage=stop nothing is touched."""
+  whole, damaged = tmp_path / "whole", tmp_path / "damaged"
+  options = {"checkpoint_every": 2, "sample_tokens": 0, "eval_every": 100, "ema": 0.9}
+  training.train(tiny(**options, steps=4), whole)
+  shutil.copytree(whole, damaged)
+  (victim,) = (runs.checkpoints_in(damaged) / "4" / "optimizer").glob("_METADATA")
+  victim.write_bytes(b"x")
+  before = sorted(damaged.rglob("*"))
+  stop = tiny(**options, steps=6, on_damage="stop")
+  with pytest.raises(DamagedError, match="/4 is damaged: optimizer/_METADATA .* from step 2"):
+    training.train(stop, damaged)
+  assert {*damaged.rglob("*")} - {*before} <= {damaged / ".lock"}
+  with pytest.raises(DamagedError, match="params/_METADATA is missing.* from step 2"):
+    (runs.checkpoints_in(damaged) / "4" / "ema_params" / "_METADATA").unlink()
+    magneto_jax.load(damaged)
+
+  capsys.readouterr()
+  summary = training.train(tiny(**options, steps=6), damaged)
+  printed = capsys.readouterr().out
+  assert printed.count("step 4 is damaged (") == 1
+  assert ": going on from step 2; the damaged one lies in " in printed
+  assert summary["resumed_at_step"] == 2
+  training.train(tiny(**options, steps=6), whole)
+  chex.assert_trees_all_equal(run_states.arrays(whole, 6), run_states.arrays(damaged, 6))
+  rows = [row["step"] for row in reporting.read_metrics(damaged) if "train/loss" in row]
+  assert rows == [1, 2, 3, 4, 5, 6]
+  assert {path.name for path in runs.checkpoints_in(damaged).iterdir()} == {*"246", "damaged"}
+
+
+def test_two_runs_in_a_workdir_are_refused(bigrams, tmp_path):
+  with runs.the_only_one(tmp_path):
+    with pytest.raises(ConfigError, match="another run is writing in .*: wait for its end"):
+      training.train(tiny(steps=1, sample_tokens=0), tmp_path)
+  assert runs.last_step(tmp_path) == 0
+  with runs.the_only_one(tmp_path):  # The first has let go of it.
+    pass
+
+
+def test_a_disk_without_room_for_the_checkpoints_is_refused(bigrams, tmp_path, monkeypatch):
+  usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+  monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: usage)
+  with pytest.raises(
+    CheckpointError, match="no room for checkpoints: 3 are kept .* 1,000 are free"
+  ):
+    training.train(tiny(steps=1), tmp_path)
+  assert runs.last_step(tmp_path) == 0
 
 
 def test_the_sample_ends_where_the_table_of_positions_does(tmp_path):

@@ -149,7 +149,7 @@ def go_on(folder: str, report: str, shape: tuple[int, int], rewind: bool) -> Non
   data, step, bad = batches(own), 0, []
   with Checkpointer(folder) as checkpointer:
     if checkpointer.steps:
-      step, found = checkpointer.restore_newest(abstract(mesh), data, fall_back=False, say=print)
+      step, found = checkpointer.restore_newest(abstract(mesh), data, fall_back=True, say=print)
       bad = wrong(found, step)
     read = [next(data)["id"].tolist() for _ in range(3)]
     step += 3
