@@ -80,7 +80,7 @@ class Checkpointer:
     self._keep, self._read_only = keep, read_only
     if read_only:
       return
-    distributed.on_first(self._tidy)
+    _on_first(self._tidy)
     self._orbax = ocp.AsyncCheckpointer(
       ocp.CompositeCheckpointHandler(),
       async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal),
@@ -308,7 +308,7 @@ class Checkpointer:
 
   def _move_aside(self, step: int) -> pathlib.Path:
     target = self._directory / _DAMAGED
-    distributed.on_first(lambda: self._move(self._folder(step), target))
+    _on_first(lambda: self._move(self._folder(step), target))
     return target
 
   @staticmethod
@@ -341,6 +341,11 @@ class Checkpointer:
 
   def __exit__(self, *exc_info) -> None:
     self.close()
+
+
+def _on_first(f: Callable[[], None]) -> None:
+  """Calls `f` on process 0 alone, and when that is done all go on."""
+  distributed.on_first(lambda: f() if distributed.is_first() else None)
 
 
 def _read(part: str, handler, folder: pathlib.Path, args):

@@ -4,7 +4,7 @@ import collections
 import pathlib
 import random
 
-from benchmarks.reliability import saver
+from benchmarks.reliability import meshes, saver
 from benchmarks.reliability.rows import Row
 from magneto_jax.checkpoints import Checkpointer, DamagedError
 
@@ -46,6 +46,25 @@ def mutated(mutations: int, seed: int, folder: pathlib.Path) -> Row:
     figure,
     held=not failed and seen["detected"] > 0,
     details={**seen, "files": len(paths), "failures": failed},
+  )
+
+
+def gone_back(folder: pathlib.Path) -> Row:
+  """Two processes go on where the newest of their checkpoints is damaged, all from the same step."""
+  hosts = meshes.Hosts(2, 2, (4, 1))
+  seen = [meshes.seen_by(hosts, folder, rewind=False) for _ in range(2)]
+  data = [path for path in (folder / "checkpoints/6/params").rglob("d/*") if path.is_file()]
+  largest = max(data, key=lambda path: path.stat().st_size)
+  largest.write_bytes(_flip(largest.read_bytes(), random.Random(0)))
+  seen.append(meshes.seen_by(hosts, folder, rewind=True))
+  steps = [each and each["step"] for each in seen]
+  held = steps == [0, 3, 3] and not any(map(any, (each["wrong"] for each in seen)))
+  return Row(
+    "R2",
+    "2 processes go on from the same older step",
+    f"from step {steps[-1]}",
+    held=held and seen[1]["ids"] == seen[2]["ids"],
+    details={"seen": seen},
   )
 
 

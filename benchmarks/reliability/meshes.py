@@ -37,14 +37,14 @@ def moved(restored_by: tuple[Hosts, ...], chain: tuple[Hosts, ...], folder: path
   """
   failed = []
   (folder / "apart").mkdir()
-  first = _seen(SAVED_BY, folder / "apart", rewind=False)
+  first = seen_by(SAVED_BY, folder / "apart", rewind=False)
   for hosts in restored_by:
-    seen = _seen(hosts, folder / "apart", rewind=True)
+    seen = seen_by(hosts, folder / "apart", rewind=True)
     if seen is None or seen["step"] != 3 or any(seen["wrong"]) or seen["ids"] != _ids(3):
       failed.append(f"{hosts}: {seen}")
   (folder / "chain").mkdir()
   for place, hosts in enumerate(chain):
-    seen = _seen(hosts, folder / "chain", rewind=False)
+    seen = seen_by(hosts, folder / "chain", rewind=False)
     if seen is None or seen["step"] != 3 * place or seen["ids"] != _ids(3 * place):
       failed.append(f"{hosts} of the chain: {seen}")
     if seen is None or any(seen["wrong"]):
@@ -62,7 +62,7 @@ def moved(restored_by: tuple[Hosts, ...], chain: tuple[Hosts, ...], folder: path
   )
 
 
-def _seen(hosts: Hosts, folder: pathlib.Path, *, rewind: bool) -> dict | None:
+def seen_by(hosts: Hosts, folder: pathlib.Path, *, rewind: bool) -> dict | None:
   """What the processes report; None if they have failed."""
   report = folder / "report"
   report.unlink(missing_ok=True)

@@ -22,6 +22,12 @@ def test_no_damage_is_missed(tmp_path):
 
 
 @pytest.mark.ci
+def test_all_hosts_go_back_together(tmp_path):
+  row = damage.gone_back(tmp_path)
+  assert row.held, row
+
+
+@pytest.mark.ci
 def test_a_full_disk_damages_nothing(tmp_path):
   try:
     row = disk.filled(2, 0, tmp_path)
