@@ -50,7 +50,7 @@ def mutated(mutations: int, seed: int, folder: pathlib.Path) -> Row:
 
 
 def gone_back(folder: pathlib.Path) -> Row:
-  """Two processes go on where the newest of their checkpoints is damaged, all from the same step."""
+  """Two processes go on where their newest checkpoint is damaged: from the same older step."""
   hosts = meshes.Hosts(2, 2, (4, 1))
   seen = [meshes.seen_by(hosts, folder, rewind=False) for _ in range(2)]
   data = [path for path in (folder / "checkpoints/6/params").rglob("d/*") if path.is_file()]
