@@ -224,7 +224,7 @@ class Checkpointer:
       except DamagedError as error:
         if not fall_back or error.good is None:
           raise
-        moved = self._move_aside(step)
+        moved = self.move_aside(step)
         say(
           f"step {step} is damaged ({error.what}): going on from step {error.good}; the damaged one"
           f" lies in {moved}"
@@ -232,7 +232,6 @@ class Checkpointer:
 
   def config(self, step: int) -> dict[str, Any]:
     """The config that was saved with the step."""
-
     self._together(step, lambda: self._checked(step, ["config"]))
     return self._json(step, "config")
 
@@ -306,7 +305,8 @@ class Checkpointer:
   def _empty_trash(self) -> None:
     shutil.rmtree(self._directory / _TRASH, ignore_errors=True)
 
-  def _move_aside(self, step: int) -> pathlib.Path:
+  def move_aside(self, step: int) -> pathlib.Path:
+    """Takes a step out of the list, on all hosts together; the folder where it then lies."""
     target = self._directory / _DAMAGED
     _on_first(lambda: self._move(self._folder(step), target))
     return target
