@@ -89,6 +89,8 @@ def run(main: Callable[[], None]) -> None:
 
   def guarded(argv):
     logging.set_verbosity(logging.WARNING)  # Orbax and JAX tell every step of theirs at INFO.
+    # Orbax tells with a traceback what it then raises.
+    logging.get_absl_logger().addFilter(lambda r: not (r.exc_info and "orbax" in r.pathname))
     try:
       if argv[1:]:
         raise ConfigError(f"{argv[1]!r} is not a flag: flags are --name=value")

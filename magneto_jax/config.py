@@ -362,6 +362,11 @@ class TrainConfig(_Checked):
     10, "steps in a row, skipped as their numbers are not finite, at which the run ends"
   )
   skip_batches: str = _field("", "batches that are left out: ranges a:b, separated by commas")
+  on_damage: str = _field(
+    "fallback",
+    "where the newest checkpoint is damaged: go on from the newest good one, or stop",
+    choices=("fallback", "stop"),
+  )
   sample_prompt: str = _field("", "start of the sample that is printed at the end")
   sample_tokens: int = _field(128, "tokens of that sample; 0: no sample", min=0, max=_LONGEST)
   sample_temperature: float = _field(0.8, "of that sample; 0: greedy", min=0.0)
@@ -446,6 +451,7 @@ RESUMABLE = (
   "diagnostics_every",
   "keep_checkpoints",
   "max_skipped",
+  "on_damage",
   "sample_prompt",
   "sample_tokens",
   "sample_temperature",

@@ -48,26 +48,23 @@ class TrainState:
 
   def parts(self) -> dict[str, Any]:
     """The state as a checkpoint's parts; `ema_params` only where there are any."""
-    parts = {
-      "params": self.params,
-      "optimizer": {"step": self.step, "state": self.opt_state},
-      "skipped": {"in_all": self.skipped, "in_a_row": self.skipped_in_a_row},
+    counts = {
+      "step": self.step,
+      "skipped": self.skipped,
+      "skipped_in_a_row": self.skipped_in_a_row,
     }
+    parts = {"params": self.params, "optimizer": {**counts, "state": self.opt_state}}
     return parts if self.ema_params is None else {**parts, "ema_params": self.ema_params}
 
   @classmethod
   def from_parts(cls, parts: dict[str, Any]) -> "TrainState":
-    """The state that `parts` took apart; without the part `skipped` none had been skipped."""
-    step = parts["optimizer"]["step"]
-    # Two arrays, that lie where the step does: each is donated.
-    skipped = parts.get("skipped") or {"in_all": 0 * step, "in_a_row": 0 * step}
+    """The state that `parts` took apart."""
+    optimizer = dict(parts["optimizer"])
     return cls(
-      step=step,
       params=parts["params"],
-      opt_state=parts["optimizer"]["state"],
+      opt_state=optimizer.pop("state"),
       ema_params=parts.get("ema_params"),
-      skipped=skipped["in_all"],
-      skipped_in_a_row=skipped["in_a_row"],
+      **optimizer,
     )
 
 

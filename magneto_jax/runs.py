@@ -5,12 +5,16 @@
 <workdir>/rewound/<n>/<step>/  checkpoints after the step to which the run was taken back
 <workdir>/data/                the tokenizer and the token files
 <workdir>/metrics.jsonl, tensorboard/, learning_curve.png, summary.json
+<workdir>/.lock                held by the run that writes all this
 """
 
+import contextlib
 import dataclasses
 import json
+import os
 import pathlib
 import shutil
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -64,6 +68,33 @@ def checkpoints_in(workdir: str | pathlib.Path) -> pathlib.Path:
 def data_in(workdir: str | pathlib.Path) -> pathlib.Path:
   """Where the run's tokenizer and token files lie."""
   return pathlib.Path(workdir) / "data"
+
+
+@contextlib.contextmanager
+def the_only_one(workdir: str | pathlib.Path) -> Iterator[None]:
+  """While this is entered, no other run can write in the workdir; to be entered by one process.
+
+  The system lets go of it when the process ends, however that happens.
+
+  Raises:
+    ConfigError: if another run has entered it.
+  """
+  import fcntl  # Not on Windows.
+
+  path = pathlib.Path(workdir) / ".lock"
+  path.parent.mkdir(parents=True, exist_ok=True)
+  handle = os.open(path, os.O_RDWR | os.O_CREAT)
+  try:
+    with contextlib.suppress(OSError):  # Some file systems know no locks.
+      try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError:
+        raise ConfigError(
+          f"another run is writing in {workdir}: wait for its end, or use another workdir"
+        ) from None
+    yield
+  finally:
+    os.close(handle)
 
 
 def as_json(record: Record) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from magneto_jax import (
   runs,
   sharding,
 )
-from magneto_jax.checkpoints import Checkpointer
+from magneto_jax.checkpoints import Checkpointer, refuse_if_no_room
 from magneto_jax.config import ConfigError, TrainConfig, batch_ranges, config_errors
 from magneto_jax.data import feed, pipelines
 from magneto_jax.memory import held
@@ -217,6 +217,9 @@ def _train(
   program, task, model = job.program, job.program.task, job.program.model
   if earlier:
     runs.refuse_if_different(workdir, earlier, job.record)
+  with config_errors():
+    kept, saved = config.keep_checkpoints, program.state.parts()
+    distributed.on_first(lambda: refuse_if_no_room(runs.checkpoints_in(workdir), saved, kept))
   _print(console, [*_overview(job), *schedule_notes(config, earlier and earlier.config)])
 
   def make_keys() -> list[jax.Array]:
@@ -248,6 +251,8 @@ def _train(
 
   # ------------------------------------------------------------------- Checkpoints and resuming
   with contextlib.ExitStack() as opened:
+    with config_errors():
+      distributed.on_first(lambda: is_first and opened.enter_context(runs.the_only_one(workdir)))
     # Closing waits for the last checkpoint, also when the run fails.
     checkpointer = opened.enter_context(
       Checkpointer(runs.checkpoints_in(workdir), keep=config.keep_checkpoints)
@@ -257,10 +262,13 @@ def _train(
     opened.enter_context(sharding.use_mesh(program.mesh))
     notice.check(start)  # There may have been an hour of preparing the data, and of compiling.
     if start:
-      wanted = program.state.parts()
-      if "skipped" not in checkpointer.parts(start):  # Of a version that skipped none.
-        del wanted["skipped"]
-      parts = checkpointer.restore(start, wanted, job.batches)
+      start, parts = checkpointer.restore_newest(
+        program.state.parts(),
+        job.batches,
+        fall_back=config.on_damage == "fallback",
+        say=lambda line: _print(console, [line]),
+      )
+      saved = start
       state = TrainState.from_parts(parts)
       _print(console, [f"resumed at step {start:,}"])
     else:

@@ -189,6 +189,7 @@ def test_ranges_of_batches_have_one_form(text, ranges):
 # What changes neither the numbers of a run nor what it has learned so far.
 MAY_DIFFER = {
   *("steps", "eval_every", "eval_batches", "log_every", "checkpoint_every", "keep_checkpoints"),
+  "on_damage",
   "diagnostics_every",
   *("sample_prompt", "sample_tokens", "sample_temperature"),
   *("data.cache_dir", "data.data_dir", "data.workers", "data.train_files", "data.validation_files"),

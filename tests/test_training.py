@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,13 +20,13 @@ from flax import linen as nn
 
 import magneto_jax
 from benchmarks.reliability import numbers
-from magneto_jax import decoding, memory, monitor, program, reporting, runs, training
-from magneto_jax.checkpoints import Checkpointer, abstract_like
+from magneto_jax import checkpoints, decoding, memory, monitor, program, reporting, runs, training
+from magneto_jax.checkpoints import Checkpointer, CheckpointError, DamagedError
 from magneto_jax.config import ConfigError, TrainConfig, from_config_dict
 from magneto_jax.data import feed, pipelines
 from magneto_jax.preemption import Preempted
 from magneto_jax.tasks import TASKS
-from tests import simulated
+from tests import run_states, simulated
 
 TINY = {
   "steps": 4,
@@ -53,28 +54,6 @@ def flags(changes: dict, prefix="--config.") -> list[str]:
   return found
 
 
-def final_arrays(workdir, step):
-  """Every array of a checkpoint, by path, as the run left it."""
-  record = runs.read_record(workdir)
-  task = TASKS[record.config.task]
-  model = task.build_model(record.config, record.facts)
-  optimizer, _ = program.make_optimizer(record.config.optimizer, record.config.steps)
-  state = jax.eval_shape(
-    lambda key: program.init_state(
-      key,
-      model=model,
-      inputs=task.dummy_inputs(record.config),
-      optimizer=optimizer,
-      ema=record.config.ema,
-    ),
-    jax.random.key(0),
-  )
-  checkpointer = Checkpointer(runs.checkpoints_in(workdir), read_only=True)
-  parts = checkpointer.restore(step, abstract_like(state.parts()))
-  checkpointer.close()
-  return jax.tree.map(np.asarray, parts)
-
-
 def test_twenty_steps_equal_ten_a_new_process_and_ten(tmp_path):
   """Bit for bit: parameters, averages and optimizer, with dropout, over an epoch's border."""
   changes = {**TINY, "ema": 0.9, "eval_every": 100, "checkpoint_every": 100, "log_every": 100}
@@ -86,7 +65,7 @@ def test_twenty_steps_equal_ten_a_new_process_and_ten(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
   assert "resumed at step 10" in result.stdout
-  a, b = final_arrays(straight, 20), final_arrays(resumed, 20)
+  a, b = run_states.arrays(straight, 20), run_states.arrays(resumed, 20)
   jax.tree.map(np.testing.assert_array_equal, a, b)
   summary = json.loads((resumed / "summary.json").read_text())
   assert summary["resumed_at_step"] == 10
@@ -467,7 +446,7 @@ def test_a_step_that_is_skipped_is_told_counted_and_moves_no_learning_rate(
   assert ["train/loss" in row for row in rows] == [True, True, False, True, True]
   rates = [row["train/learning_rate"] * 4 / 1e-3 for row in rows]
   assert rates == pytest.approx([1, 2, 0, 3, 4], rel=1e-6)  # float32
-  assert int(final_arrays(tmp_path, 5)["skipped"]["in_all"]) == 1
+  assert int(run_states.arrays(tmp_path, 5)["optimizer"]["skipped"]) == 1
 
 
 SPIKES = {"factor": 50, "window": 8, "rewind_steps": 4, "skip_batches": 5, "limit": 1}
@@ -547,13 +526,63 @@ def test_a_run_that_is_preempted_at_every_turn_ends_as_if_it_had_not_been(
   summary = trained(training, "_sample")
   assert summary["resumed_at_step"] == 4
   assert summary["sample"] == expected["sample"]
-  chex.assert_trees_all_equal(final_arrays(broken, 4), final_arrays(alone, 4))
+  chex.assert_trees_all_equal(run_states.arrays(broken, 4), run_states.arrays(alone, 4))
   timed = {"tokens_per_second", "input_share"}
   rows = [
     [{name: row[name] for name in row.keys() - timed} for row in reporting.read_metrics(workdir)]
     for workdir in (alone, broken)
   ]
   assert rows[0] == rows[1]
+
+
+@pytest.mark.ci
+def test_a_damaged_checkpoint_is_gone_back_from_and_the_run_is_the_same(bigrams, tmp_path, capsys):
+  """Its metrics are there once; with on_damage=stop nothing is touched."""
+  whole, damaged = tmp_path / "whole", tmp_path / "damaged"
+  options = {"checkpoint_every": 2, "sample_tokens": 0, "eval_every": 100, "ema": 0.9}
+  training.train(tiny(**options, steps=4), whole)
+  shutil.copytree(whole, damaged)
+  (victim,) = (runs.checkpoints_in(damaged) / "4" / "optimizer").glob("_METADATA")
+  victim.write_bytes(b"x")
+  before = sorted(damaged.rglob("*"))
+  stop = tiny(**options, steps=6, on_damage="stop")
+  with pytest.raises(DamagedError, match="/4 is damaged: optimizer/_METADATA .* from step 2"):
+    training.train(stop, damaged)
+  assert {*damaged.rglob("*")} - {*before} <= {damaged / ".lock"}
+  with pytest.raises(DamagedError, match="params/_METADATA is missing.* from step 2"):
+    (runs.checkpoints_in(damaged) / "4" / "ema_params" / "_METADATA").unlink()
+    magneto_jax.load(damaged)
+
+  capsys.readouterr()
+  summary = training.train(tiny(**options, steps=6), damaged)
+  printed = capsys.readouterr().out
+  assert printed.count("step 4 is damaged (") == 1
+  assert ": going on from step 2; the damaged one lies in " in printed
+  assert summary["resumed_at_step"] == 2
+  training.train(tiny(**options, steps=6), whole)
+  chex.assert_trees_all_equal(run_states.arrays(whole, 6), run_states.arrays(damaged, 6))
+  rows = [row["step"] for row in reporting.read_metrics(damaged) if "train/loss" in row]
+  assert rows == [1, 2, 3, 4, 5, 6]
+  assert {path.name for path in runs.checkpoints_in(damaged).iterdir()} == {*"246", "damaged"}
+
+
+def test_two_runs_in_a_workdir_are_refused(bigrams, tmp_path):
+  with runs.the_only_one(tmp_path):
+    with pytest.raises(ConfigError, match="another run is writing in .*: wait for its end"):
+      training.train(tiny(steps=1, sample_tokens=0), tmp_path)
+  assert runs.last_step(tmp_path) == 0
+  with runs.the_only_one(tmp_path):  # The first has let go of it.
+    pass
+
+
+def test_a_disk_without_room_for_the_checkpoints_is_refused(bigrams, tmp_path, monkeypatch):
+  usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+  monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: usage)
+  with pytest.raises(
+    CheckpointError, match="no room for checkpoints: 3 are kept .* 1,000 are free"
+  ):
+    training.train(tiny(steps=1), tmp_path)
+  assert runs.last_step(tmp_path) == 0
 
 
 def test_the_sample_ends_where_the_table_of_positions_does(tmp_path):
@@ -575,7 +604,7 @@ def test_measuring_a_run_changes_nothing_of_it(tmp_path):
   plain, measured = tmp_path / "plain", tmp_path / "measured"
   training.train(tiny(steps=3), plain)
   summary = training.train(tiny(steps=3, diagnostics_every=2), measured)
-  chex.assert_trees_all_equal(final_arrays(plain, 3), final_arrays(measured, 3))
+  chex.assert_trees_all_equal(run_states.arrays(plain, 3), run_states.arrays(measured, 3))
   assert not (plain / monitor.FILE).exists()
   assert [row["step"] for row in monitor.read(measured)] == [0, 2, 3]
   rows = [row for row in reporting.read_metrics(measured) if "diagnostics/first_update" in row]
