@@ -38,6 +38,21 @@ ATOL = 5e-5
 OF_TENSOR, OF_MODEL = 1e-4, 1e-6
 
 
+# Of the vendored files, one of a kind; `pytest -m slow` compares the rest.
+QUICK = (
+  "beit3_vl_captioning_mask",
+  "decoder_incremental_prefix_xpos",
+  "encdec_subln_relpos",
+  "encoder_postln",
+  "layer_cross_all",
+  "lm_legacy_interleaved",
+  "lm_normformer_untied",
+  "mlm_normformer_resids",
+  "multiway_encoder_deepnorm",
+  "train_normformer_all",
+)
+
+
 def files(config) -> list[pathlib.Path]:
   return sorted(pathlib.Path(config.getoption("--reference")).rglob("*.npz"))
 
@@ -46,7 +61,11 @@ def pytest_generate_tests(metafunc):
   if "file" in metafunc.fixturenames:
     found = files(metafunc.config)
     # Of the module, so that all tests of one file follow each other and share what it computes.
-    metafunc.parametrize("file", found, ids=[path.stem for path in found], scope="module")
+    cases = [
+      pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem not in QUICK))
+      for path in found
+    ]
+    metafunc.parametrize("file", cases, scope="module")
 
 
 def test_there_are_files(pytestconfig):

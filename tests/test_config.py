@@ -239,7 +239,13 @@ LATE = [
 ]
 
 
-@pytest.mark.parametrize("flags, message", EARLY + LATE)
+QUICK = (EARLY[0], EARLY[2], LATE[0])
+
+
+@pytest.mark.parametrize(
+  "flags, message",
+  [pytest.param(*case, marks=[pytest.mark.slow] * (case not in QUICK)) for case in EARLY + LATE],
+)
 def test_the_command_ends_in_one_line(flags, message, tmp_path):
   """Exit code 2, one line, no traceback."""
   command = [sys.executable, "-m", "magneto_jax.train", f"--workdir={tmp_path / 'run'}"]

@@ -17,6 +17,7 @@ from magneto_jax.theory.recipes import RECIPES
 from magneto_jax.theory.records import Architecture
 from tests import reference
 from tests.foreign import KERNELS, LAYERS, SUBLAYER, X
+from tests.models import common
 
 
 def output(y):
@@ -44,7 +45,7 @@ def test_layer_computes_what_linen_computes(layer):
   jax.tree.map(np.testing.assert_array_equal, params, given["params"])
 
 
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("layer", common.main_and_slow(LAYERS, ("Attention", "FeedForward")))
 def test_gradients_are_linens(layer):
   linen = LAYERS[layer]()
   module = to_nnx(linen, variables={"params": reference.random_params(linen, X)}, rngs=nnx.Rngs(0))

@@ -431,16 +431,10 @@ def check_program(found: dict, mesh: dict) -> None:
   assert gathered_bytes <= limit and (gathered_bytes > limit / 2) == (mesh.get("fsdp", 1) > 1)
 
 
-def test_nothing_large_is_whole_everywhere_and_nothing_else_is_exchanged(tmp_path):
-  (found,) = compiled_programs(tmp_path, {"mixed": MIXED}).values()
-  check_program(found, MIXED)
-
-
 @pytest.mark.ci
-def test_what_every_mesh_holds_and_exchanges(tmp_path):
-  meshes = {name: mesh for name, mesh in MESHES.items() if name != "mixed"}
-  for name, found in compiled_programs(tmp_path, meshes).items():
-    check_program(found, meshes[name])
+def test_nothing_large_is_whole_everywhere_and_nothing_else_is_exchanged(tmp_path):
+  for name, found in compiled_programs(tmp_path, MESHES).items():
+    check_program(found, MESHES[name])
 
 
 if __name__ == "__main__":

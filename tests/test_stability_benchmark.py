@@ -24,6 +24,7 @@ from magneto_jax.theory import recipes
 TINY = update.Setup(vocab_size=8, length=4, batch=2)
 
 
+@pytest.mark.slow
 def test_an_update_is_that_of_diagnostics():
   """Of the same parameters and batches; and read on the step's own batch, that of one call."""
   (drawn,) = update.measured(TINY, "pre_ln", 2, [1])
@@ -43,6 +44,7 @@ def test_an_update_is_that_of_diagnostics():
   assert abs(on_another.matrices / by_default.matrices - 1) > 0.01
 
 
+@pytest.mark.slow
 def test_an_update_is_the_limit_of_a_finite_step():
   found = update.finite_step(TINY, "post_ln", 2, seed=0, rate=1e-5)
   for row in update.ROWS:

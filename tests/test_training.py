@@ -54,6 +54,7 @@ def flags(changes: dict, prefix="--config.") -> list[str]:
   return found
 
 
+@pytest.mark.ci
 def test_twenty_steps_equal_ten_a_new_process_and_ten(tmp_path):
   """Bit for bit: parameters, averages and optimizer, with dropout, over an epoch's border."""
   changes = {**TINY, "ema": 0.9, "eval_every": 100, "checkpoint_every": 100, "log_every": 100}
@@ -307,7 +308,7 @@ def test_damaged_documents_end_a_run_or_are_counted_wherever_it_is_described(
     train(7, 6)
 
 
-def test_a_finished_run_is_reported_again_as_it_was(tmp_path, capsys):
+def test_a_finished_run_is_reported_again_as_it_was(bigrams, tmp_path, capsys):
   summary = training.train(tiny(steps=2), tmp_path)
   files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
   capsys.readouterr()
@@ -337,7 +338,7 @@ def test_a_learning_rate_that_surprises_is_noted(optimizer, note):
   assert training.schedule_notes(config, None) == [] or "warm-up" in note
 
 
-def test_another_run_in_the_workdir_is_refused_with_its_fields(tmp_path):
+def test_another_run_in_the_workdir_is_refused_with_its_fields(bigrams, tmp_path):
   training.train(tiny(steps=2), tmp_path)
   before = sorted(path.name for path in tmp_path.iterdir())
   model = {**TINY["model"], "layers": 3}
@@ -419,7 +420,7 @@ def test_a_recipe_of_the_runs_text_is_loaded_as_it_was_trained(tmp_path):
   assert loaded.recipe == magneto_jax.RECIPES["deepscalelm"](architecture).decoder
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_checkpoints(tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_checkpoints(bigrams, tmp_path):
   training.train(tiny(steps=2), tmp_path)
   # A rate that overflows float32 parameters, in a run that is otherwise the same.
   record = runs.read_record(tmp_path)
@@ -597,6 +598,7 @@ def test_the_sample_ends_where_the_table_of_positions_does(tmp_path):
 # ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.ci
 def test_measuring_a_run_changes_nothing_of_it(tmp_path):
   """Measured at the start, every second step and at the end; the weights are the same bits."""
   plain, measured = tmp_path / "plain", tmp_path / "measured"

@@ -83,8 +83,14 @@ def test_layer_runs_in_a_foreign_module(layer):
   assert module.apply(variables, X).shape == X.shape
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("lift", LIFTS)
+@pytest.mark.parametrize(
+  ("lift", "layer"),
+  [
+    pytest.param(lift, layer, marks=[pytest.mark.slow] * (lift != "scan" and layer != "Attention"))
+    for lift in LIFTS
+    for layer in LAYERS
+  ],
+)
 def test_layer_under_a_foreign_lift_is_the_layer(lift, layer):
   """Its output and the gradient of every parameter, float32, of sums of at most 96 numbers."""
   module, lifted, unlifted = LIFTS[lift](layer)

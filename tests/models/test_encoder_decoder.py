@@ -38,7 +38,7 @@ def both(name="magneto", *, shared=False, tied=True, decoder=(), **options) -> E
 # Formulae
 # ---------------------------------------------------------------------------------------------
 
-MAIN = ("pre_ln", "post_ln", "magneto", "deepnet", "normformer")
+MAIN = ("magneto", "deepnet", "normformer")
 
 
 @pytest.mark.parametrize("name", common.main_and_slow(PAPERS, MAIN))
@@ -191,7 +191,7 @@ def test_targets_see_the_whole_memory_and_no_other_target_than_their_window():
 RELATIVE_CROSS = common.RELATIVE | {"decoder": {"relative_cross": True}}
 
 
-@pytest.mark.parametrize("kind", common.main_and_slow(KINDS, ("xpos", "relative")))
+@pytest.mark.parametrize("kind", common.main_and_slow(KINDS, ("relative",)))
 def test_decoding_with_a_memory_given_once_matches_full_forward(kind):
   """Padded sources, prompts padded on the left, four tokens, then 1, 1 and 2 more; float32.
 

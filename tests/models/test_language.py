@@ -60,10 +60,8 @@ def score(model, params, tokens, **inputs):
 # ---------------------------------------------------------------------------------------------
 
 WINDOWS = (None, (2, None), (0, None), (1, 5))
-MAIN = ("pre_ln", "post_ln", "magneto", "deepnet", "normformer")
-REACHES = [(name, "sinusoidal", None) for name in MAIN]
-REACHES += [("magneto", kind, None) for kind in position_layers.KINDS if kind != "sinusoidal"]
-REACHES += [("magneto", "rotary", (2, None)), ("magneto", "rotary", (1, 5))]
+REACHES = [("magneto", "sinusoidal", None), ("post_ln", "learned", None)]
+REACHES += [("normformer", "rotary", (2, None)), ("magneto", "xpos", (1, 5))]
 ALL_REACHES = [
   (name, kind, window) for name in RECIPES for kind in position_layers.KINDS for window in WINDOWS
 ]
@@ -93,7 +91,9 @@ def test_causality(name, kind, window):
   np.testing.assert_array_equal(reached, (distance >= 0) & (distance <= 2 * left))
 
 
-@pytest.mark.parametrize("kind", position_layers.KINDS)
+@pytest.mark.parametrize(
+  "kind", common.main_and_slow(position_layers.KINDS, ("sinusoidal", "rotary"))
+)
 def test_packed_documents_do_not_leak(kind):
   """Two documents in a row are scored as they are alone, to float32's last bits."""
   model = language_model(positions=kind, max_length=LENGTH)
@@ -181,16 +181,10 @@ def decode(model, params, tokens, chunks, **inputs):
   return np.concatenate(logits, 1)
 
 
-SLOW_MODELS = {*RECIPES} - {*MAIN} | {
-  "one key head",
-  "unrolled",
-  "wide heads",
-  "untied swiglu",
-  "no positions",
-}
+DECODED = ("normformer", "grouped queries", "window", "a pattern of two", "xpos", "relative bias")
 
 
-@pytest.mark.parametrize("name", [slow(name) if name in SLOW_MODELS else name for name in MODELS])
+@pytest.mark.parametrize("name", common.main_and_slow(MODELS, DECODED))
 def test_decoding_by_token_matches_full_forward(name):
   """float32: 1e-5 absolute, some ten roundings of logits of order 1 to 10."""
   model = MODELS[name]
@@ -305,7 +299,7 @@ def test_stream_starts_as_scaled_tokens_and_positions():
   np.testing.assert_allclose(score(model, params, TOKENS), stream @ table.T, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("kind", position_layers.KINDS)
+@pytest.mark.parametrize("kind", common.main_and_slow(position_layers.KINDS, ("learned", "rotary")))
 def test_scores_read_the_given_positions(kind):
   """Rotary models see differences of positions only; those without positions see none."""
   model = language_model(positions=kind, max_length=2 * LENGTH)

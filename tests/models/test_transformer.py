@@ -209,7 +209,7 @@ def expected_logits(name, params):
   )
 
 
-@pytest.mark.parametrize("name", PAPERS)
+@pytest.mark.parametrize("name", main_and_slow(PAPERS))
 def test_model_is_its_papers_in_float64(name):
   """float64, so that what differs is the formula: 1e-11 of logits of order 1 to 10.
 
