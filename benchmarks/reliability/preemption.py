@@ -48,13 +48,21 @@ MOMENTS = ("steps", "evaluation", "compilation")
 class Hosts:
   """The processes of one run, and what they have said so far."""
 
-  def __init__(self, workdir: pathlib.Path, count: int, *flags: str, compiles: bool = False):
+  def __init__(
+    self,
+    workdir: pathlib.Path,
+    count: int,
+    *flags: str,
+    compiles: bool = False,
+    devices: int = 1,
+  ):
     """Starts them.
 
     Args:
       workdir: of the run; what they say lies beside it.
       count: how many.
       flags: beside FLAGS.
+      devices: of each, simulated.
       compiles: whether everything is compiled, and said, or taken from what runs beside it have
         compiled.
     """
@@ -73,7 +81,7 @@ class Hosts:
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
       "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
       "PYTHONUNBUFFERED": "1",
-      "XLA_FLAGS": "",
+      "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
     }
     command = [sys.executable, "-m", "magneto_jax.train", *FLAGS, f"--workdir={workdir}", *flags]
     self.processes = []
@@ -146,7 +154,7 @@ def preempted(processes: int, signals: int, seed: int, folder: pathlib.Path) -> 
   for moment in itertools.islice(itertools.cycle(MOMENTS), signals):
     targets = draw.choice([[i] for i in range(processes)] + [list(range(processes))])
     seen.append(_preempt(workdir, processes, steps, moment, targets, draw))
-  differing = _differing(workdir, processes, steps)
+  different = differing(workdir, processes, steps)
   bad = [one for one in seen if one["wrong"]]
   after = [one["steps_after"] for one in seen if one["moment"] == "steps"]
   return Row(
@@ -155,9 +163,9 @@ def preempted(processes: int, signals: int, seed: int, folder: pathlib.Path) -> 
     f" {cli.PREEMPTED} on all, one saved step, at most 2 after the signal; goes on bit for bit",
     f"{signals - len(bad)} of {signals} so, at most {max(after, default=0)} steps later,"
     f" {max(one['seconds'] for one in seen):.0f} s at most from signal to end;"
-    f" {'equal' if not differing else 'not equal'} to the run that was left alone",
-    not bad and not differing,
-    {"signals": seen, "differing": differing},
+    f" {'equal' if not different else 'not equal'} to the run that was left alone",
+    not bad and not different,
+    {"signals": seen, "differing": different},
   )
 
 
@@ -275,16 +283,16 @@ def dead_hosts(
         "wrong": wrong,
       }
     )
-  differing = _differing(workdir, processes, steps)
+  different = differing(workdir, processes, steps)
   bad = [one for one in seen if one["wrong"]]
   return Row(
     "R7",
     f"one of {processes} processes killed, or frozen: the others end, not with 0, in the heartbeat"
     f" ({heartbeat} s) and {slack:g} s more; goes on bit for bit",
     f"{kills - len(bad)} of {kills} so, after {max(one['seconds'] for one in seen):.1f} s at most;"
-    f" {'equal' if not differing else 'not equal'} to the run that was left alone",
-    not bad and not differing,
-    {"kills": seen, "differing": differing},
+    f" {'equal' if not different else 'not equal'} to the run that was left alone",
+    not bad and not different,
+    {"kills": seen, "differing": different},
   )
 
 
@@ -293,11 +301,14 @@ _COMPILING = "Compiling jit(train_step)"
 _COMPILED = "Finished XLA compilation of jit(train_step)"
 
 
-def _differing(workdir: pathlib.Path, processes: int, steps: int) -> list[str]:
+def differing(
+  workdir: pathlib.Path, processes: int, steps: int, *flags: str, devices: int = 1
+) -> list[str]:
   """What of a run, once it is brought to its end, is not that of a run that is left alone."""
-  alone = workdir.with_name(f"alone_{processes}_{steps}")
+  alone = workdir.with_name(f"{workdir.name}_alone")
   for path in (workdir, alone):
-    with Hosts(path, processes, f"--config.steps={steps}", *_RARELY) as hosts:
+    options = (f"--config.steps={steps}", *(flags or _RARELY))
+    with Hosts(path, processes, *options, devices=devices) as hosts:
       codes = hosts.codes()
       if codes != [0] * processes:
         return [f"{path.name} ends with {codes}: {hosts.said()[-2000:]}"]
