@@ -1,5 +1,6 @@
 """The environment of every test, set before jax is imported, and inherited by subprocesses."""
 
+import importlib.metadata
 import os
 
 # Tests pass without an accelerator; JAX_PLATFORMS=cuda (or tpu) runs the same ones on it.
@@ -13,12 +14,15 @@ os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 os.environ.setdefault("NPROC", "2")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-# Programs of tests are compiled more often than they are run, and LLVM's optimization is a third of
-# all of a test run. What XLA makes of a program (fusions, memory, collectives) comes before it.
+# Programs of tests are compiled more often than they are run, and most of a test run is that: so
+# LLVM optimizes nothing, and jax 0.10 takes its older emitters of fusions, which it compiles in half
+# the time (later ones have none). What XLA makes of a program (fusions, memory, collectives) comes
+# before all this.
 if os.environ["JAX_PLATFORMS"] == "cpu":
-  os.environ["XLA_FLAGS"] = (
-    f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}".strip()
-  )
+  _flags = ["--xla_backend_optimization_level=0"]
+  if importlib.metadata.version("jaxlib").startswith("0.10."):
+    _flags.append("--xla_cpu_use_fusion_emitters=false")
+  os.environ["XLA_FLAGS"] = " ".join([*_flags, os.environ.get("XLA_FLAGS", "")]).strip()
 # pyplot must not look for a screen.
 os.environ.setdefault("MPLBACKEND", "agg")
 # No persistent compilation cache: a test of compilation counts or of donation must not pass because

@@ -1,6 +1,7 @@
 """Sizes, tables and helpers of the tests of whole models."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -76,5 +77,7 @@ def run(model, params, *args, **inputs):
 def in_float64(module, *args, **inputs):
   """The module's output, and its parameters."""
   with jax.enable_x64(True):
+    # JAX would pass NumPy's integers in 32 bits if it has done so before, without x64.
+    args, inputs = jax.tree.map(jnp.asarray, (args, inputs))
     params = reference.random_params(module, *args, dtype=np.float64, **inputs)
     return run(module, params, *args, **inputs), params
