@@ -212,6 +212,7 @@ class Path(NamedTuple):
     across: bytes a second along the longest dimension alone, both of its directions if it closes.
     hops: devices of the group along that dimension; 1 for what is no torus.
     words: which links, and how many.
+    cores: devices of the group that share a chip.
   """
 
   rate: float
@@ -219,6 +220,7 @@ class Path(NamedTuple):
   across: float
   hops: int
   words: str
+  cores: int = 1
 
 
 def path(topology: Topology, mesh: jax.sharding.Mesh, axes: Sequence[str]) -> Path | None:
@@ -235,7 +237,9 @@ def path(topology: Topology, mesh: jax.sharding.Mesh, axes: Sequence[str]) -> Pa
     mesh.devices, [mesh.axis_names.index(axis) for axis in axes], range(len(axes))
   )
   group = group.reshape(*group.shape[: len(axes)], -1)[..., 0].ravel()
-  one_way = chip.link_rate / chip.cores
+  # A group with both cores of a chip has all of its links, else those of its core.
+  cores = len(group) // len({tuple(device.coords) for device in group})
+  one_way = chip.link_rate * cores / chip.cores
   links = []
   closes = all(size % chip.ring == 0 for size in topology.sizes) or chip.torus == 2
   for dimension, size in enumerate(topology.sizes):
@@ -249,7 +253,7 @@ def path(topology: Topology, mesh: jax.sharding.Mesh, axes: Sequence[str]) -> Pa
   words = " x ".join(f"{'ring' if ways == 2 else 'line'} of {extent}" for extent, ways in links)
   hops, ways = max(links)
   total = one_way * sum(ways for _, ways in links)
-  return Path(total, one_way, one_way * ways, hops, words)
+  return Path(total, one_way, one_way * ways, hops, words, cores)
 
 
 def seconds(kind: str, size: int, group: int, way: Path) -> float:
@@ -257,12 +261,14 @@ def seconds(kind: str, size: int, group: int, way: Path) -> float:
 
   With V bytes, the larger of a device's operand and result, in a group of n: (n - 1) / n V pass
   every device to gather or to scatter sums of V, twice as many for their all-reduce. An all-to-all
-  crosses the middle of its longest dimension of n: n / 4 V along that. Of permutes each takes one
-  direction of one link, and two at a time can share both. See the scaling book, "sharded matmuls".
+  crosses the middle of its longest dimension of n: n / 4 V along that. A permute takes one
+  direction of one link. Of devices that share a chip n counts one, with the links of all. See the
+  scaling book, "sharded matmuls".
   """
-  share = (group - 1) / group
   if kind == "collective-permute":
-    return size / (2 * way.one_way)
+    return size / way.one_way
+  group = max(group // way.cores, 2)
+  share = (group - 1) / group
   if kind.endswith("all-to-all") and way.hops > 1:
     return size * way.hops / 4 / way.across
   passing = {"all-reduce": 2 * share, "collective-broadcast": 1.0}

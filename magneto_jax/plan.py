@@ -33,8 +33,13 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     typed = cli.typed_config(config)
     if path.value:
-      pathlib.Path(path.value).touch()  # That it cannot be written is better known now.
-    plan = planning.make_plan(typed, topology.value)
+      pathlib.Path(path.value).write_text("")  # That it cannot be written is better known now.
+    try:
+      plan = planning.make_plan(typed, topology.value)
+    except BaseException:
+      if path.value:
+        pathlib.Path(path.value).unlink()
+      raise
     if path.value:
       text = json.dumps(planning.as_json(plan), indent=2, allow_nan=False)
       pathlib.Path(path.value).write_text(text + "\n")

@@ -381,6 +381,9 @@ def verdict(plan: Plan) -> tuple[str, str]:
   """Whether it fits, in words, and their style."""
   attempt = plan.attempt
   have = f" of the {_binary(attempt.available)} that each device has" if attempt.available else ""
+  if not attempt.fits and not any(remedy.attempt.fits for remedy in plan.remedies):
+    more = "; nothing that was tried makes it fit: take more devices, or a smaller model"
+    return f"does not fit: {_binary(attempt.peak)}{have}{more}", "bold red"
   if attempt.fits:
     return f"fits: {_binary(attempt.peak)}{have}", "bold green"
   return f"does not fit: {_binary(attempt.peak)}{have}", "bold red"

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import socket
 import time
 from typing import Any, NamedTuple
 
@@ -260,13 +261,19 @@ class Program(NamedTuple):
 
   def refuse_if_too_large(self) -> None:
     """Raises OutOfMemory if this machine's devices have not what the compiled step needs."""
-    # CPU devices share the memory of their host.
-    sharing = jax.local_device_count() if self.device.platform == "cpu" else 1
-    there = memory.available(self.device, sharing)
+    there = memory.available(self.device, self._sharing())
     # What the poorest host has: either all refuse, or none.
     there = min(distributed.everywhere(math.inf if there is None else there))
     needed = self.memory_by_part().peak
     memory.refuse_if_too_large(needed, there, self.config, self.sizes, self.device)
+
+  def _sharing(self) -> int:
+    """Devices that share the memory which this process sees: CPUs do, of all processes of a host."""
+    if self.device.platform != "cpu":
+      return 1
+    name = socket.gethostname()
+    hosts = distributed.everywhere([name, jax.local_device_count()])
+    return sum(count for host, count in hosts if host == name)
 
   def init(self, key: jax.Array) -> TrainState:
     """The state before the first step, made where it lies: no host ever holds all of it."""
@@ -275,12 +282,16 @@ class Program(NamedTuple):
     with sharding.use_mesh(self.mesh):
       return jax.jit(init, out_shardings=sharding.of(self.state))(key)
 
-  def put(self, rows: dict[str, Any]) -> dict[str, jax.Array]:
-    """The global batch, of which this process gives the rows of `sharding.rows_of_process`."""
-    return {
-      name: jax.make_array_from_process_local_data(spec.sharding, rows[name], spec.shape)
-      for name, spec in self.batch.items()
-    }
+  def put(self, rows: dict[str, Any], *, parts: int = 1) -> dict[str, jax.Array]:
+    """The global batch, of which this process gives the rows of `sharding.rows_of_process`.
+
+    With `parts` a batch is one of so many parts of a step's.
+    """
+    placed = {}
+    for name, spec in self.batch.items():
+      shape = (spec.shape[0] // parts, *spec.shape[1:])
+      placed[name] = jax.make_array_from_process_local_data(spec.sharding, rows[name], shape)
+    return placed
 
 
 def compile_step(config: TrainConfig, facts: Facts, mesh: jax.sharding.Mesh) -> Program:

@@ -115,7 +115,9 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
       raise ValueError(f"the devices are of {slices} slices: set mesh.slices={slices}")
     if slices > 1:
       within, between = (1, *shape[1:]), (slices, *(1,) * (len(shape) - 1))
-      array = mesh_utils.create_hybrid_device_mesh(within, between, devices)
+      array = mesh_utils.create_hybrid_device_mesh(
+        within, between, devices, allow_split_physical_axes=True
+      )
     else:
       array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
   return Mesh(array, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
@@ -202,11 +204,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def rows_of_process(mesh: Mesh, batch_size: int, process: int | None = None) -> list[int]:
   """The rows of a global batch that the devices of a process hold; of this one by default.
 
-  With a tensor or sequence axis across processes some hold the same rows. All processes hold
-  equally many.
+  With a tensor or sequence axis across processes some hold the same rows.
 
   Raises:
-    ValueError: if the batch cannot be cut as the mesh asks.
+    ValueError: if the batch cannot be cut as the mesh asks, or not so that any two processes hold
+      the same rows or none in common, and all equally many.
   """
   process = jax.process_index() if process is None else process
   cuts = math.prod(mesh.shape[axis] for axis in ACTIVATION_AXES["batch"])
@@ -214,8 +216,16 @@ def rows_of_process(mesh: Mesh, batch_size: int, process: int | None = None) -> 
     axes = " x ".join(f"{a}={mesh.shape[a]}" for a in ACTIVATION_AXES["batch"] if mesh.shape[a] > 1)
     raise ValueError(f"a batch of {batch_size} rows cannot be cut {cuts} times (mesh: {axes})")
   places = batch_sharding(mesh, 1).devices_indices_map((batch_size,))
-  own = [rows for device, (rows,) in places.items() if device.process_index == process]
-  return sorted({row for rows in own for row in range(batch_size)[rows]})
+  held: dict[int, set[int]] = {}
+  for device, (rows,) in places.items():
+    held.setdefault(device.process_index, set()).update(range(batch_size)[rows])
+  apart = {tuple(sorted(rows)) for rows in held.values()}
+  if len({len(rows) for rows in apart}) > 1 or sum(map(len, apart)) != batch_size:
+    raise ValueError(
+      "the mesh cuts rows of a batch between processes: make mesh.tensor x mesh.sequence divide the"
+      " devices of a process, or be a multiple of them"
+    )
+  return sorted(held.get(process, ()))
 
 
 # ---------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import itertools
 import json
@@ -239,9 +240,14 @@ def _train(
       yield batch
 
   def validate(params) -> dict[str, float]:
-    batches = pipelines.eval_batches(job.data.validation, config.batch_size, rows=job.rows)
-    batches = itertools.islice(batches, config.eval_batches or None)
-    totals = evaluate(eval_step, params, map(program.put, noticing(batches)))
+    # As many rows at a time as the step has.
+    parts = config.accumulation
+    size = config.batch_size // parts
+    rows = sharding.rows_of_process(program.mesh, size)
+    batches = pipelines.eval_batches(job.data.validation, size, rows=rows)
+    batches = itertools.islice(batches, parts * config.eval_batches or None)
+    put = functools.partial(program.put, parts=parts)
+    totals = evaluate(eval_step, params, map(put, noticing(batches)))
     if not all(map(math.isfinite, totals)):
       raise Diverged(
         f"the validation loss is {totals[0]}; the checkpoint of step {saved} is kept: in another"

@@ -119,6 +119,7 @@ ONE = 4.5e10  # A link of v5e, one way.
     # Half of the chip's links; and its two cores.
     ("tpu7x:2x2x1", (4, 2), ("a",), 2 * 1e11 / 2, "line of 2 x line of 2"),
     ("tpu7x:2x2x1", (4, 2), ("b",), 6 * 1e11, "within the chip"),
+    ("tpu7x:2x2x1", (4, 2), ("a", "b"), 2 * 1e11, "line of 2 x line of 2"),
   ],
 )
 def test_an_axis_has_the_links_that_its_devices_differ_along(name, sizes, axes, rate, words):
@@ -144,8 +145,10 @@ def test_collectives_take_what_their_algorithms_move(n):
   assert hardware.seconds("all-gather", size, n, ring) == pytest.approx(gather)
   assert hardware.seconds("reduce-scatter", size, n, ring) == pytest.approx(gather)
   assert hardware.seconds("all-reduce", size, n, ring) == pytest.approx(2 * gather)
-  # Two permutes, one each way, take what one takes alone.
-  assert 2 * hardware.seconds("collective-permute", size, n, ring) == pytest.approx(size / rate)
+  assert hardware.seconds("collective-permute", size, n, ring) == pytest.approx(size / rate)
+  # Of two cores a chip, one fetches for both: n chips take what n devices take.
+  cores = ring._replace(cores=2)
+  assert hardware.seconds("all-gather", size, 2 * n, cores) == pytest.approx(gather)
   # Block j of device i goes the shorter way to device j: how much does a link carry?
   load = sum(min(d, n - d) for d in range(n)) * (size / n)  # Of a device's links, both ways.
   assert hardware.seconds("all-to-all", size, n, ring) == pytest.approx(load / (2 * rate))

@@ -1,5 +1,6 @@
 """How models are cut over a mesh, and that cutting them changes nothing."""
 
+import collections
 import json
 import math
 import pathlib
@@ -7,6 +8,7 @@ import socket
 import subprocess
 import sys
 import types
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -234,6 +236,41 @@ def test_what_is_not_cut_is_refused_where_it_would_be_done_twice():
     assert sharding.activation_spec(x.shape, "batch", "length", None) == PartitionSpec(
       None, None, None
     )
+
+
+def test_rows_that_processes_hold_in_part_are_refused():
+  """Six devices of each of two processes, with tensor 4: the middle four hold rows of both."""
+  Device = collections.namedtuple("Device", "id process_index")
+  devices = [Device(i, i // 6) for i in range(12)]
+  shape = tuple({"data": 3, "tensor": 4}.get(axis, 1) for axis in sharding.MESH_AXES)
+  places = {d: (slice(4 * (i // 4), 4 * (i // 4) + 4),) for i, d in enumerate(devices)}
+  mesh = types.SimpleNamespace(shape=dict(zip(sharding.MESH_AXES, shape, strict=True)))
+  where = types.SimpleNamespace(devices_indices_map=lambda shape: places)
+  with mock.patch.object(sharding, "batch_sharding", lambda mesh, rank: where):
+    with pytest.raises(ValueError, match="cuts rows of a batch between processes"):
+      sharding.rows_of_process(mesh, 12, 0)
+
+
+def test_slices_of_a_torus_that_has_to_be_split_make_a_mesh():
+  """Of two slices of 4 x 4 chips, axes of 8 and 2: no dimension of the torus is 8 long."""
+
+  def device(i):
+    x, y = divmod(i % 16, 4)
+    return types.SimpleNamespace(
+      id=i,
+      platform="tpu",
+      device_kind="TPU v5 lite",
+      slice_index=i // 16,
+      process_index=i // 4,
+      coords=(x, y, 0),
+      core_on_chip=0,
+    )
+
+  devices = [device(i) for i in range(32)]
+  with mock.patch.object(sharding, "Mesh", lambda array, *_, **__: array):
+    array = sharding.make_mesh({"slice": 2, "fsdp": 8, "tensor": 2}, devices)
+  assert array.shape == (2, 1, 8, 1, 2)
+  assert [{d.slice_index for d in part.ravel()} for part in array] == [{0}, {1}]
 
 
 def test_slices_that_the_mesh_does_not_know_are_refused():

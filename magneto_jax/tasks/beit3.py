@@ -55,6 +55,11 @@ def build_model(config: TrainConfig, facts: Facts) -> MaskedBEiT3:
       "config.task='beit3' writes texts with the table that reads them: set"
       " model.tied_embeddings=True"
     )
+  if config.mesh.sequence != 1:
+    raise ConfigError(
+      f"config.mesh.sequence={config.mesh.sequence} cannot cut an image's patches, its class token"
+      " and a text alike: with config.task='beit3' use mesh.fsdp or mesh.tensor"
+    )
   encoder = Encoder(
     recipe=recipe(config, facts),
     experts=("vision", "text"),

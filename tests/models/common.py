@@ -78,6 +78,7 @@ def in_float64(module, *args, **inputs):
   """The module's output, and its parameters."""
   with jax.enable_x64(True):
     # JAX would pass NumPy's integers in 32 bits if it has done so before, without x64.
-    args, inputs = jax.tree.map(jnp.asarray, (args, inputs))
+    given = lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x
+    args, inputs = jax.tree.map(given, (args, inputs))
     params = reference.random_params(module, *args, dtype=np.float64, **inputs)
     return run(module, params, *args, **inputs), params

@@ -307,5 +307,5 @@ def test_a_calls_recipe_scales_the_text():
   scaled = dataclasses.replace(recipe, embedding=dataclasses.replace(recipe.embedding, scale=3.0))
   own = model.clone(encoder=model.encoder.clone(recipe=scaled))
   expected = run(own, params, *PAIR)
-  np.testing.assert_array_equal(run(model, params, *PAIR, recipe=scaled), expected)
+  np.testing.assert_allclose(run(model, params, *PAIR, recipe=scaled), expected, rtol=0, atol=1e-5)
   assert np.abs(expected - run(model, params, *PAIR)).max() > 0.01
