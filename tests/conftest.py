@@ -15,9 +15,9 @@ os.environ.setdefault("NPROC", "2")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Programs of tests are compiled more often than they are run, and most of a test run is that: so
-# LLVM optimizes nothing, and jax 0.10 takes its older emitters of fusions, which it compiles in half
-# the time (later ones have none). What XLA makes of a program (fusions, memory, collectives) comes
-# before all this.
+# LLVM optimizes nothing, and jax 0.10 takes its older emitters of fusions, which are compiled in
+# half the time (later ones have none). What XLA makes of a program (fusions, memory, collectives)
+# comes before all this.
 if os.environ["JAX_PLATFORMS"] == "cpu":
   _flags = ["--xla_backend_optimization_level=0"]
   if importlib.metadata.version("jaxlib").startswith("0.10."):
