@@ -96,7 +96,7 @@ def initialize(
       if "coordinator_address" not in str(error):
         raise
   elif method is not None:
-    local = local_devices(os.environ) if method == "slurm" else None
+    local = local_devices(os.environ, _gpus()) if method == "slurm" else None
     join(cluster_detection_method=method, local_device_ids=local)
 
 
@@ -139,15 +139,25 @@ def launcher(environ: Mapping[str, str], platforms: str) -> str | None:
   return None if "TPU_SKIP_MDS_QUERY" in environ else "gcetpu"
 
 
-def local_devices(environ: Mapping[str, str]) -> list[int] | None:
+def local_devices(environ: Mapping[str, str], present: int = 0) -> list[int] | None:
   """The GPUs of a SLURM task among those that it sees, where JAX's own choice is not meant.
 
   JAX gives task i of a node its i-th GPU. A task that is alone on its node, or sees just one GPU
   (`--gpus-per-task=1`), is meant to have all that it sees.
+
+  Args:
+    environ: of the task.
+    present: how many GPUs the node has: all are seen where SLURM does not say which.
   """
-  visible = [gpu for gpu in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
+  named = environ.get("CUDA_VISIBLE_DEVICES")
+  seen = present if named is None else len([gpu for gpu in named.split(",") if gpu])
   alone = environ.get("SLURM_STEP_NUM_TASKS") == environ.get("SLURM_STEP_NUM_NODES")
-  return list(range(len(visible))) if visible and (alone or len(visible) == 1) else None
+  return list(range(seen)) if seen and (alone or seen == 1) else None
+
+
+def _gpus() -> int:
+  """How many of NVIDIA's this machine has, as its driver lists them."""
+  return len(list(pathlib.Path("/proc/driver/nvidia/gpus").glob("*")))
 
 
 # ---------------------------------------------------------------------------------------------

@@ -268,7 +268,7 @@ class Program(NamedTuple):
     memory.refuse_if_too_large(needed, there, self.config, self.sizes, self.device)
 
   def _sharing(self) -> int:
-    """Devices that share the memory which this process sees: CPUs do, of all processes of a host."""
+    """Devices that share the memory that this process sees: all CPUs of a host, of any process."""
     if self.device.platform != "cpu":
       return 1
     name = socket.gethostname()

@@ -371,6 +371,13 @@ def test_a_slurm_task_uses_the_gpus_that_are_its_own(visible, changes, devices):
   assert distributed.local_devices(environ) == devices
 
 
+def test_a_slurm_task_alone_on_its_node_uses_all_gpus_where_slurm_names_none():
+  alone = {**SLURM, "SLURM_STEP_NUM_TASKS": "2"}
+  assert distributed.local_devices(alone, 8) == [*range(8)]
+  assert distributed.local_devices(SLURM, 8) is None  # One of several: its own.
+  assert distributed.local_devices({**alone, "CUDA_VISIBLE_DEVICES": ""}, 8) is None
+
+
 @pytest.mark.parametrize(
   "given, message",
   [
