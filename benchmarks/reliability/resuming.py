@@ -20,8 +20,8 @@ def resumed(
   Args:
     processes, devices: how many run together, and the simulated devices of each.
     workers: processes of each that prepare batches.
-    killed: whether the first process is killed with -9 after step 10, somewhere before the next
-      checkpoint, and does not end by itself.
+    killed: whether the first process is killed with -9 after step 10, whose checkpoint is perhaps
+      being written, and does not end by itself.
     seed: of what is random.
     folder: for the runs.
 
@@ -29,7 +29,9 @@ def resumed(
     The row.
   """
   mesh = _MESH if processes * devices == 8 else ()
-  flags = (f"--config.data.workers={workers}", "--config.checkpoint_every=10", *mesh)
+  # A run evaluates where it ends, too.
+  every = ("--config.checkpoint_every=10", "--config.eval_every=10")
+  flags = (f"--config.data.workers={workers}", *every, *mesh)
   workdir = folder / f"resumed_{processes}x{devices}_{workers}_{killed}"
   steps = STEPS if killed else STEPS // 2
   with preemption.Hosts(
@@ -52,6 +54,6 @@ def resumed(
     f"{processes} x {devices} processes x devices, {workers} workers, dropout: {how} is bit for bit"
     " the run of 20 steps: parameters, optimizer, place in the data, metrics",
     f"{'equal' if not different else 'not equal'}; stopped at step {stopped_at}",
-    not different and stopped_at == STEPS // 2,
+    not different and stopped_at in ((0, STEPS // 2) if killed else (STEPS // 2,)),
     {"differing": different, "stopped_at": stopped_at},
   )
