@@ -319,7 +319,11 @@ def run_steps(tmp_path, cases, *, processes=1, devices=8, dtype="float64"):
     root = pathlib.Path(__file__).parents[1]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     running.append(subprocess.Popen(command, env=environment, cwd=root, **pipes))
-  outputs = [process.communicate(timeout=600)[0] for process in running]
+  try:
+    outputs = [process.communicate(timeout=600)[0] for process in running]
+  finally:
+    for process in running:
+      process.kill()
   assert [process.returncode for process in running] == [0] * processes, "\n".join(outputs)[-4000:]
   return {name: dict(np.load(case["output"])) for name, case in cases.items()}
 
