@@ -57,14 +57,12 @@ class Job(NamedTuple):
     data: the task's, loaded.
     record: what the workdir keeps of the run.
     batches: the training batches, of which this host reads its rows: an endless iterator.
-    rows: which rows of a batch those are.
     program: the compiled step.
   """
 
   data: Any
   record: runs.Record
   batches: feed.Feed
-  rows: list[int]
   program: Program
 
 
@@ -116,7 +114,7 @@ def prepare(
       program = lowered.compile()
       program.refuse_if_too_large()
   ahead = feed.Feed(batches, program.put, ahead=config.data.prefetch)
-  return Job(data, record, ahead, rows, program)
+  return Job(data, record, ahead, program)
 
 
 def dry_run(config: TrainConfig, workdir: str | os.PathLike) -> None:
@@ -219,8 +217,8 @@ def _train(
   if earlier:
     runs.refuse_if_different(workdir, earlier, job.record)
   with config_errors():
-    kept, saved = config.keep_checkpoints, program.state.parts()
-    distributed.on_first(lambda: refuse_if_no_room(runs.checkpoints_in(workdir), saved, kept))
+    directory, parts = runs.checkpoints_in(workdir), program.state.parts()
+    distributed.on_first(lambda: refuse_if_no_room(directory, parts, config.keep_checkpoints))
   _print(console, [*_overview(job), *schedule_notes(config, earlier and earlier.config)])
 
   def make_keys() -> list[jax.Array]:

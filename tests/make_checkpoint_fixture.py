@@ -14,9 +14,9 @@ import tempfile
 import jax
 import numpy as np
 
+from benchmarks.reliability import states
 from magneto_jax import runs, training
 from magneto_jax.config import from_config_dict
-from tests import run_states
 
 FOLDER = pathlib.Path(__file__).parent / "testdata" / "checkpoints"
 
@@ -43,7 +43,7 @@ def main() -> None:
     # Nor the data: the package has them.
     shutil.copytree(runs.checkpoints_in(workdir), runs.checkpoints_in(folder / "run"))
     shutil.copy(workdir / "config.json", folder / "run")
-    arrays = run_states.arrays(workdir, CONFIG["steps"])
+    arrays = states.arrays(workdir, CONFIG["steps"])
   (folder / "expected.json").write_text(json.dumps(hashes(arrays), indent=1) + "\n")
 
 

@@ -8,8 +8,9 @@ import jax
 import numpy as np
 import pytest
 
+from benchmarks.reliability import states
 from magneto_jax import runs, training
-from tests import make_checkpoint_fixture, run_states
+from tests import make_checkpoint_fixture
 
 VERSIONS = sorted(make_checkpoint_fixture.FOLDER.iterdir())
 
@@ -17,7 +18,7 @@ VERSIONS = sorted(make_checkpoint_fixture.FOLDER.iterdir())
 @pytest.mark.parametrize("folder", VERSIONS, ids=lambda folder: folder.name)
 def test_a_released_versions_checkpoint_is_read_bit_for_bit(folder):
   step = runs.last_step(folder / "run")
-  arrays = run_states.arrays(folder / "run", step)
+  arrays = states.arrays(folder / "run", step)
   expected = json.loads((folder / "expected.json").read_text())
   assert make_checkpoint_fixture.hashes(arrays) == expected
   _, variables = runs.load(folder / "run")

@@ -19,14 +19,14 @@ import pytest
 from flax import linen as nn
 
 import magneto_jax
-from benchmarks.reliability import numbers
+from benchmarks.reliability import numbers, states
 from magneto_jax import checkpoints, decoding, memory, monitor, program, reporting, runs, training
 from magneto_jax.checkpoints import Checkpointer, CheckpointError, DamagedError
 from magneto_jax.config import ConfigError, TrainConfig, from_config_dict
 from magneto_jax.data import feed, pipelines
 from magneto_jax.preemption import Preempted
 from magneto_jax.tasks import TASKS
-from tests import run_states, simulated
+from tests import simulated
 
 TINY = {
   "steps": 4,
@@ -46,14 +46,6 @@ def tiny(**changes) -> TrainConfig:
   return from_config_dict({**TINY, **changes})
 
 
-def flags(changes: dict, prefix="--config.") -> list[str]:
-  found = []
-  for name, value in changes.items():
-    nested = isinstance(value, dict)
-    found += flags(value, f"{prefix}{name}.") if nested else [f"{prefix}{name}={value}"]
-  return found
-
-
 @pytest.mark.ci
 def test_twenty_steps_equal_ten_a_new_process_and_ten(tmp_path):
   """Bit for bit: parameters, averages and optimizer, with dropout, over an epoch's border."""
@@ -62,11 +54,11 @@ def test_twenty_steps_equal_ten_a_new_process_and_ten(tmp_path):
   straight, resumed = tmp_path / "straight", tmp_path / "resumed"
   for workdir, steps in ((straight, 20), (resumed, 10), (resumed, 20)):
     command = [sys.executable, "-m", "magneto_jax.train", "--config=configs/gpt.py:tiny"]
-    command += [f"--workdir={workdir}", *flags({**changes, "steps": steps})]
+    command += [f"--workdir={workdir}", *numbers.flags({**changes, "steps": steps})]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
   assert "resumed at step 10" in result.stdout
-  a, b = run_states.arrays(straight, 20), run_states.arrays(resumed, 20)
+  a, b = states.arrays(straight, 20), states.arrays(resumed, 20)
   jax.tree.map(np.testing.assert_array_equal, a, b)
   summary = json.loads((resumed / "summary.json").read_text())
   assert summary["resumed_at_step"] == 10
@@ -79,7 +71,7 @@ def test_twenty_steps_equal_ten_a_new_process_and_ten(tmp_path):
 def start_run(workdir, changes, *, devices: int, processes: int = 1) -> list[str]:
   """What each process of a run prints."""
   command = [sys.executable, "-m", "magneto_jax.train", "--config=configs/gpt.py:tiny"]
-  command += [f"--workdir={workdir}", *flags(changes)]
+  command += [f"--workdir={workdir}", *numbers.flags(changes)]
   environment = simulated.devices(devices)
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
@@ -445,7 +437,7 @@ def test_a_step_that_is_skipped_is_told_counted_and_moves_no_learning_rate(
   assert ["train/loss" in row for row in rows] == [True, True, False, True, True]
   rates = [row["train/learning_rate"] * 4 / 1e-3 for row in rows]
   assert rates == pytest.approx([1, 2, 0, 3, 4], rel=1e-6)  # float32
-  assert int(run_states.arrays(tmp_path, 5)["optimizer"]["skipped"]) == 1
+  assert int(states.arrays(tmp_path, 5)["optimizer"]["skipped"]) == 1
 
 
 SPIKES = {"factor": 50, "window": 8, "rewind_steps": 4, "skip_batches": 5, "limit": 1}
@@ -525,7 +517,7 @@ def test_a_run_that_is_preempted_at_every_turn_ends_as_if_it_had_not_been(
   summary = trained(training, "_sample")
   assert summary["resumed_at_step"] == 4
   assert summary["sample"] == expected["sample"]
-  chex.assert_trees_all_equal(run_states.arrays(broken, 4), run_states.arrays(alone, 4))
+  chex.assert_trees_all_equal(states.arrays(broken, 4), states.arrays(alone, 4))
   timed = {"tokens_per_second", "input_share"}
   rows = [
     [{name: row[name] for name in row.keys() - timed} for row in reporting.read_metrics(workdir)]
@@ -559,7 +551,7 @@ def test_a_damaged_checkpoint_is_gone_back_from_and_the_run_is_the_same(bigrams,
   assert ": going on from step 2; the damaged one lies in " in printed
   assert summary["resumed_at_step"] == 2
   training.train(tiny(**options, steps=6), whole)
-  chex.assert_trees_all_equal(run_states.arrays(whole, 6), run_states.arrays(damaged, 6))
+  chex.assert_trees_all_equal(states.arrays(whole, 6), states.arrays(damaged, 6))
   rows = [row["step"] for row in reporting.read_metrics(damaged) if "train/loss" in row]
   assert rows == [1, 2, 3, 4, 5, 6]
   assert {path.name for path in runs.checkpoints_in(damaged).iterdir()} == {*"246", "damaged"}
@@ -604,7 +596,7 @@ def test_measuring_a_run_changes_nothing_of_it(tmp_path):
   plain, measured = tmp_path / "plain", tmp_path / "measured"
   training.train(tiny(steps=3), plain)
   summary = training.train(tiny(steps=3, diagnostics_every=2), measured)
-  chex.assert_trees_all_equal(run_states.arrays(plain, 3), run_states.arrays(measured, 3))
+  chex.assert_trees_all_equal(states.arrays(plain, 3), states.arrays(measured, 3))
   assert not (plain / monitor.FILE).exists()
   assert [row["step"] for row in monitor.read(measured)] == [0, 2, 3]
   rows = [row for row in reporting.read_metrics(measured) if "diagnostics/first_update" in row]

@@ -221,11 +221,12 @@ def skipped(positions: int, seed: int, folder: pathlib.Path) -> Row:
   )
 
 
-def _flags(config: Mapping[str, Any], prefix: str = "--config.") -> list[str]:
+def flags(config: Mapping[str, Any], prefix: str = "--config.") -> list[str]:
+  """The command's flags for fields of a config."""
   found = []
   for name, value in config.items():
     nested = isinstance(value, Mapping)
-    found += _flags(value, f"{prefix}{name}.") if nested else [f"{prefix}{name}={value}"]
+    found += flags(value, f"{prefix}{name}.") if nested else [f"{prefix}{name}={value}"]
   return found
 
 
@@ -240,7 +241,7 @@ def ended(bad_from: int, seed: int, folder: pathlib.Path) -> Row:
   config = {**SMALL, "seed": seed, "steps": 200, "checkpoint_every": 5, "keep_checkpoints": 3}
   marks = dict.fromkeys(range(bad_from, bad_from + limit + 2), LOSS_NAN)
   command = [sys.executable, "-m", "benchmarks.reliability.numbers", json.dumps(marks)]
-  command += ["--config=configs/gpt.py:tiny", f"--workdir={workdir}", *_flags(config)]
+  command += ["--config=configs/gpt.py:tiny", f"--workdir={workdir}", *flags(config)]
   root = str(pathlib.Path(__file__).resolve().parents[2])
   environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (root, *sys.path)))}
   result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)

@@ -12,16 +12,15 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from benchmarks.reliability import states
 from benchmarks.reliability.rows import Row
-from magneto_jax import cli, program, reporting, runs
-from magneto_jax.checkpoints import Checkpointer, abstract_like
-from magneto_jax.tasks import TASKS
+from magneto_jax import cli, reporting, runs
 
 LIMIT = 500  # Seconds that anything may take before it has hung.
 EVAL_EVERY = 8
@@ -325,19 +324,9 @@ def _same(a: Any, b: Any) -> bool:
 
 def _results(workdir: pathlib.Path, steps: int) -> dict[str, Any]:
   """{name: value} of every array of a run's last checkpoint, and of every metric but times."""
-  record = runs.read_record(workdir)
-  task = TASKS[record.config.task]
-  model = task.build_model(record.config, record.facts)
-  optimizer, _ = program.make_optimizer(record.config.optimizer, record.config.steps)
-  options = {"model": model, "optimizer": optimizer, "ema": record.config.ema}
-  inputs = task.dummy_inputs(record.config)
-  make: Callable = lambda key: program.init_state(key, inputs=inputs, **options)
-  parts = jax.eval_shape(make, jax.random.key(0)).parts()
-  with Checkpointer(runs.checkpoints_in(workdir), read_only=True) as checkpointer:
-    arrays = checkpointer.restore(steps, abstract_like(parts))
+  arrays = states.arrays(workdir, steps)
   results = {
-    jax.tree_util.keystr(path): np.asarray(leaf)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(arrays)
+    jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(arrays)
   }
   for line in (workdir / "metrics.jsonl").read_text().splitlines():
     row = json.loads(line)
