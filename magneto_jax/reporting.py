@@ -135,10 +135,9 @@ class Progress:
     if self._live:
       self._bar.stop()
 
-  def step(self, step: int, *, loss: float, tokens_per_second: float) -> None:
+  def step(self, step: int, status: str) -> None:
     """One step has been taken."""
     if self._live:
-      status = f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s"
       self._bar.update(self._task, completed=step, status=status)
 
   def line(self, text: str, *, terminal: bool = True) -> None:
@@ -205,31 +204,38 @@ def read_lines(path: pathlib.Path) -> list[dict]:
   return rows
 
 
-def draw_learning_curve(workdir: pathlib.Path, *, title: str, unit: str) -> pathlib.Path:
+def in_words(scores: Mapping[str, float]) -> str:
+  """`3.7076 nats a token, 2.4560 bits a byte`: values before their names."""
+  return ", ".join(f"{value:.4f} {words_of(name)}" for name, value in scores.items())
+
+
+def words_of(name: str) -> str:
+  """A metric's name as a person says it: `nats a token` for `loss_nats_per_token`."""
+  return name.removeprefix("loss_").replace("_per_", " a ").replace("_", " ")
+
+
+def draw_learning_curve(workdir: pathlib.Path, *, title: str, loss_name: str) -> pathlib.Path:
   """Draws loss by step, training and validation, into `learning_curve.png`.
 
   Args:
     workdir: where metrics.jsonl lies.
     title: the title of the picture.
-    unit: the unit of the loss.
+    loss_name: the metric that is the mean loss, named with its unit: `loss_nats_per_token`.
   """
   from matplotlib.figure import Figure
 
-  rows = read_metrics(workdir)
+  rows, validated = read_metrics(workdir), f"validation/{loss_name}"
+  unit = words_of(loss_name)
   figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
   axes = figure.subplots()
   for name, label, style in (
     ("train/loss", "training", dict(color="#9ab7d3", linewidth=1.2)),
-    ("validation/loss_nats_per_token", "validation", dict(color="#1f4e79", marker="o", ms=4)),
+    (validated, "validation", dict(color="#1f4e79", marker="o", ms=4)),
   ):
     points = [(row["step"], row[name]) for row in rows if name in row]
     if points:
       axes.plot(*zip(*points, strict=True), label=label, **style)
-  validation = [
-    (row["step"], row["validation/loss_nats_per_token"])
-    for row in rows
-    if "validation/loss_nats_per_token" in row
-  ]
+  validation = [(row["step"], row[validated]) for row in rows if validated in row]
   if validation:
     step, value = validation[-1]
     axes.annotate(

@@ -242,10 +242,11 @@ def _checked(record: Record) -> Record:
     raise TypeError(
       f"data and facts must be objects, not {record.data!r:.40}, {record.facts!r:.40}"
     )
-  if "vocab_size" not in record.facts:
-    raise ValueError("it has no fact vocab_size")
+  kinds = TASKS[record.config.task].fact_kinds
+  if missing := kinds.keys() - record.facts.keys():
+    raise ValueError(f"it has no fact {min(missing)}")
   for name, fact in record.facts.items():
-    kind = int if name == "vocab_size" else float
+    kind = kinds.get(name, float)
     if not isinstance(fact, kind | int) or isinstance(fact, bool) or not 0 < fact < 2**31:
       raise ValueError(f"its fact {name[:40]}={fact!r:.40} must be a positive {kind.__name__}")
   return record

@@ -3,6 +3,7 @@
 from absl import flags
 
 from magneto_jax import cli, training
+from magneto_jax.config import ConfigError
 
 
 def main() -> None:
@@ -20,6 +21,8 @@ def main() -> None:
 
   def run() -> None:
     typed = cli.typed_config(config)
+    if dry_run.value and rewind_to.value is not None:
+      raise ConfigError("--dry_run changes nothing: leave out --rewind_to")
     join_hosts()
     if dry_run.value:
       training.dry_run(typed, workdir.value)

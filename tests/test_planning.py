@@ -51,7 +51,7 @@ def plan(path, *arguments, config=CONFIG):
 REAL = """
 import json, sys, tempfile
 from absl import app, flags
-from magneto_jax import cli, training
+from magneto_jax import cli, jobs
 import jax
 
 holder = cli.define_config_flag()
@@ -59,7 +59,7 @@ holder = cli.define_config_flag()
 def main(_):
   config = cli.typed_config(holder)
   with tempfile.TemporaryDirectory() as directory:
-    job = training.prepare(config, directory)
+    job = jobs.prepare(config, directory)
     state = job.program.init(jax.random.key(0))
     key = jax.device_put(jax.random.key(1), job.program.key.sharding)
     batch = next(job.batches)

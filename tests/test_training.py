@@ -20,7 +20,17 @@ from flax import linen as nn
 
 import magneto_jax
 from benchmarks.reliability import numbers, states
-from magneto_jax import checkpoints, decoding, memory, monitor, program, reporting, runs, training
+from magneto_jax import (
+  checkpoints,
+  decoding,
+  jobs,
+  memory,
+  monitor,
+  program,
+  reporting,
+  runs,
+  training,
+)
 from magneto_jax.checkpoints import Checkpointer, CheckpointError, DamagedError
 from magneto_jax.config import ConfigError, TrainConfig, from_config_dict
 from magneto_jax.data import feed, pipelines
@@ -105,7 +115,7 @@ def test_a_run_of_two_hosts_is_that_of_one_and_goes_on_on_another_number(
   assert "resumed at step 4" in last
   rows = [reporting.read_metrics(workdir) for workdir in (one, two)]
   assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]]
-  timed = {"tokens_per_second", "input_share"}
+  timed = {"tokens_per_second", "input_share", "goodput"}
   for a, b in zip(*rows, strict=True):
     assert a.keys() == b.keys()
     for name in a.keys() - timed:
@@ -326,8 +336,8 @@ def test_a_finished_run_is_reported_again_as_it_was(bigrams, tmp_path, capsys):
 )
 def test_a_learning_rate_that_surprises_is_noted(optimizer, note):
   earlier, config = (tiny(steps=steps, optimizer=optimizer) for steps in (2, 4))
-  assert [note in line for line in training.schedule_notes(config, earlier)] == [True] * bool(note)
-  assert training.schedule_notes(config, None) == [] or "warm-up" in note
+  assert [note in line for line in jobs.schedule_notes(config, earlier)] == [True] * bool(note)
+  assert jobs.schedule_notes(config, None) == [] or "warm-up" in note
 
 
 def test_another_run_in_the_workdir_is_refused_with_its_fields(bigrams, tmp_path):
@@ -369,7 +379,7 @@ def test_what_does_not_fit_is_refused_before_it_runs_with_what_would_help(tmp_pa
   with pytest.raises(memory.OutOfMemory) as caught:
     training.train(config, tmp_path)
   monkeypatch.undo()
-  needed = training.prepare(config, runs.data_in(tmp_path)).program.memory_by_part().peak
+  needed = jobs.prepare(config, runs.data_in(tmp_path)).program.memory_by_part().peak
   assert caught.value.needed == needed > 200_000
   first, _, *knobs = str(caught.value).splitlines()
   assert first.startswith(f"out of memory on cpu: {needed / 2**20:.1f} MiB needed, ")
@@ -384,7 +394,7 @@ def test_memory_that_runs_out_in_a_step_is_said_in_words(bigrams, tmp_path, monk
   compiled = program.Program.compile
   monkeypatch.setattr(program.Program, "compile", lambda self: compiled(self)._replace(step=step))
   monkeypatch.setattr(program.Program, "refuse_if_too_large", lambda self: None)
-  monkeypatch.setattr(training, "_overview", lambda job: [])
+  monkeypatch.setattr(jobs, "overview", lambda job: [])
   with pytest.raises(memory.OutOfMemory, match=r"(?s)out of memory .*what would help") as caught:
     training.train(tiny(), tmp_path)
   assert caught.value.needed == 12345
@@ -504,7 +514,7 @@ def test_a_run_that_is_preempted_at_every_turn_ends_as_if_it_had_not_been(
       return training.train(config, broken)
 
   for where, name, saved in (
-    (training, "prepare", 0),
+    (jobs, "prepare", 0),
     (training, "evaluate", 2),
     (feed.Feed, "__next__", 3),
     (training, "evaluate", 4),
@@ -514,11 +524,11 @@ def test_a_run_that_is_preempted_at_every_turn_ends_as_if_it_had_not_been(
     assert caught.value.step == runs.last_step(broken) == saved
     assert not reporting.has_validation(broken, saved)
   # From here on nothing is lost that a run could save.
-  summary = trained(training, "_sample")
+  summary = trained(decoding, "generate")
   assert summary["resumed_at_step"] == 4
   assert summary["sample"] == expected["sample"]
   chex.assert_trees_all_equal(states.arrays(broken, 4), states.arrays(alone, 4))
-  timed = {"tokens_per_second", "input_share"}
+  timed = {"tokens_per_second", "input_share", "goodput"}
   rows = [
     [{name: row[name] for name in row.keys() - timed} for row in reporting.read_metrics(workdir)]
     for workdir in (alone, broken)

@@ -157,13 +157,13 @@ def main() -> None:
   with open(told, "a") as file, waiting_steps(0.1):
     first = True
 
-    def step(self, number, **values):
+    def step(self, number, status):
       nonlocal first
       row = {"process": process, "step": number, "first": first, "at": time.perf_counter()}
       first = False
       file.write(json.dumps(row) + "\n")
       file.flush()
-      progress_step(self, number, **values)
+      progress_step(self, number, status)
 
     with mock.patch.object(reporting.Progress, "step", step):
       training.train(config, workdir)

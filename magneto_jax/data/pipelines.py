@@ -1,7 +1,7 @@
 """Grain pipelines over random-access samples: an endless shuffled one, and a finite exact one."""
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import numpy as np
@@ -22,6 +22,7 @@ def train_iterator(
   *,
   batch_size: int,
   seed: int,
+  augment: Callable[[Batch, np.random.Generator], Batch] | None = None,
   num_workers: int = 0,
   rows: Sequence[int] | None = None,
   skip: Sequence[tuple[int, int]] = (),
@@ -36,6 +37,9 @@ def train_iterator(
     dataset: random-access samples of equal shapes.
     batch_size: rows of a batch over all hosts together.
     seed: of the shuffle, not negative.
+    augment: `(sample, generator) -> sample`. The generator is a function of the seed and of the
+      sample's place in the stream, so every epoch draws anew. With workers it is pickled: a
+      module's function, a record or a partial of one.
     num_workers: processes that prepare batches; 0 is right for packed text, because starting
       workers takes seconds and slices of a memory map are cheap. Workers are spawned, so a
       script needs `if __name__ == "__main__":`.
@@ -61,6 +65,8 @@ def train_iterator(
       "a smaller batch or shorter sequences"
     )
   samples = grain.MapDataset.source(dataset).seed(seed).shuffle().repeat(_EPOCHS)
+  if augment is not None:
+    samples = samples.random_map(augment)
   left = len(samples) // batch_size - sum(end - begin for begin, end in skip)
   if left < 1:
     raise ValueError(f"{skip=} leaves no batch")

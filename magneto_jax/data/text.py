@@ -7,6 +7,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from magneto_jax.data import documents, files, packing, sources, tokenizers
 
 TOKENIZER_FILE = "tokenizer.model"
@@ -27,6 +29,7 @@ class TextData:
     bad_records: the damaged documents that were left out: file, index in it, and what is wrong.
     identity: JSON-able values that name all of this exactly; keep them in the checkpoint and
       refuse to resume when they differ.
+    augment: nothing: a window is read as it is.
   """
 
   train: packing.PackedDataset
@@ -37,6 +40,18 @@ class TextData:
   documents: tuple[documents.Documents, documents.Documents]
   bad_records: tuple[str, ...]
   identity: Mapping[str, Any]
+  augment: None = None
+
+  def describe(self) -> str:
+    """Windows, tokens and pieces."""
+    return (
+      f"{len(self.train):,} training and {len(self.validation):,} validation samples of"
+      f" {self.train.seq_length} tokens, {self.tokenizer.vocab_size:,} in the vocabulary"
+    )
+
+  def show(self, sample: Mapping[str, np.ndarray]) -> str:
+    """The start of a window, as text."""
+    return f"starts with {self.tokenizer.decode(sample['inputs'][:48])!r}"
 
 
 def load_text(

@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from magneto_jax import decoding
 from magneto_jax.config import DataConfig, TrainConfig
 from magneto_jax.data import baselines as data_baselines
 from magneto_jax.data import documents, text
 from magneto_jax.models.language import CausalLM
 from magneto_jax.tasks import common
-from magneto_jax.tasks.task import Batch, Facts, Task, mean_nats, weighted_sums
+from magneto_jax.tasks.task import Batch, Facts, Task, Totals, mean_nats, weighted_sums
 from magneto_jax.theory import flops as theory_flops
 from magneto_jax.theory import records
 
@@ -67,14 +68,37 @@ def inputs(batch: Batch) -> tuple[tuple, dict[str, Any]]:
   return (batch["inputs"],), {keyword: batch[name] for keyword, name in keywords.items()}
 
 
-def metrics(
-  loss_sum: float, weight_sum: float, data: text.TextData, *, whole: bool
-) -> dict[str, float]:
+def metrics(totals: Totals, data: text.TextData, *, whole: bool) -> dict[str, float]:
   """Nats a token; over the whole validation text also bits a byte, whatever the tokenizer."""
-  values = mean_nats(loss_sum, weight_sum, data, whole=whole)
+  values = mean_nats(totals, data, whole=whole)
   if whole:
-    values["bits_per_byte"] = loss_sum / math.log(2) / data.validation_bytes
+    values["bits_per_byte"] = totals["loss"] / math.log(2) / data.validation_bytes
   return values
+
+
+def sample(
+  config: TrainConfig, model: CausalLM, variables, data: text.TextData, key: jax.Array
+) -> str | None:
+  """A continuation of the config's prompt; None if none is wanted."""
+  if not config.sample_tokens:
+    return None
+  tokenizer = data.tokenizer
+  prompt = [tokenizer.bos_id, *tokenizer.encode(config.sample_prompt)]
+  new_tokens, longest = config.sample_tokens, model.longest
+  if longest is not None:  # A table of positions ends somewhere.
+    prompt = [prompt[0], *prompt[1:][-(longest - 2) :]]
+    new_tokens = min(new_tokens, longest - len(prompt))
+  (tokens,) = decoding.generate(
+    model,
+    variables,
+    [prompt],
+    max_new_tokens=new_tokens,
+    key=key,
+    temperature=config.sample_temperature,
+    eos_id=tokenizer.eos_id,
+    pad_id=tokenizer.pad_id,
+  )
+  return config.sample_prompt + tokenizer.decode(tokens)
 
 
 def baselines(data: text.TextData) -> dict[str, dict[str, float]]:
@@ -131,4 +155,5 @@ TASK = Task(
   flops=flops,
   planned_facts=common.planned_facts,
   batch_spec=batch_spec,
+  sample=sample,
 )

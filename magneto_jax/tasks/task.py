@@ -1,18 +1,46 @@
-"""The record of a task."""
+"""The record of a task, and what its data are."""
 
 import pathlib
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from magneto_jax.config import DataConfig, TrainConfig
 from magneto_jax.theory.records import Architecture
 
 Batch = dict[str, jax.Array]
+Sample = dict[str, np.ndarray]
 Facts = dict[str, int | float]
+Totals = Mapping[str, float | np.ndarray]
+
+
+class Data(Protocol):
+  """What a run reads of a task's data.
+
+  Attributes:
+    train, validation: random-access samples, arrays of equal shapes.
+    augment: `(sample, random generator) -> sample` for training, or None. The generator is a
+      function of the run's seed and of how many samples came before, so that an epoch draws anew,
+      and a run that is resumed goes on with what it would have drawn.
+    bad_records: what was left out as damaged: file, index in it, and what is wrong.
+    identity: JSON-able values that name all of this exactly.
+  """
+
+  train: Sequence[Sample]
+  validation: Sequence[Sample]
+  augment: Callable[[Sample, np.random.Generator], Sample] | None
+  bad_records: tuple[str, ...]
+  identity: Mapping[str, Any]
+
+  def describe(self) -> str:
+    """How much there is, in words."""
+
+  def show(self, sample: Sample) -> str:
+    """A sample of a batch, in words."""
 
 
 def weighted_sums(nats_BT: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -20,9 +48,9 @@ def weighted_sums(nats_BT: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Arra
   return jnp.sum(nats_BT * batch["weights"]), jnp.sum(batch["weights"])
 
 
-def mean_nats(loss_sum: float, weight_sum: float, data, *, whole: bool) -> dict[str, float]:
+def mean_nats(totals: Totals, data: Data, *, whole: bool) -> dict[str, float]:
   """Nats a token."""
-  return {"loss_nats_per_token": loss_sum / weight_sum}
+  return {"loss_nats_per_token": totals["loss"] / totals["weight"]}
 
 
 class Task(NamedTuple):
@@ -38,17 +66,27 @@ class Task(NamedTuple):
     architecture: `(config, facts) -> Architecture`: what a recipe is given.
     inputs: `batch -> (positional arguments, keywords)` of the module's call.
     score: `(output, batch) -> (sum of losses, sum of weights)`.
-    metrics: `(sum of losses, sum of weights, data, whole=) -> {name: value}` of a validation set,
-      or of a part of it.
+    metrics: `(totals, data, whole=) -> {name: value}` of a validation set, or of a part of it;
+      `totals` are what `measured` gave for all of its batches.
     baselines: `data -> {metric: {model: value}}`: what trivial models score on the validation set;
       empty where that would take long.
     flops: `(config, facts) -> FLOPs` of one optimizer step.
     planned_facts: `config -> facts` as they would be, without reading data.
     batch_spec: `config -> {name: jax.ShapeDtypeStruct}` of the global batch [batch_size, ...].
+    measure: `(model, params, batch) -> {name: array}` of an evaluation: numbers, of which the sum
+      over batches is taken, and arrays [batch, ...], which are joined in the samples' order; `loss`
+      and `weight` are among the numbers. None: these two, of `score`.
+    sample: `(config, model, variables, data, key) -> text` that shows what the model does, or None.
+    judge: `(config, model, variables, data, mesh) -> {name: value}`: further metrics, of what the
+      model writes by itself, at the end of a run; None: there are none.
+    loss_name: the metric that is the mean loss; `loss_nats_per_token` is in nats a token.
+    best: the metric by which a model is chosen, and whether more is better.
+    unit: what a sample is counted in; `size`: `config -> how many of them a sample has`.
+    fact_kinds: the facts without which there is no model, and their types.
   """
 
-  load_data: Callable[[DataConfig, pathlib.Path, Mapping[str, Any] | None], Any]
-  facts: Callable[[Any], Facts]
+  load_data: Callable[[DataConfig, pathlib.Path, Mapping[str, Any] | None], Data]
+  facts: Callable[[Data], Facts]
   describe: Callable[[TrainConfig, Facts], list[str]]
   build_model: Callable[[TrainConfig, Facts], nn.Module]
   dummy_inputs: Callable[[TrainConfig], tuple]
@@ -56,10 +94,18 @@ class Task(NamedTuple):
   inputs: Callable[[Batch], tuple[tuple, dict[str, Any]]]
   score: Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
   metrics: Callable[..., dict[str, float]]
-  baselines: Callable[[Any], dict[str, dict[str, float]]]
+  baselines: Callable[[Data], dict[str, dict[str, float]]]
   flops: Callable[[TrainConfig, Facts], int]
   planned_facts: Callable[[TrainConfig], Facts]
   batch_spec: Callable[[TrainConfig], dict[str, jax.ShapeDtypeStruct]]
+  measure: Callable[[nn.Module, Any, Batch], dict[str, jax.Array]] | None = None
+  sample: Callable[..., str | None] = lambda config, model, variables, data, key: None
+  judge: Callable[..., dict[str, float]] | None = None
+  loss_name: str = "loss_nats_per_token"
+  best: tuple[str, bool] = ("loss_nats_per_token", False)
+  unit: str = "tokens"
+  size: Callable[[TrainConfig], int] = lambda config: config.data.seq_length
+  fact_kinds: Mapping[str, type] = {"vocab_size": int}
 
   def loss(
     self, model: nn.Module, params, batch: Batch, dropout_key: jax.Array | None = None
@@ -74,3 +120,10 @@ class Task(NamedTuple):
       **kwargs,
     )
     return self.score(output, batch)
+
+  def measured(self, model: nn.Module, params, batch: Batch) -> dict[str, jax.Array]:
+    """What an evaluation keeps of a batch; see `measure`."""
+    if self.measure is not None:
+      return self.measure(model, params, batch)
+    loss, weight = self.loss(model, params, batch)
+    return {"loss": loss, "weight": weight}

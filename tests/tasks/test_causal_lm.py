@@ -268,9 +268,9 @@ def test_only_a_key_drops(losses):
 
 def test_bits_a_byte_are_of_the_whole_text_only():
   data = types.SimpleNamespace(validation_bytes=24)
-  whole = TASK.metrics(36 * math.log(2), 6.0, data, whole=True)
+  whole = TASK.metrics({"loss": 36 * math.log(2), "weight": 6.0}, data, whole=True)
   assert whole == pytest.approx({"loss_nats_per_token": 6 * math.log(2), "bits_per_byte": 1.5})
-  part = TASK.metrics(36 * math.log(2), 6.0, data, whole=False)
+  part = TASK.metrics({"loss": 36 * math.log(2), "weight": 6.0}, data, whole=False)
   assert part == pytest.approx({"loss_nats_per_token": 6 * math.log(2)})
 
 

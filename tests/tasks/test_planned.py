@@ -172,7 +172,7 @@ def test_the_loss_is_of_what_counts_and_smooth_in_training_alone(name):
   trained = np.sum((0.8 * nats + 0.2 * uniform) * batch["weights"])
   count = batch["weights"].sum()
   np.testing.assert_allclose(losses, [(plain, count), (plain, count), (trained, count)], rtol=1e-5)
-  found = task.metrics(plain, count, None, whole=True)
+  found = task.metrics({"loss": plain, "weight": count}, None, whole=True)
   assert found == {"loss_nats_per_token": plain / count}
 
 
