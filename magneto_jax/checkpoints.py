@@ -40,13 +40,13 @@ class DamagedError(CheckpointError):
   Attributes:
     step: which.
     what: is wrong with it: the file, or the part and the array.
-    good: the newest older step whose files are whole; None if there is none.
+    good: the newest older step whose files are whole, as far as they tell; None if there is none.
   """
 
   def __init__(self, folder: pathlib.Path, what: str, good: int | None):
     older = "no older step is whole"
     if good is not None:
-      older = f"delete it to go on from step {good}, the newest good one before it"
+      older = f"move it away to go on from step {good}, the newest good one before it"
     super().__init__(f"the checkpoint {folder} is damaged: {what}; {older}")
     self.step, self.what, self.good = int(folder.name), what, good
 
@@ -201,7 +201,11 @@ class Checkpointer:
     found = self._together(step, read)
     self._together(step, compare)
     if data is not None:
-      data.set_state(self._json(step, "data"))
+      place = self._json(step, "data")
+      try:
+        data.set_state(place)
+      except (ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(f"{folder} holds no place in the data: {error}") from None
     return found
 
   def restore_newest(
@@ -211,24 +215,32 @@ class Checkpointer:
 
     Args:
       abstract, data: as for `restore`.
-      fall_back: whether a damaged step is moved aside, for the newest good one before it.
+      fall_back: whether damaged steps are moved aside, for the newest good one before them.
       say: is given a line for each such step.
 
     Raises:
-      DamagedError: if the newest is damaged, and it may not or cannot fall back.
+      DamagedError: if the newest is damaged, and it may not or cannot fall back; nothing is moved.
     """
-    while True:
-      step = self.steps[-1]
+    damaged: list[DamagedError] = []
+    for step in reversed(distributed.everywhere(self.steps)[0]):
       try:
-        return step, self.restore(step, abstract, data)
+        found = self.restore(step, abstract, data)
+        break
       except DamagedError as error:
-        if not fall_back or error.good is None:
-          raise
-        moved = self.move_aside(step)
-        say(
-          f"step {step} is damaged ({error.what}): going on from step {error.good}; the damaged one"
-          f" lies in {moved}"
-        )
+        damaged.append(error)
+        if not fall_back:
+          break
+    else:
+      found = None
+    if damaged and (not fall_back or found is None):
+      raise damaged[0]
+    for error in damaged:
+      moved = self.move_aside(error.step)
+      say(
+        f"step {error.step} is damaged ({error.what}): going on from step {step}; the damaged one"
+        f" lies in {moved}"
+      )
+    return step, found
 
   def config(self, step: int) -> dict[str, Any]:
     """The config that was saved with the step."""
@@ -294,7 +306,10 @@ class Checkpointer:
 
   def _tidy(self) -> None:
     """Removes what a crash has left."""
+    made = [path for path in (self._directory, *self._directory.parents) if not path.exists()]
     self._directory.mkdir(parents=True, exist_ok=True)
+    for path in made:
+      files.sync(path.parent)
     self._remove_unfinished()
     self._empty_trash()
 
@@ -345,7 +360,10 @@ class Checkpointer:
 
 def _on_first(f: Callable[[], None]) -> None:
   """Calls `f` on process 0 alone, and when that is done all go on."""
-  distributed.on_first(lambda: f() if distributed.is_first() else None)
+  try:
+    distributed.on_first(lambda: f() if distributed.is_first() else None)
+  except ValueError as error:  # Of another process.
+    raise CheckpointError(str(error)) from None
 
 
 def _read(part: str, handler, folder: pathlib.Path, args):
@@ -384,7 +402,8 @@ def refuse_if_no_room(directory: str | pathlib.Path, state, keep: int) -> None:
   held = sum(path.stat().st_size for path in there if _DAMAGED not in path.parts)
   existing = next(path for path in (directory, *directory.parents) if path.exists())
   free, each = shutil.disk_usage(existing).free, size_of(state)
-  if (needed := (keep + 1) * each - held) > free:
+  # Old ones go when the next is whole, however many there are.
+  if (needed := max((keep + 1) * each - held, each)) > free:
     raise CheckpointError(
       f"{directory} has no room for checkpoints: {keep} are kept and one more is written, of"
       f" {each:,} bytes each, so {needed:,} bytes are needed and {free:,} are free: free some,"

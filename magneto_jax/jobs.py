@@ -4,6 +4,7 @@ import json
 import pathlib
 from typing import NamedTuple
 
+import grain
 import jax
 import numpy as np
 
@@ -68,8 +69,9 @@ def prepare(
   record = runs.Record(config, identity, task.facts(data), rewinds)
   with config_errors():
     distributed.agree("run", runs.as_json(record))
-  with config_errors():
-    batches = pipelines.train_iterator(
+
+  def batches(start: int) -> grain.DatasetIterator:
+    return pipelines.train_iterator(
       data.train,
       batch_size=config.batch_size,
       seed=config.seed,
@@ -77,7 +79,11 @@ def prepare(
       num_workers=config.data.workers,
       rows=rows,
       skip=batch_ranges(config.skip_batches),
+      start=start,
     )
+
+  with config_errors():
+    batches(0).close()  # What cannot be had is said before anything is compiled.
   if program is None:
     lowered = lower_step(config, record.facts, mesh)
     with lowered.memory_in_words():

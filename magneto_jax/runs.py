@@ -103,8 +103,9 @@ def as_json(record: Record) -> dict[str, Any]:
 
 
 def write_record(workdir: pathlib.Path, record: Record) -> None:
-  """Leaves the record where `read_record` finds it, whole or not at all."""
-  _write_json(workdir / "config.json", as_json(record))
+  """Leaves the record where `read_record` finds it, whole or not at all, with its own digest."""
+  values = as_json(record)
+  _write_json(workdir / "config.json", {**values, "sha256": files.digest(values)})
 
 
 def rewind(
@@ -112,30 +113,36 @@ def rewind(
 ) -> Record:
   """Takes a run back to an earlier checkpoint; the later ones are moved to `rewound/`.
 
-  Twice by hand, with the same `skip_batches`, is once: a command that says so can be run again.
+  By hand, what was done last by hand is not done again: a command that says so can be run again.
 
   Args:
-    workdir: of the run.
+    workdir: of the run, held by this process or by the first of those that call this together.
     held: its record.
     config: with what it is to go on.
     to: the checkpoint's step; 0: the run's start.
     spike: the step for which it is taken back; None if by hand.
 
   Returns:
-    The record with this rewind.
+    The record with this rewind, and with the batches that are left out from now on; `held` if this
+    was done before.
 
   Raises:
     ConfigError: if there is no such checkpoint.
   """
   this = {"to": to, "spike": spike, "skip_batches": config.skip_batches}
-  steps = _steps(workdir)
-  distributed.everywhere(to)  # All have read, before the first one writes.
-  if held is not None and this in held.rewinds:
-    return held
+  if held is None and spike is not None:  # Before its first checkpoint.
+    held = read_record(workdir)
+  # All have read, before the first one writes.
+  steps = distributed.everywhere(_steps(workdir))[0]
+  if held is not None and spike is None:
+    if [rewind for rewind in held.rewinds if rewind["spike"] is None][-1:] == [this]:
+      return held
   if held is None or to not in (0, *steps):
     kept = f"those of {', '.join(map(str, steps))}, and 0 for the start" if steps else "none"
     raise ConfigError(f"{workdir} has no checkpoint of step {to} to rewind to: it has {kept}")
-  record = held._replace(rewinds=(*held.rewinds, this))
+  before = dataclasses.replace(held.config, skip_batches=config.skip_batches)
+  config = with_batches_left_out(before, held, to)
+  record = held._replace(config=config, rewinds=(*held.rewinds, this))
 
   def move() -> None:
     folders = [path for path in checkpoints_in(workdir).iterdir() if path.name.isdecimal()]
@@ -150,7 +157,8 @@ def rewind(
         folder.rename(aside / folder.name)
     write_record(workdir, record)
 
-  distributed.on_first(lambda: move() if distributed.is_first() else None)
+  with config_errors():
+    distributed.on_first(lambda: move() if distributed.is_first() else None)
   return record
 
 
@@ -229,6 +237,8 @@ def read_record(workdir: str | pathlib.Path) -> Record | None:
         values = checkpointer.config(step)
     else:
       return None
+    if values.pop("sha256", None) not in (None, files.digest(values)):
+      raise ValueError("it has been changed")
     config, rewinds = from_config_dict(values["config"]), tuple(values.get("rewinds", ()))
     return _checked(Record(config, values["data"], values["facts"], rewinds))
   except (ValueError, KeyError, TypeError) as error:
@@ -242,6 +252,11 @@ def _checked(record: Record) -> Record:
     raise TypeError(
       f"data and facts must be objects, not {record.data!r:.40}, {record.facts!r:.40}"
     )
+  for rewind in record.rewinds:
+    spike = rewind["spike"]
+    if not isinstance(rewind["to"], int) or not (spike is None or isinstance(spike, int)):
+      raise TypeError(f"its rewind {rewind!r:.80} is none")
+    batch_ranges(rewind["skip_batches"])
   kinds = TASKS[record.config.task].fact_kinds
   if missing := kinds.keys() - record.facts.keys():
     raise ValueError(f"it has no fact {min(missing)}")

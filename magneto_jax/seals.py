@@ -5,6 +5,7 @@ size and, unless it is large, its SHA-256; large ones hold arrays alone, whose d
 has no seal was never finished.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -50,17 +51,44 @@ def write(folder: pathlib.Path, step: int, arrays: dict[str, dict[str, str]]) ->
 def read(folder: pathlib.Path, step: int) -> dict[str, Any]:
   """What `write` has written; Damaged if it is not that."""
   try:
-    values = json.loads((folder / NAME).read_bytes())
+    values = files.read_json(folder / NAME)
     is_whole = values.pop("seal") == files.digest(values) and values["step"] == step
-  except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-    is_whole = False
   except FileNotFoundError:
     raise Damaged(f"{NAME} is missing") from None
-  if not is_whole:
+  except PermissionError:
+    raise
+  except OSError as error:
+    raise Damaged(f"{NAME} cannot be read ({error.strerror})") from None
+  except (ValueError, KeyError, TypeError, AttributeError):
+    is_whole = False
+  if not is_whole or not _is_seal(values):
     raise Damaged(f"{NAME} is not what was written")
   if values["format"] > FORMAT:
     raise OSError(f"{folder} was written by a newer magneto_jax: update this one to read it")
   return values
+
+
+def _is_seal(values: dict[str, Any]) -> bool:
+  """Whether values, which anyone can seal, are of the types of a seal, and name files inside."""
+
+  def is_inside(name: str) -> bool:
+    path = pathlib.PurePosixPath(name)
+    return len(path.parts) > 1 and not path.is_absolute() and ".." not in path.parts
+
+  def is_described(held: Any) -> bool:
+    if not isinstance(held, dict) or not isinstance(held.get("bytes"), int):
+      return False
+    return held.keys() <= {"bytes", "sha256"} and isinstance(held.get("sha256", ""), str)
+
+  arrays, listed = values.get("arrays"), values.get("files")
+  return (
+    isinstance(values.get("format"), int)
+    and isinstance(arrays, dict)
+    and isinstance(listed, dict)
+    and all(isinstance(part, dict) for part in arrays.values())
+    and all(isinstance(text, str) for part in arrays.values() for text in part.values())
+    and all(is_inside(name) and is_described(held) for name, held in listed.items())
+  )
 
 
 def parts(seal: dict[str, Any]) -> set[str]:
@@ -77,6 +105,10 @@ def check_files(folder: pathlib.Path, seal: dict[str, Any], parts: Collection[st
       found = _described(folder / name)
     except FileNotFoundError:
       raise Damaged(f"{name} is missing") from None
+    except PermissionError:
+      raise
+    except OSError as error:  # A sector of the disk, perhaps.
+      raise Damaged(f"{name} cannot be read ({error.strerror})") from None
     if found["bytes"] != held["bytes"]:
       raise Damaged(f"{name} has {found['bytes']:,} bytes, not {held['bytes']:,}")
     if found != held:
@@ -88,6 +120,8 @@ def _part(name: str) -> str:
 
 
 def _described(path: pathlib.Path) -> dict[str, Any]:
+  if path.exists() and not path.is_file():  # A pipe or a device would be read for ever.
+    raise OSError(errno.EINVAL, "it is not a regular file")
   size = path.stat().st_size
   if size > _HASHED:
     return {"bytes": size}

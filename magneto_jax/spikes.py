@@ -2,7 +2,7 @@
 
 import collections
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from magneto_jax.config import TrainConfig, batch_ranges
 from magneto_jax.data import pipelines
@@ -20,13 +20,24 @@ class Watch:
     x > m + factor * median_i |x_i - m|
 
   Median and median deviation are not moved by what is far off itself. There is none before
-  `window` steps have been taken since the run was started or resumed, and none of steps that were
-  skipped, whose values are not finite.
+  `window` steps have been taken, and none of steps that were skipped, whose values are not finite.
+  A run that goes on takes the values along (`values`): it notices what it would have noticed.
   """
 
   def __init__(self, factor: float, window: int):
     self._factor, self._window = factor, window
     self._last = {name: collections.deque(maxlen=window) for name in ("loss", "gradient norm")}
+
+  @property
+  def values(self) -> dict[str, list[float]]:
+    """The last ones, by name."""
+    return {name: list(last) for name, last in self._last.items()}
+
+  def restore(self, values: Mapping[str, Sequence[float]]) -> None:
+    """Goes on from the values of an earlier watch, or as many of the last as it looks at."""
+    for name, last in self._last.items():
+      last.clear()
+      last.extend(map(float, values.get(name, ())))
 
   def spike(self, loss: float, gradient_norm: float) -> str | None:
     """Takes the next step's values; if they are a spike, what is, in words."""

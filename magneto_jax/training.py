@@ -60,7 +60,7 @@ def evaluate(measure: Callable[[Any, Any], dict], params, batches: Iterable) -> 
 
 def dry_run(config: TrainConfig, workdir: str | os.PathLike) -> None:
   """Prints what `train` would run: recipe, parameters, memory, the first batch; leaves nothing."""
-  console = reporting.make_console(quiet=not distributed.is_first())
+  console = _console()
   with config_errors():
     distributed.agree("config", dataclasses.asdict(config))
   with tempfile.TemporaryDirectory() as scratch:
@@ -105,15 +105,21 @@ def train(config: TrainConfig, workdir: str | os.PathLike, *, rewind_to: int | N
     Preempted: on every process, if one of them receives SIGTERM: after at most two more steps, once
       the last is saved.
   """
+  workdir, console = pathlib.Path(workdir), _console()
+  with config_errors():
+    distributed.agree("config", {**dataclasses.asdict(config), "rewind_to": rewind_to})
+    distributed.refuse_unless_shared(workdir)
   spike = program = None
-  with preemption.watched() as notice:
+  with preemption.watched() as notice, contextlib.ExitStack() as stack:
+    hold = lambda: distributed.is_first() and stack.enter_context(runs.the_only_one(workdir))
+    with config_errors():
+      distributed.on_first(hold)
     while True:
       try:
-        return _train(config, pathlib.Path(workdir), notice, rewind_to, spike, program)
+        return _train(config, workdir, notice, console, rewind_to, spike, program)
       except _Rewind as rewind:
         spike, rewind_to, program = rewind.spike, rewind.to, rewind.program
-        both = ",".join(filter(None, (program.config.skip_batches, rewind.skip)))
-        config = dataclasses.replace(config, skip_batches=both)
+        config = dataclasses.replace(config, skip_batches=rewind.skip)
       # The state that is left behind, of which devices may hold no second one.
       gc.collect()
 
@@ -122,21 +128,20 @@ def _train(
   config: TrainConfig,
   workdir: pathlib.Path,
   notice: preemption.Notice,
+  console: rich.console.Console,
   rewind_to: int | None,
   spike: int | None,
   program: Program | None,
 ) -> dict:
   """`train` to the end or the next spike, after the rewind for the last one, if any."""
   started = time.perf_counter()
-  console = reporting.make_console(quiet=not distributed.is_first())
   # Before the data is read: with other data settings, reading it would fail less clearly.
-  with config_errors():
-    distributed.agree("config", {**dataclasses.asdict(config), "rewind_to": rewind_to})
-    distributed.refuse_unless_shared(workdir)
-  earlier = runs.resumable(workdir, config)
+  earlier = held = runs.resumable(workdir, config)
   if rewind_to is not None:
-    earlier = runs.rewind(workdir, earlier, config, rewind_to, spike)
+    earlier = runs.rewind(workdir, held, config, rewind_to, spike)
   start = runs.last_step(workdir)
+  if rewind_to is not None and earlier is held:
+    _print(console, [f"note: the run was taken back to step {rewind_to} already, and goes on"])
   if start > config.steps:
     raise ConfigError(
       f"{workdir} is at step {start} already: set steps to more than {start}, or use another"
@@ -182,8 +187,9 @@ class _Loop:
     console: rich.console.Console,
   ):
     self.job, self.workdir, self.notice, self.console = job, workdir, notice, console
-    self.program = program = job.program
-    self.config, self.task = program.config, program.task
+    # A program outlives a rewind, and with it the batches that are left out.
+    self.config, self.program = job.record.config, job.program
+    self.task, program = job.program.task, job.program
     self.is_first = distributed.is_first()
 
     def make_keys() -> list[jax.Array]:
@@ -213,9 +219,6 @@ class _Loop:
     """
     config, program, directory = self.config, self.program, runs.checkpoints_in(self.workdir)
     with contextlib.ExitStack() as stack:
-      with config_errors():
-        hold = lambda: self.is_first and stack.enter_context(runs.the_only_one(self.workdir))
-        distributed.on_first(hold)
       # Closing waits for the last checkpoint, also when the run fails.
       self.checkpointer = stack.enter_context(Checkpointer(directory, keep=config.keep_checkpoints))
       stack.enter_context(program.memory_in_words())
@@ -231,6 +234,7 @@ class _Loop:
           say=lambda line: _print(self.console, [line]),
         )
         self.state = TrainState.from_parts(parts)
+        self.watch.restore(self.checkpointer.config(start).get("watch", {}))
         _print(self.console, [f"resumed at step {start:,}"])
       else:
         self.state = program.init(self.parameter_key)
@@ -259,7 +263,7 @@ class _Loop:
     """A checkpoint, which is written while the next steps run."""
     begin = time.perf_counter()
     self.saved = step
-    record = runs.as_json(self.job.record)
+    record = {**runs.as_json(self.job.record), "watch": self.watch.values}
     self.checkpointer.save(step, self.state.parts(), self.job.batches, record)
     self.saving_seconds += time.perf_counter() - begin
 
@@ -386,7 +390,8 @@ class _Loop:
       before = sum(rewind["spike"] is not None for rewind in self.job.record.rewinds)
       if before >= config.spike.limit:
         raise Diverged(f"a spike at step {step} ({found}), after {before} rewinds; {mend}")
-      to, skip = restart(step, self.checkpointer.steps, config)
+      self.checkpointer.wait()  # Whether the newest counts must not hang on the disk.
+      to, skip = restart(step, distributed.everywhere(self.checkpointer.steps)[0], config)
       self.progress.line(
         f"warning: a spike at step {step:,}: {found}; back to step {to:,}, without batches {skip}"
         f" (rewind {before + 1} of at most {config.spike.limit})"
@@ -490,6 +495,11 @@ class _Loop:
 # ---------------------------------------------------------------------------------------------
 # What a person reads
 # ---------------------------------------------------------------------------------------------
+
+
+def _console() -> rich.console.Console:
+  """Of several processes the first prints."""
+  return reporting.make_console(quiet=not distributed.is_first())
 
 
 def _print(console: rich.console.Console, lines: list[str]) -> None:

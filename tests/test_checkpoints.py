@@ -4,6 +4,7 @@ What processes that are killed leave, and every kind of damage: tests/reliabilit
 """
 
 import json
+import os
 import shutil
 
 import jax
@@ -178,7 +179,7 @@ def test_what_is_damaged_is_refused_by_name_and_an_older_step_gone_on_from(damag
     ):
       with pytest.raises(DamagedError) as caught:
         call()
-      older = "delete it to go on from step 2, the newest good one before it"
+      older = "move it away to go on from step 2, the newest good one before it"
       assert str(caught.value) == f"the checkpoint {directory / '3'} is damaged: {what}; {older}"
     assert not said
     data = batches()
@@ -220,6 +221,94 @@ def test_steps_that_are_damaged_too_are_not_named_as_good(tmp_path):
     with pytest.raises(DamagedError, match="no older step is whole"):
       checkpointer.restore_newest(abstract, batches(), fall_back=True, say=said.append)
     assert checkpointer.steps == [1]
+
+
+def test_nothing_is_moved_before_a_good_step_is_found(tmp_path):
+  """Also where only the digests of arrays can tell that an older one is damaged."""
+  directory, said = filled(tmp_path, 3), []
+  for step in (2, 3):
+    damage_array(directory / str(step))
+  with Checkpointer(directory) as checkpointer:
+    restore = lambda: checkpointer.restore_newest(
+      abstract_like(parts(0)), batches(), fall_back=True, say=said.append
+    )
+    step, found = restore()
+    assert_is(found, 1)
+    assert (step, checkpointer.steps) == (1, [1])
+    assert [line.count("going on from step 1; ") for line in said] == [1, 1]
+    for step in (2, 3):
+      (directory / "damaged" / str(step)).rename(directory / str(step))
+    damage_array(directory / "1")
+    with pytest.raises(DamagedError, match="3 is damaged: params: kernel is not what was written"):
+      restore()
+    assert (checkpointer.steps, len(said)) == ([1, 2, 3], 2)
+
+
+def test_what_the_disk_cannot_read_is_damage(tmp_path, monkeypatch):
+  directory, said = filled(tmp_path, 2), []
+  read_bytes = type(tmp_path).read_bytes
+
+  def failing(self):
+    if self.name == "_METADATA" and self.parts[-3] == "2":
+      raise OSError(5, "Input/output error")
+    return read_bytes(self)
+
+  monkeypatch.setattr(type(tmp_path), "read_bytes", failing)
+  with Checkpointer(directory) as checkpointer:
+    step, _ = checkpointer.restore_newest(
+      abstract_like(parts(0)), batches(), fall_back=True, say=said.append
+    )
+  assert step == 1
+  assert "_METADATA cannot be read (Input/output error)): going on from step 1" in said[0]
+
+
+def of_pipe(folder):
+  (folder / "data" / "metadata").unlink()
+  os.mkfifo(folder / "data" / "metadata")
+
+
+def resealed(change):
+  """Another seal, whose own digest is right: that anyone can make."""
+
+  def damage(folder):
+    values = json.loads((folder / seals.NAME).read_text())
+    del values["seal"]
+    change(values)
+    values["seal"] = seals.files.digest(values)
+    (folder / seals.NAME).write_text(json.dumps(values))
+
+  return damage
+
+
+HOSTILE = {
+  "no format": resealed(lambda values: values.pop("format")),
+  "format": resealed(lambda values: values.update(format="1")),
+  "list of files": resealed(lambda values: values.update(files=[])),
+  "list of arrays": resealed(lambda values: values.update(arrays=[])),
+  "array": resealed(lambda values: values["arrays"]["params"].update(kernel=3)),
+  "file": resealed(lambda values: values["files"].update({"params/x": 3})),
+  "file outside": resealed(lambda values: values["files"].update({"params/../../x": {"bytes": 1}})),
+  "file of the system": resealed(
+    lambda values: values["files"].update({"/dev/zero": {"bytes": 1}})
+  ),
+  "pipe": of_pipe,
+  "folder": lambda folder: ((folder / seals.NAME).unlink(), (folder / seals.NAME).mkdir()),
+}
+
+
+@pytest.mark.parametrize("damage", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_checkpoint_is_a_damaged_one(damage, tmp_path):
+  directory = filled(tmp_path, 1)
+  damage(directory / "1")
+  with Checkpointer(directory, read_only=True) as checkpointer:
+    for call in (
+      lambda: checkpointer.restore(1, abstract_like(parts(0)), batches()),
+      lambda: (
+        checkpointer.config(1) and checkpointer.parts(1) and checkpointer.restore(1, {}, batches())
+      ),
+    ):
+      with pytest.raises(DamagedError, match="(sealed.json|data/metadata) (is not|cannot be read)"):
+        call()
 
 
 def test_other_arrays_are_no_damage(tmp_path):

@@ -66,8 +66,9 @@ def _global_batches(devices):
     place = jax.make_array_from_process_local_data
     return {name: place(laid_out, values, (BATCH, LENGTH)) for name, values in batch.items()}
 
-  iterator = pipelines.train_iterator(_dataset(), batch_size=BATCH, seed=1, rows=rows)
-  batches = feed.Feed(iterator, put)
+  options = {"batch_size": BATCH, "seed": 1, "rows": rows}
+  start = lambda k: pipelines.train_iterator(_dataset(), **options, start=k)
+  batches = feed.Feed(start, put)
   gathered = [
     multihost_utils.process_allgather(next(batches)["inputs"], tiled=True) for _ in range(3)
   ]

@@ -16,7 +16,11 @@ def test_a_record_is_read_as_it_was_written(tmp_path):
   assert runs.read_record(tmp_path) is None
   runs.write_record(tmp_path, record(tokenizer="byte", seq_length=8))
   assert runs.read_record(tmp_path) == record(tokenizer="byte", seq_length=8)
-  (tmp_path / "config.json").write_text("{}")
+  path = tmp_path / "config.json"
+  path.write_text(path.read_text().replace('"seq_length": 8', '"seq_length": 9', 1))
+  with pytest.raises(ConfigError, match="does not hold the config of a run: it has been changed"):
+    runs.read_record(tmp_path)
+  path.write_text("{}")
   with pytest.raises(ConfigError, match="does not hold the config of a run"):
     runs.read_record(tmp_path)
 
@@ -36,6 +40,10 @@ def test_a_record_is_read_as_it_was_written(tmp_path):
     ('{"config": {}, "data": {}, "facts": {"vocab_size": 9.5}}', "must be a positive int"),
     ('{"config": {}, "data": {}, "facts": {"vocab_size": true}}', "must be a positive int"),
     ('{"config": {}, "data": {}, "facts": {"vocab_size": 1e400}}', "must be a positive int"),
+    (
+      '{"config": {}, "data": {}, "facts": {"vocab_size": 9}, "rewinds": [{}]}',
+      "does not hold the config of a run",
+    ),
     (
       '{"config": {}, "data": {}, "facts": {"vocab_size": 9, "token_correlation": NaN}}',
       "token_correlation=nan must be a positive float",

@@ -474,7 +474,66 @@ def test_a_run_with_spikes_goes_back_by_itself_so_often_and_no_more(bigrams, tmp
   assert runs.read_record(tmp_path).config.skip_batches == "10:15"
 
 
-def test_a_run_is_taken_back_by_hand_once_for_the_same_command(bigrams, tmp_path):
+def test_a_spike_before_the_first_checkpoint_is_gone_back_from_to_the_start(bigrams, tmp_path):
+  spike = {**SPIKES, "rewind_steps": 8}
+  config = tiny(
+    steps=16, checkpoint_every=14, keep_checkpoints=2, eval_every=50, spike=spike, sample_tokens=0
+  )
+  with numbers.faults({10: numbers.SPIKE}, config):
+    summary = training.train(config, tmp_path)
+  assert summary["rewinds"] == [{"to": 0, "spike": 11, "skip_batches": "0:11"}]
+  rows = [row["train/loss"] for row in reporting.read_metrics(tmp_path) if "train/loss" in row]
+  _, _, metrics = replayed(config, tmp_path, skip=((0, 11),))
+  assert rows == pytest.approx([values["loss"] for values in metrics], rel=1e-5)  # float32
+
+
+def test_a_run_that_is_stopped_between_spike_and_rewind_goes_on_as_if_it_had_not_been(
+  bigrams, tmp_path, monkeypatch
+):
+  """SIGTERM when the rewind is written down, and once before: so early the watch remembers."""
+  config = tiny(
+    steps=24, checkpoint_every=4, keep_checkpoints=4, eval_every=50, spike=SPIKES, sample_tokens=0
+  )
+  alone, broken = tmp_path / "alone", tmp_path / "broken"
+  rewind = runs.rewind
+
+  def interrupted(*args):
+    record = rewind(*args)
+    os.kill(os.getpid(), signal.SIGTERM)
+    return record
+
+  with numbers.faults({14: numbers.SPIKE}, config):
+    expected = training.train(config, alone)
+    training.train(dataclasses.replace(config, steps=12), broken)
+    with monkeypatch.context() as patched:
+      patched.setattr(runs, "rewind", interrupted)
+      with pytest.raises(Preempted):
+        training.train(config, broken)
+    assert runs.read_record(broken).config.skip_batches == "8:15"
+    summary = training.train(config, broken)
+  assert (
+    summary["rewinds"] == expected["rewinds"] == [{"to": 8, "spike": 15, "skip_batches": "8:15"}]
+  )
+  chex.assert_trees_all_equal(states.arrays(broken, 24), states.arrays(alone, 24))
+
+
+def test_a_run_that_is_refused_has_taken_nothing_back(bigrams, tmp_path):
+  training.train(tiny(steps=4, keep_checkpoints=2, sample_tokens=0), tmp_path)
+  with runs.the_only_one(tmp_path), pytest.raises(ConfigError, match="another run is writing"):
+    training.train(tiny(steps=4, sample_tokens=0), tmp_path, rewind_to=2)
+  assert (runs.last_step(tmp_path), runs.read_record(tmp_path).rewinds) == (4, ())
+
+
+def test_a_run_goes_on_with_another_number_of_workers(bigrams, tmp_path):
+  training.train(tiny(steps=2, sample_tokens=0), tmp_path)
+  config = tiny(steps=4, sample_tokens=0, data={**TINY["data"], "workers": 1})
+  training.train(config, tmp_path)
+  rows = [row["train/loss"] for row in reporting.read_metrics(tmp_path) if "train/loss" in row]
+  _, _, metrics = replayed(config, tmp_path)
+  assert rows == pytest.approx([values["loss"] for values in metrics], rel=1e-5)  # float32
+
+
+def test_a_run_is_taken_back_by_hand_once_for_the_same_command(bigrams, tmp_path, capsys):
   config = tiny(steps=4, keep_checkpoints=2, sample_tokens=0)
   with pytest.raises(ConfigError, match="has no checkpoint of step 2 to rewind to: it has none"):
     training.train(config, tmp_path, rewind_to=2)
@@ -486,7 +545,11 @@ def test_a_run_is_taken_back_by_hand_once_for_the_same_command(bigrams, tmp_path
   assert back["resumed_at_step"] == 0
   assert {path.name for path in (tmp_path / "rewound" / "1").glob("[0-9]*")} == {"2", "4"}
   # Finished, and so reported again as it was.
+  capsys.readouterr()
   assert training.train(config, tmp_path, rewind_to=0) == back
+  assert "note: the run was taken back to step 0 already, and goes on" in capsys.readouterr().out
+  with pytest.raises(ConfigError, match=r"names batches that the run had taken by step 2"):
+    training.train(dataclasses.replace(config, skip_batches="0:1"), tmp_path, rewind_to=2)
   rows = [row["train/loss"] for row in reporting.read_metrics(tmp_path) if "train/loss" in row]
   _, _, metrics = replayed(config, tmp_path, skip=((1, 3),))
   assert rows == pytest.approx([values["loss"] for values in metrics], rel=1e-5)  # float32

@@ -330,7 +330,7 @@ def _results(workdir: pathlib.Path, steps: int) -> dict[str, Any]:
   }
   for line in (workdir / "metrics.jsonl").read_text().splitlines():
     row = json.loads(line)
-    for name in row.keys() - {"step", "tokens_per_second", "input_share"}:
+    for name in row.keys() - {"step", "tokens_per_second", "input_share", "goodput"}:
       key = f"{name} at step {row['step']}"
       results[key] = "twice" if key in results else row[name]
   return results

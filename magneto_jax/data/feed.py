@@ -2,7 +2,6 @@
 
 import collections
 import concurrent.futures
-import copy
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,25 +10,24 @@ import grain
 
 
 class Feed(grain.DatasetIterator):
-  """A Grain iterator whose batches a thread reads and places ahead of the step.
+  """An iterator of Grain's whose batches a thread reads and places ahead of the step.
 
-  `get_state` is the place of the last batch handed out, not of those read ahead: what is saved with
-  step k goes on with batch k + 1, whatever `ahead`. As an iterator of Grain's it goes into a
-  checkpoint like the one that it covers.
+  Its state counts the batches that were handed out, not those read ahead: what is saved with step k
+  goes on with batch k, counted from 0, whatever `ahead`, and however the batches are read.
   """
 
   def __init__(
     self,
-    iterator: grain.DatasetIterator,
+    start: Callable[[int], grain.DatasetIterator],
     put: Callable[[Any], Any],
     ahead: int = 2,
     *,
     clock: Callable[[], float] = time.perf_counter,
   ):
-    """Covers an iterator, which must not be used otherwise from then on.
+    """Starts at the first batch.
 
     Args:
-      iterator: gives this host's rows of every batch.
+      start: `k -> iterator` of this host's rows of the batches from the k-th on.
       put: places them: the host's rows to global arrays. It is called in the feed's thread, in the
         batches' order; it must not communicate with other hosts, nor depend on a context such as a
         mesh that is set.
@@ -37,9 +35,9 @@ class Feed(grain.DatasetIterator):
         is read and placed when it is asked for.
       clock: what the waiting is measured with, in seconds.
     """
-    super().__init__(iterator)
-    self._iterator, self._put, self._ahead, self._clock = iterator, put, ahead, clock
-    self._state = copy.deepcopy(iterator.get_state())
+    super().__init__()
+    self._start, self._put, self._ahead, self._clock = start, put, ahead, clock
+    self._iterator, self._next = start(0), 0
     self._waited = 0.0
     # One thread: batches come in their order, and the iterator is never used by two.
     self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="feed")
@@ -48,9 +46,9 @@ class Feed(grain.DatasetIterator):
   def __next__(self):
     begin = self._clock()
     self._ask(1)
-    batch, state = self._coming.popleft().result()
+    batch = self._coming.popleft().result()
     self._waited += self._clock() - begin
-    self._state = state
+    self._next += 1
     self._ask(self._ahead)
     return batch
 
@@ -59,15 +57,22 @@ class Feed(grain.DatasetIterator):
     waited, self._waited = self._waited, 0.0
     return waited
 
-  def get_state(self) -> dict[str, Any]:
-    """The place after the last batch that was handed out."""
-    return self._state
+  def get_state(self) -> dict[str, int]:
+    """How many batches were handed out."""
+    return {"next_index": self._next}
 
-  def set_state(self, state: dict[str, Any]) -> None:
-    """Goes on from a place; what was read ahead is dropped."""
+  def set_state(self, state: dict[str, int]) -> None:
+    """Goes on from a place; what was read ahead is dropped.
+
+    Raises:
+      ValueError: it is none.
+    """
+    place = state.get("next_index") if isinstance(state, dict) else None
+    if not isinstance(place, int) or place < 0:
+      raise ValueError(f"{state!r:.80} is no place among the batches")
     self._drop()
-    self._iterator.set_state(state)
-    self._state = copy.deepcopy(self._iterator.get_state())
+    self._iterator.close()
+    self._iterator, self._next = self._start(place), place
 
   def start_prefetch(self) -> None:
     """Begins to read ahead before the first batch is asked for."""
@@ -77,12 +82,14 @@ class Feed(grain.DatasetIterator):
     """Stops the thread and closes the iterator."""
     self._drop()
     self._thread.shutdown()
+    self._iterator.close()
     super().close()
 
+  def __del__(self) -> None:
+    """Not as Grain's, which close themselves: at Python's end there is nothing to do it with."""
+
   def _read(self):
-    batch = self._put(next(self._iterator))
-    # Some of Grain's iterators change the state that they gave.
-    return batch, copy.deepcopy(self._iterator.get_state())
+    return self._put(next(self._iterator))
 
   def _ask(self, count: int) -> None:
     while len(self._coming) < count:

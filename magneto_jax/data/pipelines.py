@@ -26,6 +26,7 @@ def train_iterator(
   num_workers: int = 0,
   rows: Sequence[int] | None = None,
   skip: Sequence[tuple[int, int]] = (),
+  start: int = 0,
 ) -> grain.DatasetIterator:
   """Returns an endless iterator of shuffled batches, with a new order in every epoch.
 
@@ -46,12 +47,13 @@ def train_iterator(
     rows: the rows of a batch that this host reads, in this order: any of [0, batch_size), also such
       as another host reads. None: all.
     skip: ranges [a, b) of batches k that are left out; see `batch_of_step`.
+    start: how many batches that are not left out are passed over: such as were taken before.
 
   Returns:
     A Grain iterator of batches with one row for each of `rows`. `get_state` and `set_state`
-    resume it exactly, and `grain.checkpoint.CheckpointSave(iterator)` puts it into an Orbax
-    checkpoint. Its state counts the batches that it gave, so that it is the same on every host,
-    whatever its rows, and says nothing of `skip`.
+    resume it exactly, with the same `num_workers`, and `grain.checkpoint.CheckpointSave(iterator)`
+    puts it into an Orbax checkpoint. Its state is the same on every host, whatever its rows, and
+    says nothing of `skip` and `start`.
 
   Raises:
     ValueError: sizes do not fit, or the dataset has fewer samples than one batch.
@@ -70,7 +72,7 @@ def train_iterator(
   left = len(samples) // batch_size - sum(end - begin for begin, end in skip)
   if left < 1:
     raise ValueError(f"{skip=} leaves no batch")
-  batches = grain.MapDataset.range(left).map(lambda step: batch_of_step(step, skip))
+  batches = grain.MapDataset.range(start, left).map(lambda step: batch_of_step(step, skip))
   batches = batches.map(lambda k: _stack([samples[k * batch_size + row] for row in rows]))
   iterable = batches.to_iter_dataset(grain.ReadOptions(**_READ_OPTIONS))
   if num_workers > 0:

@@ -15,24 +15,28 @@ AHEAD = [0, 1, 2, 5]
 
 
 class Counting(grain.DatasetIterator):
-  """0, 1, ... below `size`; its state is one dict that it changes, as some of Grain's do."""
+  """What starts iterators over k, k + 1, ... below `size`, each of them itself."""
 
   def __init__(self, size=100):
     super().__init__()
-    self.size, self.state, self.threads = size, {"next": 0}, set()
+    self.size, self.next, self.threads = size, 0, set()
+
+  def __call__(self, start):
+    self.next = start
+    return self
 
   def __next__(self):
     self.threads.add(threading.get_ident())
-    if self.state["next"] == self.size:
+    if self.next == self.size:
       raise StopIteration
-    self.state["next"] += 1
-    return np.array([self.state["next"] - 1])
+    self.next += 1
+    return np.array([self.next - 1])
 
   def get_state(self):
-    return self.state
+    raise AssertionError("the feed counts")
 
   def set_state(self, state):
-    self.state = dict(state)
+    raise AssertionError("the feed starts another")
 
 
 @pytest.fixture
@@ -66,7 +70,7 @@ def test_a_state_goes_on_behind_the_last_batch_handed_out(make, ahead, taken):
   iterator = make(Counting(), place, ahead)
   assert [int(next(iterator)[0]) for _ in range(taken)] == list(range(taken))
   state = json.loads(json.dumps(iterator.get_state()))
-  assert state == {"next": taken}
+  assert state == {"next_index": taken}
   following = [int(next(iterator)[0]) for _ in range(4)]
   assert following == list(range(taken, taken + 4))
   for resumed in (make(Counting(), place, ahead), iterator):
@@ -86,7 +90,7 @@ def test_a_place_is_set_behind_the_read_that_is_under_way(make):
   iterator = make(Slow(), place)
   iterator.start_prefetch()
   threading.Timer(0.2, going_on.set).start()
-  iterator.set_state({"next": 50})
+  iterator.set_state({"next_index": 50})
   assert int(next(iterator)[0]) == 50
 
 
@@ -112,7 +116,7 @@ def test_so_many_batches_are_placed_ahead_and_no_more(make, ahead):
     for _ in range(ahead if handed_out == 0 else 1):
       assert placed.acquire(timeout=60)
     iterator._thread.submit(int).result()  # Whatever the thread was given has been done.
-    assert source.state == {"next": handed_out + ahead}
+    assert source.next == handed_out + ahead
     assert not placed.acquire(blocking=False)
     next(iterator)
 
@@ -122,7 +126,7 @@ def test_nothing_is_read_before_it_is_asked_for_with_none_ahead(make):
   iterator = make(source, place, ahead=0)
   iterator.start_prefetch()
   for handed_out in range(3):
-    assert source.state == {"next": handed_out}
+    assert source.next == handed_out
     next(iterator)
 
 
@@ -131,7 +135,7 @@ def test_one_thread_reads_and_it_is_not_the_consumers(make):
   iterator = make(source, place)
   for _ in range(20):
     next(iterator)
-  iterator.set_state({"next": 3})
+  iterator.set_state({"next_index": 3})
   next(iterator)
   assert len(source.threads) == 1 and threading.get_ident() not in source.threads
 
@@ -199,7 +203,7 @@ def test_an_error_of_the_source_or_of_placing_reaches_the_consumer(make):
   assert [int(next(iterator)[0]) for _ in range(2)] == [0, 1]
   with pytest.raises(OSError, match="the disk is gone"):
     next(iterator)
-  assert iterator.get_state() == {"next": 2}
+  assert iterator.get_state() == {"next_index": 2}
 
 
 def test_a_closed_feed_has_no_thread_and_its_iterator_is_closed():
@@ -211,3 +215,12 @@ def test_a_closed_feed_has_no_thread_and_its_iterator_is_closed():
   assert source._closed
   with pytest.raises(RuntimeError, match="shutdown"):
     next(iterator)
+
+
+@pytest.mark.parametrize("state", [{}, {"next_index": -1}, {"next_index": "3"}, [3], None])
+def test_what_is_no_place_is_refused_and_changes_nothing(make, state):
+  iterator = make(Counting(), place)
+  next(iterator)
+  with pytest.raises(ValueError, match="is no place among the batches"):
+    iterator.set_state(state)
+  assert int(next(iterator)[0]) == 1

@@ -182,6 +182,31 @@ def test_workers_give_the_same_stream_and_resume_exactly(tmp_path):
   resumed.close()
 
 
+@pytest.mark.parametrize("skip", [(), ((2, 5),)])
+def test_a_stream_can_be_started_anywhere(skip):
+  """Also where samples are changed at random."""
+  options = dict(batch_size=4, seed=3, skip=skip, augment=_with_a_draw)
+  whole = _take(pipelines.train_iterator(_dataset(), **options), 9)
+  _assert_equal(_take(pipelines.train_iterator(_dataset(), **options, start=4), 5), whole[4:])
+
+
+def _with_a_draw(sample, random):
+  return {**sample, "draw": random.integers(2**31)}
+
+
+def test_samples_are_changed_anew_in_every_epoch_and_alike_for_a_seed():
+  """37 samples, 8 a batch: two epochs and more."""
+  options = dict(batch_size=8, augment=_with_a_draw)
+  batches = _take(pipelines.train_iterator(_dataset(), seed=0, **options), 12)
+  draws, ids = np.concatenate([batch["draw"] for batch in batches]), _ids(batches)
+  assert len(set(draws)) == 96 and len(set(ids)) == 37
+  _assert_equal(_take(pipelines.train_iterator(_dataset(), seed=0, **options), 12), batches)
+  (other,) = _take(pipelines.train_iterator(_dataset(), seed=1, **options), 1)
+  assert not set(other["draw"]) & set(draws)
+  rows = _take(pipelines.train_iterator(_dataset(), seed=0, rows=[5, 2], **options), 12)
+  _assert_equal(rows, [{k: v[[5, 2]] for k, v in batch.items()} for batch in batches])
+
+
 def test_batches_of_one_row():
   ids = _ids(_take(pipelines.train_iterator(_dataset(5), batch_size=1, seed=0), 10))
   assert sorted(ids[:5]) == sorted(ids[5:]) == list(range(5))
