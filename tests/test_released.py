@@ -1,6 +1,7 @@
 """Checkpoints of every released version, as `tests.make_checkpoint_fixture` has kept them."""
 
 import dataclasses
+import importlib.metadata
 import json
 import shutil
 
@@ -13,6 +14,11 @@ from magneto_jax import runs, training
 from tests import make_checkpoint_fixture
 
 VERSIONS = sorted(make_checkpoint_fixture.FOLDER.iterdir())
+
+
+def test_this_version_has_left_one():
+  """`python -m tests.make_checkpoint_fixture` makes it; those of earlier versions stay."""
+  assert importlib.metadata.version("magneto_jax") in [folder.name for folder in VERSIONS]
 
 
 @pytest.mark.parametrize("folder", VERSIONS, ids=lambda folder: folder.name)

@@ -62,17 +62,29 @@ THIRD_PARTY = {"theory": {"numpy"}, "kernels": {"jax", "numpy"}, "sharding": {"j
 
 UNSAFE_MODULES = {
   *("pickle", "_pickle", "cPickle", "cloudpickle", "dill", "hickle", "joblib", "jsonpickle"),
-  *("marshal", "shelve"),
+  *(
+    "marshal",
+    "shelve",
+    "multiprocessing.connection",
+    "runpy",
+    "torch.package",
+    "pandas.io.pickle",
+  ),
 }
 UNSAFE_CALLS = {
-  *("builtins.compile", "builtins.eval", "builtins.exec", "compile", "eval", "exec"),
+  *("builtins.compile", "builtins.eval", "builtins.exec", "compile", "eval", "exec", "__import__"),
   *("os.popen", "os.system", "subprocess.getoutput", "subprocess.getstatusoutput"),
-  *("pandas.read_pickle", "shutil.unpack_archive", "torch.hub.load", "torch.jit.load"),
+  *(f"os.exec{how}" for how in ("l", "le", "lp", "lpe", "v", "ve", "vp", "vpe")),
+  *("pandas.read_pickle", "pandas.eval", "shutil.unpack_archive", "torch.hub.load"),
+  *("torch.jit.load", "ruamel.yaml.YAML"),
   *(f"yaml.{how}{all_}" for how in ("full_load", "load", "unsafe_load") for all_ in ("", "_all")),
 }
+# Methods of whatever has them.
+UNSAFE_METHODS = {"exec_module", "read_pickle", "to_pickle"}
 # A keyword that must have one value wherever a call that ends in the name is made ...
 REQUIRED = {
   "torch.load": ("weights_only", True),
+  "torch.serialization.load": ("weights_only", True),
   "extract": ("filter", "data"),
   "extractall": ("filter", "data"),
 }
@@ -192,25 +204,52 @@ def unsafe(source: str) -> list[str]:
     if isinstance(node, ast.Import | ast.ImportFrom):
       base = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
       for alias in node.names:
+        name = base + alias.name
         if alias.asname or base:
-          names[alias.asname or alias.name] = base + alias.name
-        if UNSAFE_MODULES & {*base.split("."), alias.name.split(".")[0]}:
-          found.append(f"{node.lineno}: imports {base}{alias.name}")
+          names[alias.asname or alias.name] = name
+        parts = name.split(".")
+        if UNSAFE_MODULES & {*parts, *(".".join(parts[: i + 1]) for i in range(len(parts)))}:
+          found.append(f"{node.lineno}: imports {name}")
+        if alias.name == "*":
+          found.append(f"{node.lineno}: imports {name}, which hides what is called")
+  called = {id(node.func): node for node in ast.walk(tree) if isinstance(node, ast.Call)}
   for node in ast.walk(tree):
-    if not isinstance(node, ast.Call):
+    if not isinstance(node, ast.Attribute | ast.Name) or isinstance(node.ctx, ast.Store):
       continue
-    name = dotted(node.func, names)
-    values = {k.arg: k.value.value for k in node.keywords if isinstance(k.value, ast.Constant)}
-    if name in UNSAFE_CALLS:
+    # Called or handed on: `map(eval, texts)`, `load = torch.load`.
+    name, call = dotted(node, names), called.get(id(node))
+    method = name.rpartition(".")[2] if isinstance(node, ast.Attribute) else ""
+    if name in UNSAFE_CALLS or method in UNSAFE_METHODS:
       found.append(f"{node.lineno}: calls {name}")
-    for call, (keyword, value) in REQUIRED.items():
-      if name == call or name.endswith(f".{call}"):
-        if values.get(keyword) != value:
+    for unsafe_call, (keyword, value) in REQUIRED.items():
+      if name == unsafe_call or name.endswith(f".{unsafe_call}"):
+        if call is None or constants(call).get(keyword) != value:
           found.append(f"{node.lineno}: {name} without {keyword}={value!r}")
-    for keyword in node.keywords:
-      if keyword.arg in FORBIDDEN and values.get(keyword.arg) is not FORBIDDEN[keyword.arg]:
+    if call is None:
+      continue
+    if name == "numpy.load" and len(call.args) > 2:
+      found.append(f"{node.lineno}: allow_pickle by its place")
+    if name == "importlib.import_module" and UNSAFE_MODULES & set(texts_of(call)):
+      found.append(f"{node.lineno}: imports {texts_of(call)}")
+    for keyword in call.keywords:
+      if (
+        keyword.arg in FORBIDDEN and constants(call).get(keyword.arg) is not FORBIDDEN[keyword.arg]
+      ):
         found.append(f"{node.lineno}: {keyword.arg} is not {FORBIDDEN[keyword.arg]}")
-  return found
+      if keyword.arg is None and set(FORBIDDEN) & set(texts_of(keyword.value)):
+        found.append(f"{node.lineno}: {texts_of(keyword.value)} among keywords")
+  return sorted(found, key=lambda text: int(text.split(":")[0]))
+
+
+def constants(call: ast.Call) -> dict[str, object]:
+  """The keywords of a call that are given as constants."""
+  return {k.arg: k.value.value for k in call.keywords if isinstance(k.value, ast.Constant)}
+
+
+def texts_of(node: ast.AST) -> list[str]:
+  """The constant texts below a node."""
+  below = [n.value for n in ast.walk(node) if isinstance(n, ast.Constant)]
+  return [value for value in below if isinstance(value, str)]
 
 
 def test_imports_follow_the_levels():
@@ -345,6 +384,24 @@ def test_layering_errors_are_found(module, source, error):
     "zipfile.ZipFile(f).extractall()",
     "tarfile.open(p).extractall(path, filter='fully_trusted')",
     "AutoModel.from_pretrained(n, trust_remote_code=True)",
+    "import numpy as np; np.load(f, None, True)",
+    "np.load(f, **{'allow_pickle': True})",
+    "list(map(eval, xs))",
+    "e = eval",
+    "import torch; l = torch.load",
+    "from torch import *",
+    "import torch; torch.serialization.load(p)",
+    "__import__('pickle')",
+    "import importlib; importlib.import_module('pickle')",
+    "from six.moves import cPickle",
+    "import runpy",
+    "spec.loader.exec_module(m)",
+    "import os; os.execv(p, a)",
+    "from ruamel.yaml import YAML; YAML(typ='unsafe')",
+    "import pandas; pandas.eval(x)",
+    "import pandas; pandas.io.pickle.read_pickle(p)",
+    "from multiprocessing.connection import Listener",
+    "from torch.package import PackageImporter",
   ],
 )
 def test_unsafe_constructs_are_found(line):

@@ -3,6 +3,7 @@
 import pathlib
 import random
 import time
+from collections.abc import Callable
 
 import jax
 
@@ -11,6 +12,7 @@ from benchmarks.reliability.rows import Row
 from magneto_jax.checkpoints import Checkpointer
 
 KEEP = 3
+_LIMIT = 300  # Seconds that a save may take before it has hung.
 _PROMISE = (
   "kill -9 at random moments: no committed step is lost, every listed one is read and is right, and"
   " nothing unfinished is left after the restart"
@@ -19,22 +21,15 @@ _PROMISE = (
 
 def killed(kills: int, processes: int, seed: int, folder: pathlib.Path) -> Row:
   """Kills what saves, a random process first and then the others, and reads all that is there."""
-  draw, counts, failed = random.Random(seed), {"kills": 0, "commits": 0, "reads": 0}, []
-  (folder / "ledger").touch()
-  for kill in range(kills):
-    (folder / "started").unlink(missing_ok=True)
-    running = saver.start(saver.save_forever, str(folder), KEEP, processes=processes)
-    # In the first save of the process, or in a later one; then anywhere in it.
-    _wait_for(folder, len(_ledger(folder)) + draw.randrange(3), running)
-    time.sleep(draw.uniform(0, 0.5))
-    draw.shuffle(running)
-    for process in running:
-      process.kill()
-      process.join()
-    counts["kills"] += 1
+  counts, failed = {"kills": 0, "commits": 0, "reads": 0}, []
+
+  def look() -> None:
     problems, reads = _problems(folder)
+    failed.extend(f"kill {counts['kills']}: {problem}" for problem in problems)
+    counts["kills"] += 1
     counts["reads"] += reads
-    failed += [f"kill {kill}: {problem}" for problem in problems]
+
+  kill_at_random(saver.save_forever, kills, processes, random.Random(seed), folder, look)
   counts["commits"] = len(_ledger(folder))
   figure = "{kills} kills, {commits} commits, {reads} restores".format(**counts)
   name = "1 process" if processes == 1 else f"{processes} processes"
@@ -47,6 +42,29 @@ def killed(kills: int, processes: int, seed: int, folder: pathlib.Path) -> Row:
   )
 
 
+def kill_at_random(
+  save: Callable,
+  kills: int,
+  processes: int,
+  draw: random.Random,
+  folder: pathlib.Path,
+  look: Callable[[], None],
+) -> None:
+  """Starts what saves, kills it in a save, a random process first, and looks, again and again."""
+  (folder / "ledger").touch()
+  for _ in range(kills):
+    (folder / "started").unlink(missing_ok=True)
+    running = saver.start(save, str(folder), KEEP, processes=processes)
+    # In the first save of the process, or in a later one; then anywhere in it.
+    _wait_for(folder, len(_ledger(folder)) + draw.randrange(3), running)
+    time.sleep(draw.uniform(0, 0.5))
+    draw.shuffle(running)
+    for process in running:
+      process.kill()
+      process.join()
+    look()
+
+
 def _ledger(folder: pathlib.Path) -> list[int]:
   """The steps that were committed; the last line may have been cut short."""
   return [int(line) for line in (folder / "ledger").read_text().split("\n")[:-1]]
@@ -54,7 +72,10 @@ def _ledger(folder: pathlib.Path) -> list[int]:
 
 def _wait_for(folder: pathlib.Path, commits: int, running) -> None:
   """Until a save has begun, and so many are committed."""
+  deadline = time.monotonic() + _LIMIT
   while not (folder / "started").exists() or len(_ledger(folder)) < commits:
+    if time.monotonic() > deadline:
+      raise RuntimeError(f"nothing is saved in {_LIMIT} s")
     if not all(process.is_alive() for process in running):
       raise RuntimeError("a process that saves has ended by itself")
     time.sleep(0.01)

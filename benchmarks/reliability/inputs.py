@@ -13,11 +13,13 @@ import pathlib
 import random
 import re
 import shutil
+import statistics
 import string
 import struct
 import subprocess
 import sys
 import tarfile
+import time
 import zipfile
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -27,7 +29,8 @@ import numpy as np
 import magneto_jax
 from benchmarks.reliability.rows import Row
 from magneto_jax import config as config_lib
-from magneto_jax import convert, runs
+from magneto_jax import convert, runs, seals
+from magneto_jax.data import files as data_files
 from magneto_jax.data import text, tokenizers
 
 # What one attempt may take before it counts as a hang; a usual one takes under a second.
@@ -272,8 +275,9 @@ def mutated_shards(mutations: int, seed: int, folder: pathlib.Path) -> Row:
             held = len(left_out) == len(lenient.value["bad_records"]) > 0
             held &= all(re.match(named, record) for record in lenient.value["bad_records"])
             held &= lenient.value["tokens"]["train"] == _tokens_without(documents, left_out)
-          else:  # Nothing is left of the only file.
-            held = lenient.kind == "refused"
+          else:
+            # Damage that takes all of a shard's records leaves those of the other.
+            held = False
         else:
           held = strict.kind == "read" and strict.value["tokens"] == whole["tokens"]
         outcomes = [strict, lenient]
@@ -427,21 +431,6 @@ def typos(name: str, draw: random.Random) -> dict[str, str]:
   return {kind: typo for kind, typo in wrong.items() if typo not in taken}
 
 
-def _nested(name: str, value) -> dict[str, Any]:
-  for part in reversed(name.split(".")):
-    value = {part: value}
-  return value
-
-
-def _answer(name: str, value) -> str:
-  """What a config with this one field is answered."""
-  try:
-    config_lib.from_config_dict(_nested(name, value))
-  except config_lib.ConfigError as error:
-    return str(error)
-  return ""
-
-
 def impossible(field: dataclasses.Field) -> list[Any]:
   """Values that a number's field must refuse, of its type or not."""
   bounds = field.metadata
@@ -468,6 +457,30 @@ def number_fields() -> dict[str, dataclasses.Field]:
   return found
 
 
+# Sizes that do not go together, by dotted names.
+_TOGETHER = (
+  {"model.width": 100, "model.heads": 3},
+  {"model.heads": 4, "model.kv_heads": 3},
+  {"model.layers": 6, "model.unroll": 4},
+  {"model.image_size": 224, "model.patch_size": 15},
+  {"batch_size": 16, "accumulation": 3},
+  {"batch_size": 2**24, "data.seq_length": 2**24},
+)
+
+
+def _answer_to(fields: Mapping[str, Any]) -> str:
+  """What a config with these fields is answered."""
+  values: dict[str, Any] = {}
+  for name, value in fields.items():
+    *groups, leaf = name.split(".")
+    functools.reduce(lambda group, part: group.setdefault(part, {}), groups, values)[leaf] = value
+  try:
+    config_lib.from_config_dict(values)
+  except config_lib.ConfigError as error:
+    return str(error)
+  return ""
+
+
 def misspelt_fields(commands: int, seed: int, folder: pathlib.Path) -> Row:
   """R11: every field of a config with five typos, every number with impossible values.
 
@@ -479,16 +492,21 @@ def misspelt_fields(commands: int, seed: int, folder: pathlib.Path) -> Row:
   for name in config_lib.field_names():
     for typo in typos(name, draw).values():
       asked.append((name, typo))
-      if not _answer(typo, 1).endswith(f"does not exist; did you mean config.{name}?"):
-        missed.append(f"{typo}: {_answer(typo, 1)}")
+      if not _answer_to({typo: 1}).endswith(f"does not exist; did you mean config.{name}?"):
+        missed.append(f"{typo}: {_answer_to({typo: 1})}")
   numbers = number_fields()
   for name, field in numbers.items():
     for value in impossible(field):
-      answer = _answer(name, value)
+      answer = _answer_to({name: value})
       if f"config.{name}" not in answer or "\n" in answer:
         accepted.append(f"{name}={value!r:.40}: {answer}")
-  failed = []
+  for fields in _TOGETHER:
+    answer = _answer_to(fields)
+    if not all(f"{name.rpartition('.')[2]}=" in answer for name in fields) or "\n" in answer:
+      accepted.append(f"{fields}: {answer}")
+  failed, seconds = [], []
   for name, typo in draw.sample(asked, commands):
+    begin = time.monotonic()
     result = _command(
       "magneto_jax.train",
       "--config=configs/gpt.py:tiny",
@@ -499,15 +517,17 @@ def misspelt_fields(commands: int, seed: int, folder: pathlib.Path) -> Row:
     )
     if result.stderr.count("\n") != 1 or not _one_line(result, f"config.{typo} does not exist"):
       failed.append(f"{typo} for {name}: exit {result.returncode}, {result.stderr[-500:]}")
+    seconds.append(time.monotonic() - begin)
   share = 1 - len(missed) / len(asked)
   return Row(
     "R11",
-    "every field with 5 typos: >= 99 % answered with the right field, exit 2, no traceback, before"
-    " devices start; every number has a range",
-    f"{share:.1%} of {len(asked)} typos; {len(numbers)} numbers, {len(accepted)} impossible values"
-    f" accepted; {commands - len(failed)} of {commands} commands",
+    "every field with 5 typos: >= 99 % answered with the right field, by a sample of commands with"
+    " exit 2, no traceback, before devices start; every number has a range, and sizes must divide",
+    f"{share:.1%} of {len(asked)} typos; {len(numbers)} numbers and {len(_TOGETHER)} pairs of"
+    f" sizes, {len(accepted)} impossible ones accepted; {commands - len(failed)} of {commands}"
+    f" commands, in {statistics.median(seconds):.1f} s (median)",
     share >= 0.99 and not accepted and not failed,
-    {"missed": missed, "accepted": accepted, "failed": failed},
+    {"missed": missed, "accepted": accepted, "failed": failed, "seconds": seconds},
   )
 
 
@@ -615,6 +635,16 @@ def _hostile(folder: pathlib.Path, canary: pathlib.Path) -> dict[str, tuple[Call
   linked = run("metrics that are a link", None)
   (linked / "metrics.jsonl").symlink_to(folder / "elsewhere.jsonl")
   files["metrics that are a link"] = _resumable, str(linked)
+  elsewhere = {"params/../../../x": {"bytes": 1}}
+  for name, listed in {"nothing": {}, "files elsewhere": elsewhere}.items():
+    sealed = run(f"seal of {name}", _run_config()) / "checkpoints" / "1"
+    sealed.mkdir(parents=True)
+    values = {"step": 1, "arrays": {"params": {}}, "files": listed}
+    values |= {"format": seals.FORMAT} if listed else {}
+    seal = {**values, "seal": data_files.digest(values)}
+    (sealed / seals.NAME).write_text(json.dumps(seal))
+  (piped := run("seal that is a pipe", _run_config()) / "checkpoints" / "1").mkdir(parents=True)
+  os.mkfifo(piped / seals.NAME)
   model = run("model of any class", None)
   (model / "model.json").write_text('{"model": {"class": "os.system"}, "origin": {}}')
   tokenizer = folder / "tokenizer.model"
@@ -638,9 +668,7 @@ def _resumable(path: str) -> None:
 
 
 def _read_config(path: str) -> None:
-  from magneto_jax.data import files
-
-  files.read_json(path)
+  data_files.read_json(path)
 
 
 def _load_tfds(folder: str) -> None:

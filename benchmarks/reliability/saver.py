@@ -14,6 +14,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from magneto_jax import distributed
@@ -125,6 +126,32 @@ def save_forever(folder: str, keep: int) -> None:
           ledger.write(f"{step}\n")
           ledger.flush()
           os.fsync(ledger.fileno())
+
+
+def save_forever_bare(folder: str, keep: int) -> None:
+  """`save_forever` with Orbax's own manager."""
+  folder = pathlib.Path(folder)
+  mesh = mesh_of((1, 1))
+  options = ocp.CheckpointManagerOptions(max_to_keep=keep)
+  with ocp.CheckpointManager(folder / "checkpoints", options=options) as manager:
+    step = max(manager.all_steps(), default=0)
+    while True:
+      step += 1
+      save_bare(manager, step, mesh)
+      (folder / "started").touch()
+      time.sleep(0.02)
+      manager.wait_until_finished()
+      with (folder / "ledger").open("a") as ledger:
+        ledger.write(f"{step}\n")
+
+
+def save_bare(manager: ocp.CheckpointManager, step: int, mesh: Mesh, rows: int = 64) -> None:
+  """A step's state, with Orbax's own manager."""
+  parts = placed(state(step, rows), mesh, rows)
+  items = {name: ocp.args.StandardSave(tree) for name, tree in parts.items()}
+  items["data"] = ocp.args.JsonSave(batches().get_state())
+  items["config"] = ocp.args.JsonSave({"step": step})
+  manager.save(step, args=ocp.args.Composite(**items))
 
 
 def save_once(folder: str, rows: int = 64) -> None:

@@ -1,6 +1,7 @@
 """All trials by name, in full and in short."""
 
 import functools
+import importlib.metadata
 import pathlib
 import re
 import subprocess
@@ -11,6 +12,7 @@ from collections.abc import Callable
 
 from benchmarks import coordinator
 from benchmarks.reliability import (
+  bare,
   crashes,
   damage,
   disk,
@@ -24,8 +26,8 @@ from benchmarks.reliability import (
 from benchmarks.reliability.rows import Row
 
 
-def tested(row: str, promise: str, *arguments: str, folder: pathlib.Path) -> Row:
-  """A promise that a test holds."""
+def tested(row: str, promise: str, tests: int, *arguments: str, folder: pathlib.Path) -> Row:
+  """A promise that so many tests hold."""
   command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
   done = subprocess.run(
     [*command, f"--basetemp={folder / 'tests'}"],
@@ -36,14 +38,18 @@ def tested(row: str, promise: str, *arguments: str, folder: pathlib.Path) -> Row
   last = done.stdout.strip().splitlines()[-1]
   counts = ", ".join(re.findall(r"\d+ (?:passed|failed|errors?|skipped)", last))
   details = {"tests": " ".join(arguments), "output": done.stdout[-2000:] if done.returncode else ""}
-  return Row(row, promise, f"tests: {counts}", done.returncode == 0, details)
+  return Row(row, promise, f"tests: {counts}", counts == f"{tests} passed", details)
 
 
 def trials(quick: bool) -> dict[str, Callable[..., Row]]:
   """{id of a row, and what tells it from others of the same: the trial, given its folder}."""
   size = lambda full, short: short if quick else full
   of = functools.partial
-  tests_of_meshes = ["tests/test_sharding.py", "-k", "of_one_in_float32 or several_processes"]
+  tests_of_meshes = [
+    "tests/test_sharding.py",
+    "-k",
+    "of_one_device_in_float32 or several_processes",
+  ]
   return {
     "R1 1 process": of(crashes.killed, size(300, 15), 1, 0),
     "R1 2 processes": of(crashes.killed, size(60, 3), 2, 0),
@@ -58,6 +64,7 @@ def trials(quick: bool) -> dict[str, Callable[..., Row]]:
       "R4",
       "1x1, 1x8, 2x4 and 4x2 processes x devices: parameters within 1e-12 in float64, 1e-4 in"
       " float32 (losses 1e-5); the same topology twice, bits",
+      5,
       *tests_of_meshes,
     ),
     "R5": of(meshes.moved, meshes.RESTORED_BY, meshes.CHAIN),
@@ -83,9 +90,26 @@ def trials(quick: bool) -> dict[str, Callable[..., Row]]:
       tested,
       "R16",
       "a checkpoint of every released version is read bit for bit, and its run goes on",
+      3,
       "tests/test_released.py",
     ),
   }
+
+
+def comparisons(quick: bool) -> dict[str, Callable[..., str]]:
+  """{a kind of fault: what it does to Orbax's own `CheckpointManager`, given a folder}."""
+  size = lambda full, short: short if quick else full
+  return {
+    "kill -9 while it saves": functools.partial(bare.killed, size(120, 5), 0),
+    "a file changed": functools.partial(bare.mutated, size(300, 20), 0),
+  }
+
+
+def compare(name: str, quick: bool) -> dict:
+  """What came of one, as JSON. In a process of its own."""
+  with tempfile.TemporaryDirectory() as folder:
+    figure = comparisons(quick)[name](folder=pathlib.Path(folder))
+  return {"fault": name, "figure": figure, "orbax": importlib.metadata.version("orbax-checkpoint")}
 
 
 def run(name: str, quick: bool) -> dict:
@@ -93,8 +117,13 @@ def run(name: str, quick: bool) -> dict:
   trial, begin = trials(quick)[name], time.monotonic()
   with tempfile.TemporaryDirectory() as folder:
     try:
-      row = trial(folder=pathlib.Path(folder))
+      row = {"trial": name, **trial(folder=pathlib.Path(folder))._asdict()}
     except Exception as error:  # A trial that cannot be made is not held, and the next one is.
-      said = f"not tried: {type(error).__name__}: {error}"
-      row = Row(name.split()[0], "", said[:500], False, {})
-  return {"trial": name, **row._asdict(), "seconds": round(time.monotonic() - begin, 1)}
+      row = not_tried(name, error)
+  return {**row, "seconds": round(time.monotonic() - begin, 1)}
+
+
+def not_tried(name: str, error: Exception) -> dict:
+  """The row of a trial that could not be made."""
+  said = f"not tried: {type(error).__name__}: {error}"
+  return {"trial": name, **Row(name.split()[0], "", said[:500], False, {})._asdict()}

@@ -169,16 +169,19 @@ def tokenize(
     "tokenizer": dict(tokenizer.identity),
   }
   final = pathlib.Path(cache_dir) / files.digest(identity)[:32]
+  is_replaced = False
   if final.exists():
     try:
       return _open(final, identity, bad)
     except _Damaged as error:
       logging.warning("the token cache %s is made anew (%s)", final, error)
-      shutil.rmtree(final)
+      is_replaced = True
   temporary = final.with_name(f".{final.name}.{uuid.uuid4().hex}")
   temporary.mkdir(parents=True)
   try:
     _write(temporary, documents, tokenizer, identity, bad)
+    if is_replaced:  # Only now: another run may read what this one cannot make.
+      shutil.rmtree(final, ignore_errors=True)
     try:
       temporary.rename(final)
     except OSError:

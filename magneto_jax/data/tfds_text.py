@@ -51,6 +51,8 @@ def tfds_text(
     try:
       text = examples[index][text_key]
       return text.decode() if isinstance(text, bytes) else str(text)
+    except (MemoryError, OSError):  # Of the machine; another day the record can be read.
+      raise
     except Exception as error:  # ArrayRecord, protocol buffers and TFDS have no common one.
       shard = bisect.bisect_right(ends, index)
       within = shards[shard].skip + index - (ends[shard] - shards[shard].take)
