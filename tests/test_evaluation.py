@@ -3,16 +3,19 @@
 import dataclasses
 import json
 import math
+import re
 import subprocess
 import sys
 
 import jax
 import numpy as np
 import pytest
+from scipy import special
 
 from magneto_jax import evaluation, runs, sharding, training
 from magneto_jax.checkpoints import Checkpointer
 from magneto_jax.config import ConfigError, TrainConfig, from_config_dict
+from magneto_jax.convert import saved
 from magneto_jax.data import pipelines, tokenizers
 from magneto_jax.tasks import TASKS
 from tests import simulated
@@ -58,15 +61,19 @@ def workdir(tmp_path_factory):
 
 
 def by_hand(workdir, text: str, step: int) -> tuple[float, int]:
-  """Summed nats and tokens of one document, window after window, each alone and unpadded."""
+  """Summed nats and tokens of one document, window after window, each alone, from its logits."""
   model, variables = runs.load(workdir, step=step)
+  logits = jax.jit(model.apply)
   tokenizer = tokenizers.ByteTokenizer()
   tokens = np.array([tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id])
   nats = 0.0
   for start in range(0, len(tokens) - 1, T):
     window = tokens[start : start + T + 1]
-    log_p_TV = jax.nn.log_softmax(model.apply(variables, window[None, :-1])[0])
-    nats -= float(np.sum(np.asarray(log_p_TV)[np.arange(len(window) - 1), window[1:]]))
+    count = len(window) - 1
+    # What follows changes nothing before it.
+    logits_TV = logits(variables, np.pad(window[:-1], (0, T - count))[None])[0]
+    log_p_TV = special.log_softmax(np.asarray(logits_TV, np.float64)[:count], axis=-1)
+    nats -= np.sum(log_p_TV[np.arange(count), window[1:]])
   return nats, len(tokens) - 1
 
 
@@ -105,7 +112,9 @@ def test_a_converted_model_and_no_run_are_refused(tmp_path, workdir):
     evaluation.open_run(tmp_path)
   with pytest.raises(FileNotFoundError, match=r"no step 7, only \[4, 5\]"):
     evaluation.open_run(workdir, step=7)
-  (tmp_path / "model.json").write_text("{}")
+  (tmp_path / saved.MODEL).touch()
+  with pytest.raises(ConfigError, match="is a converted model, which has neither a tokenizer nor"):
+    evaluation.open_run(tmp_path)
 
 
 def test_another_text_is_refused_before_anything_is_computed(tmp_path):
@@ -212,11 +221,8 @@ def test_the_command_tells_and_writes_the_same(tmp_path, workdir):
   assert written.pop("seconds") > 0 and expected.pop("seconds") > 0
   assert written["metrics"] == pytest.approx(expected["metrics"], rel=1e-5)
   assert written | {"metrics": 0} == expected | {"metrics": 0}
-  assert "step 4, on the split 'test': 5 samples, in " in result.stdout
-  bits = written["metrics"]["bits_per_byte"]
-  assert f"bits a byte   {bits:>16,.4f}" in result.stdout.replace("  " * 9, " " * 2) or (
-    f"{bits:,.4f}" in result.stdout
-  )
+  assert "step 4, on the split 'test': 4 samples, in " in result.stdout
+  assert re.search(f"^bits a byte +{written['metrics']['bits_per_byte']:.4f}$", result.stdout, re.M)
 
 
 @pytest.mark.ci
@@ -224,13 +230,9 @@ def test_the_command_tells_and_writes_the_same(tmp_path, workdir):
   "flags, message",
   [
     (["--split=dev"], "text files have no split 'dev', only train, validation and test"),
-    (["--split="], "--split must name a part of the data"),
-    (["--config.data.workrs=2"], "did you mean config.data.workers?"),
     (["--config.modle.width=2"], "did you mean config.model.width?"),
-    (["--config.data.workers=many"], "workers"),
     (["--config.model.width=2"], "config.model.width is the run's own"),
     (["--output=."], "--output=. is a folder: name a file"),
-    (["--spilt=test"], "did you mean --split?"),
   ],
 )
 def test_a_mistake_ends_in_one_line(flags, message, workdir):
