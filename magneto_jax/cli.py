@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.resources
+import importlib.util
 import pathlib
 import re
 import signal
@@ -61,6 +62,24 @@ def define_changes_flag() -> Callable[[], dict[str, Any]]:
   except Exception as error:
     fail(_parse_error(error))
   return lambda: config_flags.get_override_values(flags.FLAGS["config"])
+
+
+def define_task_file_flag() -> Callable[[], None]:
+  """Defines `--task_file=FILE.py`; returns what runs that file, once the flags are parsed."""
+  holder = flags.DEFINE_string(
+    "task_file", "", "A Python file that registers a task of your own (docs/tasks.md); it is run."
+  )
+
+  def run_it() -> None:
+    if not holder.value:
+      return
+    path = pathlib.Path(holder.value)
+    if path.suffix != ".py" or not path.is_file():
+      raise ConfigError(f"--task_file={path} is not a Python file that is there")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+  return run_it
 
 
 def define_workdir_flag(doc: str) -> flags.FlagHolder:

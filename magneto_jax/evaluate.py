@@ -27,10 +27,12 @@ def main() -> None:
   )
   output = flags.DEFINE_string("output", "", "A file for the results, as JSON.")
   changes = cli.define_changes_flag()
+  run_task_file = cli.define_task_file_flag()
   join_hosts = cli.define_hosts_flags()
 
   def run() -> None:
     join_hosts()
+    run_task_file()
     if not split.value:
       raise ConfigError("--split must name a part of the data, e.g. --split=test")
     if output.value and pathlib.Path(output.value).is_dir():
