@@ -332,7 +332,12 @@ TASK_NAMES = ["causal_lm", "translation", "beit3"]
 class TrainConfig(_Checked):
   """One run."""
 
-  task: str = _field("causal_lm", "what is learned", choices=TASK_NAMES)
+  task: str = _field(
+    "causal_lm",
+    "what is learned",
+    choices=TASK_NAMES,
+    hint="; a task of your own is first registered by its file (docs/tasks.md)",
+  )
   recipe: str = _field(
     "magneto", "how the model is normalised, scaled and initialised", choices=tuple(recipes.RECIPES)
   )
@@ -625,7 +630,7 @@ def _checked(field: dataclasses.Field, value, name: str):
     raise ConfigError(f"config.{name}={value} must be finite")
   if "choices" in bounds and value not in bounds["choices"]:
     near = difflib.get_close_matches(value[:80], bounds["choices"], n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    hint = f"; did you mean {near[0]}?" if near else bounds.get("hint", "")
     choices = ", ".join(choice or "''" for choice in bounds["choices"])
     raise ConfigError(f"config.{name}={value!r:.80} must be one of {choices}{hint}")
   # As a device sees it, too, to which 1 - 1e-12 is 1 and 1e-50 is 0.
