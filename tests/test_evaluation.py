@@ -8,13 +8,14 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import special
 
 from magneto_jax import evaluation, runs, sharding, training
 from magneto_jax.checkpoints import Checkpointer
-from magneto_jax.config import ConfigError, TrainConfig, from_config_dict
+from magneto_jax.config import ConfigError, from_config_dict
 from magneto_jax.convert import saved
 from magneto_jax.data import pipelines, tokenizers
 from magneto_jax.tasks import TASKS
@@ -28,7 +29,7 @@ TEXTS = {
 T = 16
 
 
-def write_run(workdir, texts, *, scales=(1.0,)) -> TrainConfig:
+def write_run(workdir, texts, *, scales=(1.0,)) -> None:
   """A run on three files, as training leaves it: its record, and a checkpoint for each scale."""
   files = {name: workdir.parent / f"{name}.txt" for name in texts}
   for name, text in texts.items():
@@ -49,7 +50,6 @@ def write_run(workdir, texts, *, scales=(1.0,)) -> TrainConfig:
     params = jax.tree.map(lambda x, scale=scale: scale * x, variables["params"])
     checkpointer.save(step, {"params": params}, iterator, runs.as_json(record))
   checkpointer.close()
-  return config
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,9 @@ def by_hand(workdir, text: str, step: int) -> tuple[float, int]:
   return nats, len(tokens) - 1
 
 
-@pytest.mark.parametrize("split, step", [("validation", None), ("test", 4), ("train", 4)])
+@pytest.mark.parametrize(
+  "split, step", [("validation", None), ("test", 4), pytest.param("train", 4, marks=pytest.mark.ci)]
+)
 def test_a_split_is_scored_as_by_hand(split, step, workdir):
   """Every token once; the newest checkpoint by default; perplexities of both units."""
   opened = evaluation.open_run(workdir, step=step, batch_size=3)
@@ -117,15 +119,15 @@ def test_a_converted_model_and_no_run_are_refused(tmp_path, workdir):
     evaluation.open_run(tmp_path)
 
 
-def test_another_text_is_refused_before_anything_is_computed(tmp_path):
-  write_run(tmp_path / "run", TEXTS)
-  opened = evaluation.open_run(tmp_path / "run")
-  (tmp_path / "validation.txt").write_text("Words, words, words.")
+def test_another_text_is_refused_before_anything_is_computed(tmp_path, workdir):
+  other = tmp_path / "other.txt"
+  other.write_text("Words, words, words.")
+  opened = evaluation.open_run(workdir, changes={"data.validation_files": str(other)})
   with pytest.raises(ConfigError, match="the validation text is not the one that this run was"):
     evaluation.evaluate(opened)
   # Of another split only the training text, to which the facts belong, must be the run's.
   evaluation.load_split(opened, "test")
-  (tmp_path / "train.txt").write_text("Words, words, words.")
+  opened = evaluation.open_run(workdir, changes={"data.train_files": str(other)})
   with pytest.raises(ConfigError, match="the train text is not the one that this run was started"):
     evaluation.load_split(opened, "test")
 
@@ -146,30 +148,32 @@ def test_data_may_lie_elsewhere_and_nothing_else_may_differ(tmp_path, workdir):
     assert "\n" not in str(error.value)
 
 
-def test_files_have_no_split_but_those_that_are_named(tmp_path):
-  write_run(tmp_path / "run", {name: TEXTS[name] for name in ("train", "validation")})
-  opened = evaluation.open_run(tmp_path / "run")
+def test_files_have_no_split_but_those_that_are_named(workdir):
+  opened = evaluation.open_run(workdir, changes={"data.test_files": ""})
   with pytest.raises(ConfigError, match="test_files is empty: name at least one text file"):
     evaluation.load_split(opened, "test")
   with pytest.raises(ConfigError, match="text files have no split 'dev', only train, validation a"):
     evaluation.load_split(opened, "dev")
-  changes = {"data.test_files": str(tmp_path / "train.txt")}
+  opened = evaluation.open_run(
+    workdir, changes={"data.test_files": str(workdir.parent / "train.txt")}
+  )
   with pytest.raises(ConfigError, match="train_files and test_files must not share files"):
-    evaluation.load_split(evaluation.open_run(tmp_path / "run", changes=changes), "test")
-
-
-def test_a_loss_that_is_not_finite_ends_in_a_line(tmp_path):
-  write_run(tmp_path / "run", TEXTS, scales=(math.nan,))
-  with pytest.raises(FloatingPointError, match="'test' is nan with the weights of step 4"):
-    evaluation.evaluate(evaluation.open_run(tmp_path / "run"), "test")
+    evaluation.load_split(opened, "test")
 
 
 def test_what_a_model_writes_by_itself_is_judged_too(workdir, monkeypatch):
-  task = TASKS["causal_lm"]
+  """And a loss that is not finite ends in a line, before that is done."""
+  task, opened = TASKS["causal_lm"], evaluation.open_run(workdir)
   judge = lambda config, model, variables, data, mesh: {"bleu": float(len(data.validation))}
-  monkeypatch.setitem(TASKS, "causal_lm", task._replace(judge=judge))
-  found = evaluation.evaluate(evaluation.open_run(workdir), "test")
+  measure = lambda model, params, batch: {"loss": jnp.sum(batch["weights"]) * loss, "weight": 1.0}
+  task = task._replace(judge=judge, measure=measure)
+  monkeypatch.setitem(TASKS, "causal_lm", task)
+  loss = 1.0
+  found = evaluation.evaluate(opened, "test")
   assert found["metrics"]["bleu"] == found["samples"]
+  loss = math.nan
+  with pytest.raises(FloatingPointError, match="'test' is nan with the weights of step 5"):
+    evaluation.evaluate(opened, "test")
 
 
 def test_perplexities_are_those_of_the_metrics():
@@ -255,9 +259,9 @@ def test_any_mesh_gives_the_same_numbers(tmp_path, workdir):
 
 
 @pytest.mark.ci
-def test_a_finished_run_is_evaluated_to_what_it_wrote(tmp_path):
+def test_a_finished_run_is_evaluated_to_what_it_wrote(tmp_path, workdir):
   """Averaged weights, when the run kept them."""
-  config = write_run(tmp_path / "data", TEXTS)
+  config = runs.held_record(workdir).config
   config = dataclasses.replace(config, steps=2, ema=0.5, sample_tokens=0)
   summary = training.train(config, tmp_path / "run")
   found = evaluation.evaluate(evaluation.open_run(tmp_path / "run"))["metrics"]

@@ -95,10 +95,16 @@ def by_hand(model, variables, question) -> list[float]:
   return likelihoods
 
 
-def test_scores_are_the_models_own(opened):
+@pytest.fixture(scope="module")
+def together(opened):
+  """The scores of all questions, and the counts."""
+  return multiple_choice.score(opened, QUESTIONS)
+
+
+def test_scores_are_the_models_own(opened, together):
   """In batches of several lengths; sizes are those of the text, without the joining space."""
   model, variables = opened.run
-  scored, counts = multiple_choice.score(opened, QUESTIONS)
+  scored, counts = together
   apply = jax.jit(model.apply)
   for question, options in zip(QUESTIONS, scored, strict=True):
     found = [option.log_likelihood for option in options]
@@ -111,11 +117,14 @@ def test_scores_are_the_models_own(opened):
   assert counts == {"questions": 4, "options": 9, "truncated": 2}
 
 
-def test_others_in_the_batch_change_nothing(opened):
-  together, _ = multiple_choice.score(opened, QUESTIONS)
-  alone, _ = multiple_choice.score(dataclasses.replace(opened, rows=1), QUESTIONS[1:2])
+def test_others_in_the_batch_change_nothing(opened, together):
+  """Of rows, and of lengths that are compiled for."""
+  (alone,), _ = multiple_choice.score(dataclasses.replace(opened, rows=1), QUESTIONS[1:2])
+  beside = together[0][1]
   np.testing.assert_allclose(
-    [o.log_likelihood for o in alone[0]], [o.log_likelihood for o in together[1]], rtol=1e-5
+    [o.log_likelihood for o in alone],
+    [o.log_likelihood for o in beside],
+    rtol=1e-5,  # float32
   )
 
 
@@ -146,13 +155,12 @@ def test_what_cannot_be_scored_is_refused(opened, tmp_path):
     multiple_choice.score(broken, QUESTIONS[:1])
 
 
-def test_a_file_is_evaluated_and_told(opened, tmp_path, capsys):
+def test_a_file_is_evaluated_and_told(opened, together, tmp_path, capsys):
   path = tmp_path / "q.jsonl"
   line = {"context": "once upon a time in a land", "choices": ["far away", "no"], "label": 0}
   path.write_text(json.dumps(line) + "\n")
   result = multiple_choice.evaluate(opened, str(path))
-  (scored,), _ = multiple_choice.score(opened, [choices.completions(*line.values(), "")])
-  chosen = multiple_choice.choose(scored)
+  chosen = multiple_choice.choose(together[0][3])
   for name, index in chosen.items():
     assert result["metrics"][f"accuracy_{name}"] == float(index == 0)
   assert (result["questions"], result["truncated"], result["step"]) == (1, 2, 4)
