@@ -40,6 +40,10 @@ def main() -> None:
     opened = evaluation.open_run(
       workdir.value, step=step.value, batch_size=rows.value, changes=changes()
     )
+    console = reporting.make_console(quiet=not distributed.is_first())
+    on = asked.value or f"the split {split.value!r}"
+    line = f"evaluating step {opened.step:,} of {opened.workdir} on {on}"
+    console.print(line, highlight=False, soft_wrap=True, markup=False)
     if asked.value:
       result = multiple_choice.evaluate(opened, asked.value, split.value)
     else:

@@ -275,7 +275,7 @@ def evaluate(opened: Opened, split: str = "validation") -> dict[str, Any]:
 
   Raises:
     ConfigError: see `load_split`.
-    FloatingPointError: if the loss is not finite.
+    FloatingPointError: if the loss, or another metric, is not finite.
   """
   started = time.perf_counter()
   data, config, (model, variables) = load_split(opened, split), opened.record.config, opened.run
@@ -287,6 +287,8 @@ def evaluate(opened: Opened, split: str = "validation") -> dict[str, Any]:
     scores = task.metrics(totals, data, whole=True)
     if task.judge is not None:
       scores = scores | task.judge(config, model, variables, data, opened.mesh)
+  for name, value in scores.items():
+    refuse_unless_finite(value, f"{name} of the split {split!r}", opened)
   return opened.result(
     started,
     split=split,

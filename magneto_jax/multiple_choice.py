@@ -204,7 +204,7 @@ def evaluate(opened: Opened, name: str, split: str = "validation") -> dict[str, 
   Args:
     opened: the run.
     name: a JSONL file, or one of `data.choices.FORMATTERS`, prepared by TFDS.
-    split: of the data set; a file has none.
+    split: of the data set; a file has none, and its result says None.
 
   Raises:
     ConfigError, FileNotFoundError, FloatingPointError: see `score` and `data.choices.read`.
@@ -213,6 +213,10 @@ def evaluate(opened: Opened, name: str, split: str = "validation") -> dict[str, 
   with config_errors():
     asked = choices.read(name, split=split, data_dir=opened.record.config.data.data_dir)
   scored, counts = score(opened, asked)
-  return (
-    opened.result(started, choices=name, split=split, metrics=accuracies(asked, scored)) | counts
+  return opened.result(
+    started,
+    choices=name,
+    split=None if choices.is_file(name) else split,
+    metrics=accuracies(asked, scored),
+    **counts,
   )

@@ -164,6 +164,7 @@ def test_a_file_is_evaluated_and_told(opened, together, tmp_path, capsys):
   for name, index in chosen.items():
     assert result["metrics"][f"accuracy_{name}"] == float(index == 0)
   assert (result["questions"], result["truncated"], result["step"]) == (1, 2, 4)
+  assert result["split"] is None  # A file has none.
   json.dumps(result, allow_nan=False)
   evaluate.report(result)
   told = capsys.readouterr().out

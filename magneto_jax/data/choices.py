@@ -211,12 +211,28 @@ def read_tfds(name: str, *, split: str, data_dir: str = "") -> list[Question]:
       f" {', '.join(FORMATTERS)}; others can be written as JSONL, {_FORMS}"
     )
   _, examples = tfds_text.tfds_examples(name, split=split, data_dir=data_dir)
-  make = FORMATTERS[dataset]
-  return [make(examples[i], f"{name}, {split}, example {i}") for i in range(len(examples))]
+
+  def question(index: int) -> Question:
+    where = f"{name}, {split}, example {index}"
+    try:
+      example = examples[index]
+    except Exception as error:  # ArrayRecord, protocol buffers and TFDS have no common one.
+      reason = " ".join(str(error).split())
+      raise ValueError(
+        f"{where} cannot be read ({type(error).__name__}: {reason:.120}): prepare the data anew"
+      ) from error
+    return FORMATTERS[dataset](example, where)
+
+  return list(map(question, range(len(examples))))
+
+
+def is_file(name: str) -> bool:
+  """Whether a name is a file's, which need not be there, and not a data set's."""
+  return os.path.exists(name) or name.endswith((".jsonl", ".json"))
 
 
 def read(name: str, *, split: str = "validation", data_dir: str = "") -> list[Question]:
   """The questions of a file, or of a data set of that name; see `read_jsonl` and `read_tfds`."""
-  if os.path.exists(name) or name.endswith((".jsonl", ".json")):
+  if is_file(name):
     return read_jsonl(name)
   return read_tfds(name, split=split, data_dir=data_dir)

@@ -176,3 +176,7 @@ def test_prepared_data_are_read_by_name(tmp_path):
   assert found[2].where == "winogrande, validation, example 2"
   with pytest.raises(ValueError, match=r"winogrande/1.2.0 has no split 'test'; it has \['valid"):
     choices.read("winogrande", split="test", data_dir=str(tmp_path))
+  (shard,) = tmp_path.rglob("*.array_record*")
+  shard.write_bytes(shard.read_bytes()[:-100])
+  with pytest.raises(ValueError, match="winogrande, validation, example 0 cannot be read"):
+    choices.read("winogrande", data_dir=str(tmp_path))
