@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import socket
 import subprocess
 import sys
 
@@ -256,6 +257,27 @@ def test_any_mesh_gives_the_same_numbers(tmp_path, workdir):
   alone = evaluation.evaluate(evaluation.open_run(workdir))["metrics"]
   assert written["devices"] == 4
   assert written["metrics"] == pytest.approx(alone, rel=1e-5)  # float32
+
+
+@pytest.mark.slow
+def test_two_hosts_give_the_same_numbers_and_one_tells_them(tmp_path, workdir):
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{free.getsockname()[1]}"
+  output = tmp_path / "two.json"
+  command = [sys.executable, "-m", "magneto_jax.evaluate", f"--workdir={workdir}", "--batch_size=4"]
+  command += ["--config.mesh.fsdp=2", "--config.mesh.data=2", f"--output={output}"]
+  command += [f"--coordinator_address={address}", "--num_processes=2"]
+  pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+  started = [
+    subprocess.Popen([*command, f"--process_id={i}"], env=simulated.devices(2), **pipes)
+    for i in range(2)
+  ]
+  told = [process.communicate(timeout=500) for process in started]
+  assert [process.returncode for process in started] == [0, 0], told
+  assert ["bits a byte" in out for out, _ in told] == [True, False]
+  alone = evaluation.evaluate(evaluation.open_run(workdir))["metrics"]
+  assert json.loads(output.read_text())["metrics"] == pytest.approx(alone, rel=1e-5)  # float32
 
 
 @pytest.mark.ci
