@@ -260,7 +260,7 @@ def mark(name: str, value: float, bound: float, *, at_most: bool = True) -> dict
   return {"name": name, "value": value, "bound": bound, "at_most": at_most, "met": met}
 
 
-def mark_in_words(entry: dict) -> str:
+def mark_in_words(entry: dict, digits: int = 2) -> str:
   sign = "<=" if entry["at_most"] else ">="
   verdict = "met" if entry["met"] else "MISSED"
-  return f"mark {verdict}: {entry['name']} {entry['value']:.2f} {sign} {entry['bound']:g}"
+  return f"mark {verdict}: {entry['name']} {entry['value']:.{digits}f} {sign} {entry['bound']:g}"

@@ -2,12 +2,14 @@
 
 import difflib
 import importlib.resources
+import importlib.util
 import pathlib
 import re
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import ml_collections
@@ -19,6 +21,7 @@ from magneto_jax.config import (
   ConfigError,
   TrainConfig,
   config_errors,
+  default_config,
   field_names,
   from_config_dict,
   unknown_field,
@@ -44,6 +47,39 @@ def typed_config(flag: flags.FlagHolder) -> TrainConfig:
   if not isinstance(flag.value, ml_collections.ConfigDict | dict):
     raise ConfigError(f"the config file must return a config, not {flag.value!r}")
   return from_config_dict(flag.value)
+
+
+def define_changes_flag() -> Callable[[], dict[str, Any]]:
+  """Defines `--config.field=VALUE` without `--config`: changes to the config of a run.
+
+  Returns:
+    What gives those that are set, by dotted name, once the flags are parsed.
+  """
+  try:
+    # ml_collections reads the command line here already.
+    _check_overrides(sys.argv)
+    config_flags.DEFINE_config_dict("config", default_config())
+  except Exception as error:
+    fail(_parse_error(error))
+  return lambda: config_flags.get_override_values(flags.FLAGS["config"])
+
+
+def define_task_file_flag() -> Callable[[], None]:
+  """Defines `--task_file=FILE.py`; returns what runs that file, once the flags are parsed."""
+  holder = flags.DEFINE_string(
+    "task_file", "", "A Python file that registers a task of your own (docs/tasks.md); it is run."
+  )
+
+  def run_it() -> None:
+    if not holder.value:
+      return
+    path = pathlib.Path(holder.value)
+    if path.suffix != ".py" or not path.is_file():
+      raise ConfigError(f"--task_file={path} is not a Python file that is there")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+  return run_it
 
 
 def define_workdir_flag(doc: str) -> flags.FlagHolder:

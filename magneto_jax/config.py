@@ -222,13 +222,14 @@ class DataConfig(_Checked):
   name: str = _field("embedded", "`embedded`, `text_files`, or the name of a TFDS data set")
   train_files: str = _field("", "files or globs of name=text_files, separated by commas")
   validation_files: str = _field("", "the same; empty: a tail of the training text")
+  test_files: str = _field("", "the same, of the split `test` (magneto_jax.evaluate)")
   document_separator: str = _field("", "splits a text file into documents; empty: one a file")
   validation_fraction: float = _field(
     0.1, "tail held out when there are no validation_files", above=0.0, below=1.0
   )
   data_dir: str = _field("", "where TFDS data sets lie prepared; empty: TFDS's own default")
   train_split: str = _field("train", "TFDS split to train on")
-  validation_split: str = _field("validation", "TFDS split to evaluate on")
+  validation_split: str = _field("validation", "split to evaluate on")
   text_key: str = _field("text", "TFDS feature that holds the text")
   tokenizer: str = _field("sentencepiece", "kind of tokens", choices=("sentencepiece", "byte"))
   vocab_size: int = _field(1024, "pieces to train (sentencepiece)", min=8, max=_LONGEST)
@@ -245,11 +246,11 @@ class DataConfig(_Checked):
 
   def __post_init__(self):
     super().__post_init__()
-    if self.name != "text_files" and (self.train_files or self.validation_files):
-      raise ConfigError(
-        f"data.train_files and data.validation_files are not read with data.name={self.name!r}: set"
-        " data.name=text_files"
-      )
+    for name in ("train_files", "validation_files", "test_files"):
+      if self.name != "text_files" and getattr(self, name):
+        raise ConfigError(
+          f"data.{name} are not read with data.name={self.name!r}: set data.name=text_files"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -323,11 +324,20 @@ class SpikeConfig(_Checked):
   limit: int = _positive(3, "how often, before the run ends")
 
 
+# What `task` may be: the keys of `tasks.TASKS`, to which `tasks.register` adds.
+TASK_NAMES = ["causal_lm", "translation", "beit3"]
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(_Checked):
   """One run."""
 
-  task: str = _field("causal_lm", "what is learned", choices=("causal_lm", "translation", "beit3"))
+  task: str = _field(
+    "causal_lm",
+    "what is learned",
+    choices=TASK_NAMES,
+    hint="; a task of your own is first registered by its file (docs/tasks.md)",
+  )
   recipe: str = _field(
     "magneto", "how the model is normalised, scaled and initialised", choices=tuple(recipes.RECIPES)
   )
@@ -464,6 +474,7 @@ RESUMABLE = (
   # Moved, perhaps; the texts themselves are compared.
   "data.train_files",
   "data.validation_files",
+  "data.test_files",
   "data.tokenizer_file",
   # A run may go on on other machines: what is computed is the same up to the order of sums.
   "mesh.slices",
@@ -619,7 +630,7 @@ def _checked(field: dataclasses.Field, value, name: str):
     raise ConfigError(f"config.{name}={value} must be finite")
   if "choices" in bounds and value not in bounds["choices"]:
     near = difflib.get_close_matches(value[:80], bounds["choices"], n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    hint = f"; did you mean {near[0]}?" if near else bounds.get("hint", "")
     choices = ", ".join(choice or "''" for choice in bounds["choices"])
     raise ConfigError(f"config.{name}={value!r:.80} must be one of {choices}{hint}")
   # As a device sees it, too, to which 1 - 1e-12 is 1 and 1e-50 is 0.

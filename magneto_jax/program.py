@@ -282,16 +282,12 @@ class Program(NamedTuple):
     with sharding.use_mesh(self.mesh):
       return jax.jit(init, out_shardings=sharding.of(self.state))(key)
 
-  def put(self, rows: dict[str, Any], *, parts: int = 1) -> dict[str, jax.Array]:
-    """The global batch, of which this process gives the rows of `sharding.rows_of_process`.
-
-    With `parts` a batch is one of so many parts of a step's.
-    """
-    placed = {}
-    for name, spec in self.batch.items():
-      shape = (spec.shape[0] // parts, *spec.shape[1:])
-      placed[name] = jax.make_array_from_process_local_data(spec.sharding, rows[name], shape)
-    return placed
+  def put(self, rows: dict[str, Any]) -> dict[str, jax.Array]:
+    """The global batch, of which this process gives the rows of `sharding.rows_of_process`."""
+    return {
+      name: jax.make_array_from_process_local_data(spec.sharding, rows[name], spec.shape)
+      for name, spec in self.batch.items()
+    }
 
 
 def compile_step(config: TrainConfig, facts: Facts, mesh: jax.sharding.Mesh) -> Program:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 from flax import linen as nn
 
-from magneto_jax import distributed
+from magneto_jax import distributed, sharding
 from magneto_jax.checkpoints import Checkpointer, abstract_like
 from magneto_jax.config import (
   ConfigError,
@@ -302,7 +302,8 @@ def refuse_if_different(workdir, old: Record, new: Record) -> None:
     )
 
 
-def _read(workdir: str | pathlib.Path) -> Record:
+def held_record(workdir: str | pathlib.Path) -> Record:
+  """The record of the run in a workdir; FileNotFoundError if it holds none."""
   record = read_record(workdir)
   if record is None:
     raise FileNotFoundError(
@@ -311,7 +312,12 @@ def _read(workdir: str | pathlib.Path) -> Record:
   return record
 
 
-def load(workdir: str | pathlib.Path, *, step: int | None = None) -> Run:
+def load(
+  workdir: str | pathlib.Path,
+  *,
+  step: int | None = None,
+  mesh: jax.sharding.Mesh | None = None,
+) -> Run:
   """The model of a run and its variables, ready for `model.apply(variables, ...)`.
 
   The weights are the run's moving average if it kept one, else its last ones.
@@ -319,6 +325,8 @@ def load(workdir: str | pathlib.Path, *, step: int | None = None) -> Run:
   Args:
     workdir: of the run; or a folder that `magneto_jax.convert` has written.
     step: of the checkpoint; the newest by default.
+    mesh: of `sharding.make_mesh`, over which a run's variables are laid out; by default they are on
+      the first device.
 
   Returns:
     The pair (model, variables).
@@ -335,7 +343,7 @@ def load(workdir: str | pathlib.Path, *, step: int | None = None) -> Run:
       raise FileNotFoundError(f"{workdir} is a converted model, it has no steps")
     with config_errors():
       return Run(*saved.load(workdir))
-  record = _read(workdir)
+  record = held_record(workdir)
   task = TASKS[record.config.task]
   with config_errors():
     model = task.build_model(record.config, record.facts)
@@ -348,7 +356,16 @@ def load(workdir: str | pathlib.Path, *, step: int | None = None) -> Run:
     part = "ema_params" if "ema_params" in checkpointer.parts(step) else "params"
     inputs = task.dummy_inputs(record.config)
     abstract = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
-    params = checkpointer.restore(step, {part: abstract_like(abstract)})[part]
+    placed = abstract_like(abstract)
+    if mesh is not None:
+      with config_errors():
+        places = sharding.parameter_shardings(abstract, mesh)
+      placed = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        abstract,
+        places,
+      )
+    params = checkpointer.restore(step, {part: placed})[part]
   return Run(model, {"params": params})
 
 
@@ -359,7 +376,7 @@ def load_tokenizer(workdir: str | pathlib.Path) -> tokenizers.Tokenizer:
     FileNotFoundError: if the workdir holds no run, or the tokenizer is gone.
     ConfigError: if it is not the one that the run was trained with.
   """
-  record = _read(workdir)
+  record = held_record(workdir)
   if record.config.data.tokenizer == "byte":
     return tokenizers.ByteTokenizer()
   path = data_in(workdir) / text.TOKENIZER_FILE

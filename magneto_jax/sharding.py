@@ -40,8 +40,9 @@ WEIGHT_AXES: dict[str, tuple[str, ...]] = {
 
 # The last dimensions of every parameter of every model, by the end of its path; what stands before
 # them (a scan's layers) is cut by nothing, as is what is called None. Between a module and its
-# parameter there may be the name of an expert. Exactly one entry matches each path.
-PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+# parameter there may be the name of an expert. Exactly one entry matches each path. Layers that
+# are not the library's have rows of their own (`tasks.register`).
+PARAMETERS: list[tuple[str, tuple[str | None, ...]]] = [
   ("(self|cross)_attention/(query|key|value)/kernel", ("embed", "heads", None)),
   ("(self|cross)_attention/(query|key|value)/bias", ("heads", None)),
   ("(self|cross)_attention/out/kernel", ("heads", None, "embed")),
@@ -67,7 +68,7 @@ PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
   ("head_dense/kernel", (None, "embed")),
   ("head_dense/bias", (None,)),
   ("head_bias", ("vocab",)),
-)
+]
 
 
 # ---------------------------------------------------------------------------------------------

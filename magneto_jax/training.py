@@ -4,22 +4,21 @@ import contextlib
 import dataclasses
 import functools
 import gc
-import itertools
 import math
 import os
 import pathlib
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
 import rich.console
 
 from magneto_jax import (
   diagnostics,
   distributed,
+  evaluation,
   hardware,
   jobs,
   preemption,
@@ -29,33 +28,9 @@ from magneto_jax import (
 )
 from magneto_jax.checkpoints import Checkpointer, refuse_if_no_room
 from magneto_jax.config import ConfigError, TrainConfig, config_errors
-from magneto_jax.data import pipelines
 from magneto_jax.monitor import Monitor
 from magneto_jax.program import Program, TrainState
 from magneto_jax.spikes import Diverged, Watch, restart
-from magneto_jax.tasks.task import Totals
-
-
-def evaluate(measure: Callable[[Any, Any], dict], params, batches: Iterable) -> Totals:
-  """Totals over batches of what `Task.measured` gives of each: sums in float64, rows joined."""
-  sums: dict[str, float] = {}
-  rows: dict[str, list[np.ndarray]] = {}
-
-  def take(measured) -> None:
-    for name, value in jax.device_get(measured).items():
-      if np.ndim(value):
-        rows.setdefault(name, []).append(value)
-      else:
-        sums[name] = sums.get(name, 0.0) + float(value)
-
-  unread: dict[str, jax.Array] = {}
-  for batch in batches:
-    # One batch late: the next one is prepared meanwhile, and no more of them wait on the devices.
-    coming = measure(params, batch)
-    take(unread)
-    unread = coming
-  take(unread)
-  return sums | {name: np.concatenate(parts) for name, parts in rows.items()}
 
 
 def dry_run(config: TrainConfig, workdir: str | os.PathLike) -> None:
@@ -200,8 +175,11 @@ class _Loop:
     whole = program.key.sharding
     keys = jax.jit(make_keys, out_shardings=whole)()
     self.parameter_key, self.dropout_key, self.sample_key = keys
-    measure = lambda params, batch: self.task.measured(program.model, params, batch)
-    self.measure = jax.jit(measure, out_shardings=whole)
+    # As many rows at a time as the step has.
+    rows = self.config.batch_size // self.config.accumulation
+    self.evaluator = evaluation.Evaluator(
+      functools.partial(self.task.measured, program.model), program.mesh, rows
+    )
     self.watch = Watch(self.config.spike.factor, self.config.spike.window)
     self.monitor: Monitor | None = None
     self.scores: dict[str, float] = {}  # Of the last step's evaluation.
@@ -414,29 +392,19 @@ class _Loop:
 
   def validate(self) -> dict[str, float]:
     """The validation set's metrics."""
-    # As many rows at a time as the step has.
-    config, program, dataset = self.config, self.program, self.job.data.validation
-    parts = config.accumulation
-    size = config.batch_size // parts
-    rows = sharding.rows_of_process(program.mesh, size)
-    batches = pipelines.eval_batches(dataset, size, rows=rows)
-    batches = itertools.islice(batches, parts * config.eval_batches or None)
-    put = functools.partial(program.put, parts=parts)
-    totals = evaluate(self.measure, self.state.eval_params, map(put, self.noticing(batches)))
+    config, data = self.config, self.job.data
+    totals = self.evaluator.totals(
+      self.state.eval_params,
+      data.validation,
+      batches=config.accumulation * config.eval_batches,
+      before_each=lambda: self.notice.check(self.saved),
+    )
     if not all(map(math.isfinite, (totals["loss"], totals["weight"]))):
       raise Diverged(
         f"the validation loss is {totals['loss']}; the checkpoint of step {self.saved} is kept: in"
         " another workdir, lower optimizer.learning_rate"
       )
-    # The last batch is filled up.
-    totals = {k: v[: len(dataset)] if np.ndim(v) else v for k, v in totals.items()}
-    return self.task.metrics(totals, self.job.data, whole=not config.eval_batches)
-
-  def noticing(self, batches: Iterable) -> Iterator:
-    """The batches, among which a notice to stop is acted upon."""
-    for batch in batches:
-      self.notice.check(self.saved)
-      yield batch
+    return self.task.metrics(totals, data, whole=not config.eval_batches)
 
   # ----------------------------------------------------------------------------------- Summary
 

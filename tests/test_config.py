@@ -197,7 +197,7 @@ MAY_DIFFER = {
   "diagnostics_every",
   *("sample_prompt", "sample_tokens", "sample_temperature"),
   *("data.cache_dir", "data.data_dir", "data.workers", "data.train_files", "data.validation_files"),
-  "data.tokenizer_file",
+  *("data.tokenizer_file", "data.test_files"),
   *("data.prefetch", "data.skip_bad"),
   *("max_skipped", "skip_batches"),
   *(f"spike.{name}" for name in ("factor", "window", "rewind_steps", "skip_batches", "limit")),

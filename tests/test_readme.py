@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import json
 import pathlib
 import re
 import shlex
@@ -11,8 +12,9 @@ import sys
 import pytest
 from flax import linen as nn
 
-from magneto_jax import RECIPES, models, sharding
+from magneto_jax import RECIPES, evaluation, models, multiple_choice, sharding, tasks
 from magneto_jax.config import MeshConfig, field_names
+from magneto_jax.data import choices
 from magneto_jax.kernels import attention
 from tests import simulated
 
@@ -116,6 +118,46 @@ def test_a_model_is_sharded_as_written():
   assert [field for field, _ in axes] == list(dataclasses.asdict(MeshConfig()))
   knobs = re.findall(r"^\| `([\w.]+)` \| (?!`)", page.split("## Knobs")[1], re.M)
   assert len(knobs) == 5 and set(knobs) <= set(field_names())
+
+
+@pytest.mark.ci
+def test_a_task_is_added_as_written(tmp_path):
+  """In one file and by the commands beside it; it learns, and is evaluated on its third split."""
+  page = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
+  (code,), commands = fenced("python", page), fenced("sh", page)[0].splitlines()
+  (tmp_path / "counting.py").write_text(code + "\n")
+  for command in commands:
+    words = [sys.executable, *shlex.split(command)[1:]]
+    said = subprocess.run(words, check=True, cwd=tmp_path, capture_output=True, text=True).stdout
+  summary = json.loads((tmp_path / "runs" / "counting" / "summary.json").read_text())
+  baseline = summary["baselines"]["mean_squared_error"]["the training mean"]
+  assert summary["validation_mean_squared_error"] < baseline / 4
+  assert "on the split 'test': 256 samples" in said and "mean squared error" in said
+  # Without the file the run names a task that is not known.
+  words = [word for word in words if not word.startswith("--task_file")]
+  result = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+  assert result.returncode == 2 and result.stderr.count("\n") == 1
+  assert "config.task='counting' must be one of causal_lm, " in result.stderr
+  assert "docs/tasks.md" in result.stderr
+
+
+def test_tasks_are_those_that_exist():
+  page = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
+  assert re.findall(r"^\| `(\w+)`", page, re.M) == list(tasks.TASKS)
+
+
+def test_questions_and_metrics_are_as_written(tmp_path):
+  page = (ROOT / "docs" / "evaluate.md").read_text(encoding="utf-8")
+  (lines,) = fenced("json", page)
+  (tmp_path / "questions.jsonl").write_text(lines)
+  first, second = choices.read(str(tmp_path / "questions.jsonl"))
+  assert first.options[0].continuation == " cup."
+  assert len({option.continuation for option in second.options}) == 1
+  models, questions = page.split("## Language models")[1].split("## Multiple choice")
+  told = evaluation.in_other_words({"loss_nats_per_token": 1.0, "bits_per_byte": 1.0})
+  assert re.findall(r"^\| `(\w+)`", models, re.M) == list(told)
+  named = re.findall(r"^\| `accuracy_(\w+)`", questions, re.M)
+  assert named == list(multiple_choice.NORMALISED)
 
 
 def test_recipes_and_models_are_those_that_exist():

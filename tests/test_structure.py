@@ -47,13 +47,16 @@ LEVELS = {
   "runs": 5,
   "jobs": 6,
   "planning": 6,
+  "evaluation": 6,
   "training": 7,
+  "multiple_choice": 7,
   # The public names.
   "__init__": 7,
   "train": 8,
   "generate": 8,
   "diagnose": 8,
   "plan": 8,
+  "evaluate": 8,
   "convert.__main__": 8,
 }
 

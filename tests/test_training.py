@@ -23,6 +23,7 @@ from benchmarks.reliability import numbers, states
 from magneto_jax import (
   checkpoints,
   decoding,
+  evaluation,
   jobs,
   memory,
   monitor,
@@ -578,9 +579,9 @@ def test_a_run_that_is_preempted_at_every_turn_ends_as_if_it_had_not_been(
 
   for where, name, saved in (
     (jobs, "prepare", 0),
-    (training, "evaluate", 2),
+    (evaluation.Evaluator, "totals", 2),
     (feed.Feed, "__next__", 3),
-    (training, "evaluate", 4),
+    (evaluation.Evaluator, "totals", 4),
   ):
     with pytest.raises(Preempted) as caught:
       trained(where, name)

@@ -19,16 +19,18 @@ class SourceOptions:
   Attributes:
     train_files: paths or globs of UTF-8 text (`text_files`).
     validation_files: the same; empty holds out a part of `train_files` (`text_files`).
+    test_files: the same, of the split `test` (`text_files`).
     document_separator: between documents of one file; empty: one document a file (`text_files`).
     validation_fraction: the part held out of each file, in (0, 1) (`text_files`).
     data_dir: where TFDS keeps its data; empty means its default (TFDS).
     train_split: split to train on (`embedded`, TFDS).
-    validation_split: split to validate on (`embedded`, TFDS).
+    validation_split: split to validate on.
     text_key: the feature that holds the text (TFDS).
   """
 
   train_files: tuple[str, ...] = ()
   validation_files: tuple[str, ...] = ()
+  test_files: tuple[str, ...] = ()
   document_separator: str = ""
   validation_fraction: float = 0.1
   data_dir: str = ""
@@ -37,7 +39,7 @@ class SourceOptions:
   text_key: str = "text"
 
 
-def load_documents(name: str, **options: Any) -> Parts:
+def load_documents(name: str, *, apart: bool = True, **options: Any) -> Parts:
   """Returns the training and the validation documents of a source of text.
 
   Nothing is ever downloaded: a data set that is not on disk is an error that says how to prepare
@@ -46,6 +48,7 @@ def load_documents(name: str, **options: Any) -> Parts:
   Args:
     name: a name in `SOURCES` (`embedded`, `text_files`), or a TFDS data set such as `lm1b`,
       `c4/en` or `wikipedia/20230601.en`.
+    apart: whether both parts must differ.
     **options: the fields of `SourceOptions`.
 
   Returns:
@@ -67,7 +70,7 @@ def load_documents(name: str, **options: Any) -> Parts:
     if not part:
       raise ValueError(f"{name} has no {which} documents: {dict(part.identity)}")
   digests = [part.identity.get("sha256", part.identity) for part in (train, validation)]
-  if digests[0] == digests[1]:
+  if apart and digests[0] == digests[1]:
     raise ValueError(f"{name}: training and validation text are the same: {dict(train.identity)}")
   return train, validation
 
@@ -105,8 +108,10 @@ def _text_files(options: SourceOptions) -> Parts:
   return text_files.text_files(
     train_files=options.train_files,
     validation_files=options.validation_files,
+    test_files=options.test_files,
     document_separator=options.document_separator,
     validation_fraction=options.validation_fraction,
+    validation_split=options.validation_split,
   )
 
 

@@ -21,8 +21,10 @@ def text_files(
   *,
   train_files: Sequence[str],
   validation_files: Sequence[str] = (),
+  test_files: Sequence[str] = (),
   document_separator: str = "",
   validation_fraction: float = 0.1,
+  validation_split: str = "validation",
 ) -> tuple[documents.Documents, documents.Documents]:
   """Documents of UTF-8 text files, with a held-out part.
 
@@ -33,20 +35,22 @@ def text_files(
   Args:
     train_files: paths or glob patterns; the files of a pattern come in sorted order.
     validation_files: the same for the held-out text; empty takes it from the training files.
+    test_files: the same for the split `test`.
     document_separator: the string between two documents of one file, for example a blank line or
       "<|endoftext|>"; it belongs to neither. Empty means one document a file.
     validation_fraction: in (0, 1); part of each file's bytes, read only without
       `validation_files`.
+    validation_split: what is evaluated on: `validation`, `test` (the `test_files`) or `train`.
 
   Returns:
-    Training and validation documents. Empty documents are left out; one that is not UTF-8 is a
-    BadRecord when it is read.
+    Training documents, and those of the split. Empty documents are left out; one that is not UTF-8
+    is a BadRecord when it is read.
 
   Raises:
     FileNotFoundError: a pattern matches no file.
     TypeError: the files are one string, not a sequence of them.
-    ValueError: a file is empty or in both parts, a part has no document, or
-      `validation_fraction` is out of range.
+    ValueError: a file is empty or in both parts, a part has no document, there is no such split,
+      or `validation_fraction` is out of range.
   """
   train_paths = _expand(train_files, "train_files")
   separator = document_separator.encode()
@@ -66,7 +70,17 @@ def text_files(
       kept = _spans(path, content, separator, stop=cut)
       train += kept
       validation += _spans(path, content, separator, start=cut, index=len(kept))
-  return _documents(train, "train"), _documents(validation, "validation")
+  held = {"train": train, "validation": validation}
+  if validation_split == "test":
+    test_paths = _expand(test_files, "test_files")
+    if shared := sorted(set(train_paths) & set(test_paths)):
+      raise ValueError(f"train_files and test_files must not share files: {shared}")
+    held["test"] = [span for path in test_paths for span in _spans(path, _read(path), separator)]
+  if validation_split not in held:
+    raise ValueError(
+      f"text files have no split {validation_split!r}, only train, validation and test (test_files)"
+    )
+  return _documents(train, "train"), _documents(held[validation_split], validation_split)
 
 
 def _expand(patterns: Sequence[str], argument: str) -> list[str]:

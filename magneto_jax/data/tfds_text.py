@@ -10,6 +10,7 @@ import itertools
 import os
 import pathlib
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from magneto_jax.data import documents, files
@@ -75,6 +76,26 @@ def tfds_text(
       "split_bytes": {key: int(value.num_bytes) for key, value in info.splits.items()},
     },
   )
+
+
+def tfds_examples(
+  name: str, *, split: str, data_dir: str = ""
+) -> tuple[dict[str, Any], Sequence[Mapping[str, Any]]]:
+  """The features, by name, and the examples of one split of a prepared data set; see `tfds_text`.
+
+  Raises:
+    FileNotFoundError: the data set exists in TFDS but is not prepared under `data_dir`.
+    ValueError: no such data set or split, or it cannot be read.
+  """
+  builder = _prepared_builder(name, data_dir)
+  info = builder.info
+  try:
+    examples = builder.as_data_source(split, file_format="array_record")
+  except (KeyError, ValueError):
+    raise ValueError(
+      f"{info.full_name} has no split {split!r}; it has {sorted(info.splits)}"
+    ) from None
+  return dict(info.features.items()), examples
 
 
 def _text_keys(features: Any) -> list[str]:

@@ -1,5 +1,9 @@
 """What can be learned: the table TASKS."""
 
+from collections.abc import Sequence
+
+from magneto_jax import sharding
+from magneto_jax.config import TASK_NAMES
 from magneto_jax.tasks import beit3, causal_lm, translation
 from magneto_jax.tasks.task import Task
 
@@ -8,3 +12,25 @@ TASKS: dict[str, Task] = {
   "translation": translation.TASK,
   "beit3": beit3.TASK,
 }
+_OWN = frozenset(TASKS)
+
+
+def register(
+  name: str, task: Task, parameters: Sequence[tuple[str, tuple[str | None, ...]]] = ()
+) -> None:
+  """Adds a task of yours, so that `config.task` can name it; see docs/tasks.md.
+
+  Args:
+    name: of the task. One of your own that has it is replaced, as a file may be run twice.
+    task: the task.
+    parameters: rows for `sharding.PARAMETERS`, of layers that are not the library's.
+
+  Raises:
+    ValueError: if the library has a task of that name.
+  """
+  if name in _OWN:
+    raise ValueError(f"the library has a task {name!r} already: give yours another name")
+  TASKS[name] = task
+  if name not in TASK_NAMES:
+    TASK_NAMES.append(name)
+  sharding.PARAMETERS.extend(row for row in parameters if row not in sharding.PARAMETERS)

@@ -136,7 +136,7 @@ def load_data(
   """Documents, tokenizer and token windows; what is derived is kept in `directory`."""
   values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
   del values["workers"], values["prefetch"]  # The pipeline's, not the text's.
-  for name in ("train_files", "validation_files"):
+  for name in ("train_files", "validation_files", "test_files"):
     values[name] = tuple(part.strip() for part in values[name].split(",") if part.strip())
   return text.load_text(workdir=directory, expected=expected, **values)
 

@@ -1,0 +1,188 @@
+"""Every task's tiny config, trained by the real command, beside what trivial models score.
+
+`python -m benchmarks.tiny_runs [--only=causal_lm,...]` trains them one after the other, each in a
+new workdir, and keeps the latest run of every task in results/tiny_runs.json, in the list `runs`.
+Its exit code is 1 if a run misses its target or is no better than its baseline; `--table` prints
+what the file holds. A task is one row of ENTRIES.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+
+from benchmarks import coordinator
+
+PATH = coordinator.RESULTS / "tiny_runs.json"
+# As the README's command; of Linux, and of speed alone.
+_VARIABLES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+  """A task's tiny run.
+
+  Attributes:
+    config: the `--config` of the command.
+    metric: by which it is judged, of the validation set.
+    target: set before the run, and stated in the config file.
+    higher_is_better: whether more of the metric is.
+    baselines: `(summary.json of the run, its workdir) -> {name: value}` of the metric; the best is
+      the one to beat.
+    beside: likewise, printed and kept, and no mark.
+    needs: tasks whose runs come first.
+    flags: `{task: workdir} of the runs so far -> further flags` of the command.
+  """
+
+  config: str
+  metric: str
+  target: float
+  higher_is_better: bool
+  baselines: Callable[[Mapping, pathlib.Path], Mapping[str, float]]
+  beside: Callable[[Mapping, pathlib.Path], Mapping[str, float]] = lambda summary, workdir: {}
+  needs: tuple[str, ...] = ()
+  flags: Callable[[Mapping[str, pathlib.Path]], Sequence[str]] = lambda workdirs: ()
+
+
+ENTRIES: dict[str, Entry] = {
+  "causal_lm": Entry(
+    config="configs/gpt.py:tiny",
+    metric="bits_per_byte",
+    target=2.456,
+    higher_is_better=False,
+    # Of bytes: unigrams, bigrams, and xz -9e, which is given the training text.
+    baselines=lambda summary, workdir: summary["baselines"]["bits_per_byte"],
+  ),
+}
+
+
+def ordered(names: Sequence[str]) -> list[str]:
+  """The tasks, with those that they need before them, each once."""
+  found: dict[str, None] = {}
+  for name in names:
+    found |= dict.fromkeys([*ordered(ENTRIES[name].needs), name])
+  return list(found)
+
+
+def best(values: Mapping[str, float], higher_is_better: bool) -> str:
+  """The name of the best value; of equals the first."""
+  return (max if higher_is_better else min)(values, key=values.get)
+
+
+def run(name: str, workdirs: Mapping[str, pathlib.Path]) -> dict:
+  """Trains a task's config, and judges it.
+
+  Raises:
+    SystemExit: if the command fails; its own words are on the terminal.
+  """
+  entry, workdir = ENTRIES[name], workdirs[name]
+  provenance = coordinator.provenance("tiny_runs", _VARIABLES)
+  command = [sys.executable, "-m", "magneto_jax.train", f"--config={entry.config}"]
+  command += [f"--workdir={workdir}", *entry.flags(workdirs)]
+  if code := subprocess.run(command, env=os.environ | _VARIABLES, cwd=coordinator.ROOT).returncode:
+    raise SystemExit(f"{name}: the command ended with {code}: {' '.join(command[1:])}")
+  summary = json.loads((workdir / "summary.json").read_text())
+  baselines = dict(entry.baselines(summary, workdir))
+  strongest = best(baselines, entry.higher_is_better)
+  return {
+    "task": name,
+    "config": entry.config,
+    "metric": entry.metric,
+    "value": summary[f"validation_{entry.metric}"],
+    "target": entry.target,
+    "higher_is_better": entry.higher_is_better,
+    "baseline": baselines[strongest],
+    "baseline_name": strongest,
+    "baselines": baselines,
+    "beside": dict(entry.beside(summary, workdir)),
+    "seconds": summary["wall_seconds"],
+    "training_seconds": summary["training_seconds"],
+    "device": summary["device"],
+    "versions": summary["versions"],
+    **{key: provenance[key] for key in ("date", "machine", "git_commit", "git_clean")},
+    "load_average_at_start": provenance["load_average_at_start"],
+  }
+
+
+def marks(result: Mapping) -> list[dict]:
+  """The target, which is to be reached, and the baseline, which is to be beaten."""
+  at_most, value = not result["higher_is_better"], result["value"]
+  of = f"{result['task']}, {result['metric']}"
+  beaten = coordinator.mark(
+    f"{of}, against {result['baseline_name']}", value, result["baseline"], at_most=at_most
+  )
+  beaten["met"] = beaten["met"] and value != result["baseline"]
+  return [coordinator.mark(of, value, result["target"], at_most=at_most), beaten]
+
+
+def read(path: pathlib.Path) -> list[dict]:
+  """The runs that a results file holds; none where there is no file."""
+  return json.loads(path.read_text())["runs"] if path.exists() else []
+
+
+def keep(result: dict, path: pathlib.Path) -> None:
+  """Puts a run in the place of its task's last one; the order is that of ENTRIES."""
+  runs = {run["task"]: run for run in read(path)} | {result["task"]: result}
+  order = [*ENTRIES, *(name for name in runs if name not in ENTRIES)]
+  kept = [runs[name] for name in order if name in runs]
+  path.parent.mkdir(parents=True, exist_ok=True)
+  scratch = path.with_suffix(".tmp")
+  scratch.write_text(json.dumps({"benchmark": "tiny_runs", "runs": kept}, indent=1) + "\n")
+  scratch.replace(path)
+
+
+def show(results: Sequence[Mapping]) -> bool:
+  """Prints the table and the marks; whether all are met."""
+  rows = [
+    [
+      f"{result['task']} ({result['config']})",
+      f"{result['metric']} {'↑' if result['higher_is_better'] else '↓'}",
+      *(f"{result[name]:.4f}" for name in ("value", "target", "baseline")),
+      result["baseline_name"],
+      ", ".join(f"{name} {value:.4f}" for name, value in result["beside"].items()),
+      f"{result['seconds']:.0f}",
+      result["date"][:10],
+    ]
+    for result in results
+  ]
+  columns = ["task", "metric", "value", "target", "baseline", "which", "beside", "seconds", "date"]
+  told = [mark for result in results for mark in marks(result)]
+  coordinator.show(columns, rows, [coordinator.mark_in_words(mark, digits=4) for mark in told])
+  return all(mark["met"] for mark in told)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+  """Runs the command; returns its exit code."""
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--only", default=",".join(ENTRIES), help="tasks, separated by commas")
+  parser.add_argument("--table", action="store_true", help="print what the results file holds")
+  parser.add_argument("--workdirs", type=pathlib.Path, help="a new folder that keeps the runs")
+  parser.add_argument("--output", type=pathlib.Path, default=PATH, help="the results file")
+  args = parser.parse_args(arguments)
+  names = [name.strip() for name in args.only.split(",") if name.strip()]
+  if unknown := [name for name in names if name not in ENTRIES]:
+    parser.error(f"--only={unknown[0]} is not one of {', '.join(ENTRIES)}")
+  if args.table:
+    results = [result for result in read(args.output) if result["task"] in names]
+    if not results:
+      parser.error(f"{args.output} holds no run of {', '.join(names)}: run them first")
+    return 0 if show(results) else 1
+  if args.workdirs and args.workdirs.exists():
+    parser.error(f"--workdirs={args.workdirs} exists: name a new folder, as a run would resume")
+  results = []
+  with tempfile.TemporaryDirectory() as scratch:
+    workdirs: dict[str, pathlib.Path] = {}
+    for name in ordered(names):
+      workdirs[name] = (args.workdirs or pathlib.Path(scratch)).absolute() / name
+      results.append(run(name, workdirs))
+      keep(results[-1], args.output)
+  return 0 if show(results) else 1
+
+
+if __name__ == "__main__":
+  sys.exit(main())
