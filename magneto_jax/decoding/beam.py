@@ -219,53 +219,49 @@ def beam_search(
   what finishes, and of when the search ends, is fairseq's.
 
   Example:
-    >>> (best, *others), = beam_search(
+    >>> ((best, *others),) = beam_search(
     ...   model, variables, [[2]], sources=[[17, 5, 2]], size=4, max_length=20, eos_id=2
     ... )
   """
   lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-  if not len(lengths) or not lengths.all():
-    raise ValueError("every prompt needs at least one token")
-  longest = np.broadcast_to(np.asarray(max_length, np.int32), lengths.shape)
   source_lengths = np.array([len(source) for source in sources or ()], np.int32)
+  if not prompts or not lengths.all():
+    raise ValueError("every prompt needs at least one token")
   if sources is not None and (len(sources) != len(prompts) or not source_lengths.all()):
     raise ValueError(f"give each of {len(prompts)} prompts a source of at least one token")
-  source_room, room = compiled_for or (int(source_lengths.max(initial=0)), int(longest.max()))
-  decoder = model if sources is None else model.decoder
-  vocab_size = decoder.vocab_size
+  longest = np.broadcast_to(np.asarray(max_length, np.int32), lengths.shape)
+  needed = int(source_lengths.max(initial=0)), int(longest.max())
+  source_room, room = needed if compiled_for is None else compiled_for
+  if needed[0] > source_room or needed[1] > room:
+    raise ValueError(f"(tokens of a source, new tokens) = {needed} do not fit {compiled_for=}")
   if size < 1 or longest.min() < 0 or min_length < 0:
     raise ValueError(f"{size=} must be at least 1, and {max_length=} and {min_length=} 0 or more")
   if not 0 <= length_penalty < float("inf") or penalty not in PENALTIES:
     raise ValueError(
       f"{length_penalty=} must be at least 0, and {penalty=} one of {', '.join(PENALTIES)}"
     )
-  if eos_id == pad_id or not (0 <= eos_id < vocab_size and 0 <= pad_id < vocab_size):
-    raise ValueError(f"{eos_id=} and {pad_id=} must be two of the ids 0 .. {vocab_size - 1}")
-  if longest.max() > room or source_lengths.max(initial=0) > source_room:
-    raise ValueError(f"sources or max_length do not fit {compiled_for=}")
-  for name, rows, model_of in (
-    ("prompts", prompts, decoder),
-    ("sources", sources or (), decoder if sources is None else model.encoder),
-  ):
-    if not all(0 <= token < model_of.vocab_size for row in rows for token in row):
-      raise ValueError(f"{name} hold tokens outside of the vocabulary, 0 .. {vocab_size - 1}")
+  decoder = model if sources is None else model.decoder
+  _check_ids(decoder, [[eos_id], [pad_id], *prompts], "eos_id, pad_id or prompts")
+  if eos_id == pad_id:
+    raise ValueError(f"{eos_id=} must not be the {pad_id=}, which is never written")
+  if sources is not None:
+    _check_ids(model.encoder, sources, "sources")
   if (most := decoder.longest) is not None and lengths.max() + room > most:
     raise ValueError(
       f"{lengths.max()} tokens of prompt and {room} new ones are more than the model's {most}"
     )
-  padded = np.full((len(prompts), lengths.max()), pad_id, np.int32)
-  for row, prompt in zip(padded, prompts, strict=True):
+  prompt_BT = np.full((len(prompts), lengths.max()), pad_id, np.int32)
+  for row, prompt in zip(prompt_BT, prompts, strict=True):
     row[len(row) - len(prompt) :] = prompt
-  if sources is not None:
-    padded_sources = np.full((len(sources), source_room), pad_id, np.int32)
-    for row, source in zip(padded_sources, sources, strict=True):
-      row[: len(source)] = source
+  source_BS = np.full((len(prompts), source_room), pad_id, np.int32)
+  for row, source in zip(source_BS, sources or (), strict=sources is not None):
+    row[: len(source)] = source
   tokens, scores = _search(
     model,
     variables,
-    padded,
+    prompt_BT,
     lengths,
-    None if sources is None else (padded_sources, source_lengths),
+    None if sources is None else (source_BS, source_lengths),
     longest,
     jnp.int32(min_length),
     jnp.int32(eos_id),
@@ -275,12 +271,18 @@ def beam_search(
     room=room,
     penalty=penalty,
   )
-  found = [_ranked(*row, eos_id) for row in zip(np.asarray(tokens), np.asarray(scores), strict=True)]
+  rows = zip(np.asarray(tokens), np.asarray(scores), strict=True)
+  found = [_ranked(*row, eos_id) for row in rows]
   if [] in found:
     raise FloatingPointError(
       f"no sequence for prompt {found.index([])} has a finite score: the model's are not numbers"
     )
   return found
+
+
+def _check_ids(stack, rows, name: str) -> None:
+  if not all(0 <= token < stack.vocab_size for row in rows for token in row):
+    raise ValueError(f"{name} lie outside of the vocabulary, 0 .. {stack.vocab_size - 1}")
 
 
 def _ranked(tokens_WT: np.ndarray, scores_W: np.ndarray, eos_id: int) -> list[Hypothesis]:

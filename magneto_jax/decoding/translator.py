@@ -84,9 +84,9 @@ class Translator:
         )
     translated: list[list[Translation]] = [[] for _ in sources]
     for width, indices in self._batches([len(source) for source in sources]):
-      # The rows that fill a batch up come last.
-      for index, found in zip(indices, self._search([sources[i] for i in indices], width)):
-        translated[index] = [Translation(self.tokenizer.decode(y), score) for y, score in found]
+      found = self._search([sources[i] for i in indices], width)
+      for index, ranked in zip(indices, found[: len(indices)], strict=True):
+        translated[index] = [Translation(self.tokenizer.decode(y), score) for y, score in ranked]
     return translated
 
   def _batches(self, lengths: Sequence[int]) -> Iterator[tuple[int, tuple[int, ...]]]:
