@@ -51,10 +51,39 @@ class Remembering:
     tokens_BS = own.k_LBKSH[0, :, 0, :, 0]
     powers_S = jnp.array([7**i % len(table) for i in range(tokens_BS.shape[1])], jnp.int32)
     powers_S = jnp.where(jnp.arange(len(powers_S)) < own.length, powers_S, 0)
-    rows_B = jnp.sum((tokens_BS + 1) * powers_S[None], axis=1) % len(table)
+    rows_B = jnp.sum((tokens_BS + 1) * powers_S[None], axis=1)
+    if state.memory_ids_BS is not None:
+      rows_B += state.memory_ids_BS[:, 0]
+    rows_B %= len(table)
     shape = (*tokens_BT.shape, self.vocab_size)
     logits = jnp.broadcast_to(table[rows_B][:, None], shape)
     return logits, state._replace(caches=((BlockCaches(own),),))
+
+
+@dataclasses.dataclass(frozen=True)
+class Answering:
+  """The same of an encoder-decoder: which row, the sum of the source's tokens decides too."""
+
+  vocab_size: int
+
+  @property
+  def decoder(self):
+    return Remembering(self.vocab_size)
+
+  encoder = decoder
+
+  def init_state(self, batch, length, memory_length):
+    del memory_length
+    memory = jnp.zeros((batch, 1), jnp.int32)
+    return self.decoder.init_state(batch, length)._replace(memory_ids_BS=memory)
+
+  def apply(self, table, tokens_BT, *, method, mask_BT=None, memory_BSD=None, **options):
+    if method == "encode":
+      return jnp.where(mask_BT, tokens_BT, 0)[..., None]
+    state = options["state"]
+    if memory_BSD is not None:
+      state = state._replace(memory_ids_BS=jnp.sum(memory_BSD, axis=1))
+    return self.decoder.apply(table, tokens_BT, state=state)
 
 
 def log_softmax(logits_V):
@@ -338,12 +367,12 @@ def test_one_beam_is_greedy_decoding():
   table[:, PAD] = -20.0  # What greedy decoding may write, and beam search not.
   prompts = [[BOS, token] for token in range(3, 6)] * 3
   prompts = [[i % 6, *prompt] for i, prompt in enumerate(prompts)]
-  greedy = generate(model, table, prompts, max_new_tokens=9, temperature=0, eos_id=EOS)
-  found = beam_search(model, table, prompts, size=1, max_length=9, min_length=0, eos_id=EOS)
+  greedy = generate(model, table, prompts, max_new_tokens=4, temperature=0, eos_id=EOS)
+  found = beam_search(model, table, prompts, size=1, max_length=4, min_length=0, eos_id=EOS)
   ended = 0
   for prompt, tokens, (best,) in zip(prompts, greedy, found, strict=True):
     written = []
-    while len(written) < 9 and EOS not in written:
+    while len(written) < 4 and EOS not in written:
       written.append(int(np.argmax(reading(table, prompt)(written))))
     assert tokens.tolist() == written
     ended += EOS in written
@@ -451,10 +480,10 @@ def test_more_tokens_than_positions_are_refused(language):
 
 
 def make_translator(**options):
-  model = make_translating(vocab_size=260)
-  row = np.zeros((1, 4), np.int32)
-  options = dict(longest=24, size=2, max_ratio=0.5, max_extra=2, rows=2) | options
-  return Translator(model, sharpened(model, row, row), ByteTokenizer(), **options)
+  """A quick one; bytes as tokens."""
+  (table,) = tables(1, 260)
+  options = dict(model=Answering(260), variables=table, longest=24, rows=2) | options
+  return Translator(tokenizer=ByteTokenizer(), size=2, max_ratio=0.5, max_extra=2, **options)
 
 
 def test_texts_keep_their_order_and_do_not_change_each_other():
@@ -503,16 +532,18 @@ def test_a_source_that_is_too_long_is_refused_or_cut():
 def test_a_mesh_finds_what_one_device_finds(tmp_path):
   """Rows on two devices, and the vocabulary on two: rows that do not fit are filled up."""
   program = """
-    import jax, numpy as np
+    import dataclasses, jax, numpy as np
     from magneto_jax import sharding
     from tests import test_beam
-    translator = test_beam.make_translator(rows=3)
+    model = test_beam.make_translating(vocab_size=260)
+    variables = test_beam.sharpened(model, *[np.zeros((1, 4), np.int32)] * 2)
+    translator = test_beam.make_translator(model=model, variables=variables, rows=3)
     texts = ["a text of its own", "ab", "c d e"]
     expected = translator(texts)
     mesh = sharding.make_mesh({"data": 2, "tensor": 2})
     placed = sharding.parameter_shardings(translator.variables["params"], mesh)
     params = jax.device_put(translator.variables["params"], placed)
-    other = test_beam.dataclasses.replace(translator, variables={"params": params})
+    other = dataclasses.replace(translator, variables={"params": params})
     with sharding.use_mesh(mesh):
       found = other(texts)
     assert [[x.text for x in row] for row in found] == [[x.text for x in r] for r in expected]
