@@ -594,10 +594,10 @@ def field_names(record_type: type = TrainConfig, prefix: str = "") -> list[str]:
 def nearest_field(name: str) -> str | None:
   """The existing field that a misspelt dotted name most likely means."""
   names = field_names()
-  # The right leaf in the wrong group (`model.steps`), where just one group has it.
+  # The right leaf in the wrong group (`model.steps`).
   misplaced = [full for full in names if full.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
-  if len(misplaced) == 1:
-    return misplaced[0]
+  if misplaced:
+    return difflib.get_close_matches(name, misplaced, n=1, cutoff=0.0)[0]
   # The start of a leaf (`clip`), where just one leaf starts so.
   started = [full for full in names if full.rsplit(".", 1)[-1].startswith(name)]
   if len(started) == 1:
