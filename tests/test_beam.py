@@ -269,6 +269,14 @@ def test_each_sentence_ends_at_its_own_length():
     assert best.score == pytest.approx(total / (limit + 1), abs=1e-5)
 
 
+def test_what_has_no_probability_takes_no_place():
+  """One sequence only: with four beams, three of them and all other ends are of nothing."""
+  table = by_last(start=dict(a=1.0), a=dict(b=1.0), b=dict(c=1.0), c=dict(d=1.0), d=dict(eos=1.0))
+  ((only,),) = beam_search(LastToken(), table, [[BOS]], size=4, max_length=8, eos_id=EOS)
+  assert only.tokens.tolist() == [3, 4, 5, 6, EOS]
+  assert only.score == pytest.approx(0.0, abs=1e-6)
+
+
 def test_scores_that_are_no_numbers_are_an_error():
   table = np.full((8, 8), np.nan, np.float32)
   with pytest.raises(FloatingPointError, match="prompt 0 has a finite score"):
