@@ -181,6 +181,8 @@ OF_ONE_TASK = {
   "patch_size": "beit3",
   "image_vocab_size": "beit3",
 }
+# Groups of fields that one task alone reads.
+GROUPS_OF_ONE_TASK = {"beam": "translation"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -329,6 +331,23 @@ TASK_NAMES = ["causal_lm", "translation", "beit3"]
 
 
 @dataclasses.dataclass(frozen=True)
+class BeamConfig(_Checked):
+  """How a model's translations are searched. See `decoding.beam_search`."""
+
+  _group = "beam."
+
+  size: int = _positive(5, "how many beams", 1024)
+  length_penalty: float = _field(
+    1.0, "power of the length that a score is divided by; 0: sums", min=0.0, max=100.0
+  )
+  penalty: str = _field("length", "of the length: |y|^p, or GNMT's", choices=("length", "gnmt"))
+  min_length: int = _field(1, "tokens before the end, at least", min=0, max=_LONGEST)
+  max_ratio: float = _field(1.2, "the same at most, for each token of the source", min=0.0, max=1e3)
+  max_extra: int = _field(10, "what is added to that", min=0, max=_LONGEST)
+  rows: int = _positive(32, "sources that are searched together", 2**16)
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig(_Checked):
   """One run."""
 
@@ -385,6 +404,7 @@ class TrainConfig(_Checked):
   optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
   spike: SpikeConfig = dataclasses.field(default_factory=SpikeConfig)
+  beam: BeamConfig = dataclasses.field(default_factory=BeamConfig)
 
   def __post_init__(self):
     super().__post_init__()
@@ -413,6 +433,13 @@ class TrainConfig(_Checked):
         raise ConfigError(
           f"config.model.{name} is not read with config.task={self.task!r}, only with {task!r}"
         )
+    for group, task in GROUPS_OF_ONE_TASK.items():
+      values = getattr(self, group)
+      for name, value in flatten(values).items():
+        if self.task != task and value != flatten(type(values)())[name]:
+          raise ConfigError(
+            f"config.{group}.{name} is not read with config.task={self.task!r}, only with {task!r}"
+          )
     for name in self.recipe_options.chosen():
       if name not in recipes.options(self.recipe):
         having = [recipe for recipe in recipes.RECIPES if name in recipes.options(recipe)]
@@ -490,6 +517,14 @@ RESUMABLE = (
   "spike.rewind_steps",
   "spike.skip_batches",
   "spike.limit",
+  # How a trained model is used.
+  "beam.size",
+  "beam.length_penalty",
+  "beam.penalty",
+  "beam.min_length",
+  "beam.max_ratio",
+  "beam.max_extra",
+  "beam.rows",
 )
 
 
@@ -570,10 +605,10 @@ def field_names(record_type: type = TrainConfig, prefix: str = "") -> list[str]:
 def nearest_field(name: str) -> str | None:
   """The existing field that a misspelt dotted name most likely means."""
   names = field_names()
-  # The right leaf in the wrong group (`model.steps`), where just one group has it.
+  # The right leaf in the wrong group (`model.steps`).
   misplaced = [full for full in names if full.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
-  if len(misplaced) == 1:
-    return misplaced[0]
+  if misplaced:
+    return difflib.get_close_matches(name, misplaced, n=1, cutoff=0.0)[0]
   # The start of a leaf (`clip`), where just one leaf starts so.
   started = [full for full in names if full.rsplit(".", 1)[-1].startswith(name)]
   if len(started) == 1:

@@ -1,15 +1,41 @@
-"""Continues a prompt: `python -m magneto_jax.generate --workdir=DIR --prompt="..."`."""
+"""Writes with a trained model: `python -m magneto_jax.generate --workdir=DIR`.
+
+A language model continues `--prompt`. A model that translates does so with the lines of the
+standard input, UTF-8, one text a line; an empty line stays one. Lines are read and written in
+parts, so that a file of any size passes.
+"""
+
+import dataclasses
+import itertools
+import sys
 
 import jax
+import numpy as np
 from absl import flags
 
 from magneto_jax import cli, decoding, runs
-from magneto_jax.config import ConfigError, config_errors
+from magneto_jax.config import BeamConfig, ConfigError, config_errors
+from magneto_jax.models.language import CausalLM
+from magneto_jax.tasks import TASKS
+
+# The flags that only one kind of model reads; those of a translator with their field of `beam`.
+_OF_PROMPTS = ("prompt", "tokens", "samples", "temperature", "top_k", "top_p", "seed")
+_OF_BEAMS = {
+  "beam_size": "size",
+  "length_penalty": "length_penalty",
+  "penalty": "penalty",
+  "max_ratio": "max_ratio",
+  "max_extra": "max_extra",
+}
+_OF_LINES = (*_OF_BEAMS, "scores", "too_long")
+# Lines that are read at once, in searches together: sorted, they waste less.
+_SEARCHES = 16
 
 
 def main() -> None:
   """Defines the flags and runs the command."""
   cli.define_workdir_flag("A workdir that train has filled.")
+  flags.DEFINE_integer("step", None, "The checkpoint's step; by default the newest.")
   flags.DEFINE_string("prompt", "", "The text to continue.")
   flags.DEFINE_integer("tokens", 128, "How many tokens to add at most.", lower_bound=1)
   flags.DEFINE_integer("samples", 1, "How many continuations.", lower_bound=1)
@@ -21,16 +47,42 @@ def main() -> None:
     "top_p", 1.0, "Sample in the nucleus of this mass.", lower_bound=0.0, upper_bound=1.0
   )
   flags.DEFINE_integer("seed", 0, "The seed of the sampling.", lower_bound=0, upper_bound=2**32 - 1)
-  flags.DEFINE_integer("step", None, "The checkpoint's step; by default the newest.")
+  define = {int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
+  fields = {field.name: field for field in dataclasses.fields(BeamConfig)}
+  for flag, name in _OF_BEAMS.items():
+    meaning = fields[name].metadata["doc"]
+    define[fields[name].type](flag, None, f"Of translations: {meaning}; by default the run's.")
+  flags.DEFINE_bool("scores", False, "Whether a translation has its score and a tab before it.")
+  flags.DEFINE_enum(
+    "too_long", "refuse", ["refuse", "cut"], "What to do with a line the model cannot hold."
+  )
   cli.run(lambda: run(flags.FLAGS))
 
 
 def run(args) -> None:
-  """Prints the continuations that the flags ask for."""
+  """Prints what the flags ask for."""
   if args.top_p == 0:
     raise ConfigError("--top_p must be above 0; for the best token each time set --temperature=0")
   tokenizer = runs.load_tokenizer(args.workdir)
+  config = runs.read_record(args.workdir).config
+  make_translator = TASKS[config.task].translator
+  for name in _OF_LINES if make_translator is None else _OF_PROMPTS:
+    if args[name].present:
+      raise ConfigError(f"--{name} is not read with a model of config.task={config.task!r}")
+  if make_translator is not None:
+    given = {name: args[flag].value for flag, name in _OF_BEAMS.items() if args[flag].present}
+    config = dataclasses.replace(config, beam=dataclasses.replace(config.beam, **given))
   model, variables = runs.load(args.workdir, step=args.step)
+  if make_translator is not None:
+    _translate_lines(args, make_translator(config, model, variables, tokenizer))
+  elif isinstance(model, CausalLM):
+    _continue_prompt(args, model, variables, tokenizer)
+  else:
+    raise ConfigError(f"a model of config.task={config.task!r} writes no text")
+
+
+def _continue_prompt(args, model: CausalLM, variables, tokenizer) -> None:
+  """Prints continuations."""
   with config_errors():
     prompt = [tokenizer.bos_id, *tokenizer.encode(args.prompt)]
     continuations = decoding.generate(
@@ -49,6 +101,51 @@ def run(args) -> None:
     if args.samples > 1:
       print(f"--- {i + 1} of {args.samples}")
     print(args.prompt + tokenizer.decode(tokens))
+
+
+def _translate_lines(args, translator: decoding.Translator) -> None:
+  """Writes the translation of each line that comes in, in their order."""
+  together = translator.rows * _SEARCHES
+  if sys.stdin.isatty():  # Somebody waits for each.
+    translator, together = dataclasses.replace(translator, rows=1), 1
+  lines = enumerate(sys.stdin.buffer, 1)
+  while part := list(itertools.islice(lines, together)):
+    sources, refused = [], None
+    for number, line in part:
+      try:
+        sources.append(_source(args, translator, number, line))
+      except ConfigError as error:
+        refused = error
+        break
+    # Of the lines before one that is refused nothing is lost.
+    found = iter(translator.translate([source for source in sources if source is not None]))
+    for source in sources:
+      text, score = ("", None) if source is None else next(found)[0]
+      # A line in is a line out.
+      text = text.replace("\r", " ").replace("\n", " ")
+      scored = ("" if score is None else f"{score:.4f}") + "\t" if args.scores else ""
+      sys.stdout.buffer.write(f"{scored}{text}\n".encode())
+    sys.stdout.buffer.flush()
+    if refused is not None:
+      raise refused
+
+
+def _source(args, translator: decoding.Translator, number: int, line: bytes) -> np.ndarray | None:
+  """A line's tokens; None for an empty one."""
+  try:
+    text = line.decode().rstrip("\r\n")
+  except UnicodeDecodeError as error:
+    raise ConfigError(f"line {number} of the input is not UTF-8 ({error.reason})") from None
+  if not text.strip():
+    return None
+  (source,) = translator.encode([text])
+  if len(source) <= translator.longest:
+    return source
+  said = f"line {number} of the input has {len(source)} tokens, and the model reads"
+  if args.too_long == "refuse":
+    raise ConfigError(f"{said} {translator.longest}: split it, or set --too_long=cut")
+  print(f"warning: {said} the first {translator.longest} of them", file=sys.stderr)
+  return translator.cut(source)
 
 
 if __name__ == "__main__":

@@ -419,6 +419,7 @@ class _Loop:
       sample = task.sample(config, program.model, variables, data, self.sample_key)
     summary = {
       **{f"validation_{k}": v for k, v in scores.items()},
+      "signatures": task.signatures(),
       "baselines": task.baselines(data),
       "bad_records": len(data.bad_records),
       **self.speed(),
@@ -487,6 +488,9 @@ def _closing(summary: dict, workdir: pathlib.Path) -> list[str]:
     if name.startswith("validation_")
   }
   lines.append(f"validation       {reporting.in_words(scores)}")
+  # Summaries from before there were any have none.
+  for metric, signature in summary.get("signatures", {}).items():
+    lines.append(f"as measured      {reporting.words_of(metric)}: {signature}")
   for metric, others in summary["baselines"].items():
     lines.append(f"for comparison   {reporting.words_of(metric)}: {reporting.in_words(others)}")
   if summary["flops_per_second"]:

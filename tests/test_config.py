@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.reliability import inputs
 from magneto_jax import config as config_lib
-from magneto_jax import optimizers, tasks
+from magneto_jax import decoding, optimizers, tasks
 from magneto_jax.config import ConfigError, TrainConfig, default_config, from_config_dict
 from magneto_jax.layers import feed_forward, positions
 from magneto_jax.models import transformer
@@ -125,6 +125,9 @@ def test_every_number_has_a_range_on_both_sides():
     ("skip_batches", "5:5", r"skip_batches='5:5' must be ranges of batches"),
     ("spike.factor", -1.0, r"config.spike.factor=-1.0 must be at least 0.0"),
     ("spike.window", 1, r"config.spike.window=1 must be at least 8"),
+    ("beam.size", 0, r"config.beam.size=0 must be at least 1"),
+    ("beam.penalty", "gnm", r"penalty='gnm' must be one of length, gnmt; did you mean gnmt\?"),
+    ("beam.size", 4, r"config.beam.size is not read with config.task='causal_lm', only with 'tra"),
     (
       "spike",
       {"factor": 9, "rewind_steps": 501},
@@ -142,7 +145,12 @@ def test_choices_are_the_tables_they_stand_for():
   """The config lies below the models and tasks, so it names their tables' keys once more."""
   choices = {
     field.name: field.metadata["choices"]
-    for record in (config_lib.ModelConfig, config_lib.OptimizerConfig, TrainConfig)
+    for record in (
+      config_lib.ModelConfig,
+      config_lib.OptimizerConfig,
+      config_lib.BeamConfig,
+      TrainConfig,
+    )
     for field in dataclasses.fields(record)
     if "choices" in field.metadata
   }
@@ -151,6 +159,7 @@ def test_choices_are_the_tables_they_stand_for():
   assert set(choices["remat"]) == set(transformer.REMAT)
   assert set(choices["schedule"]) == set(optimizers.SCHEDULES)
   assert set(choices["task"]) == set(tasks.TASKS)
+  assert set(choices["penalty"]) == set(decoding.PENALTIES)
 
 
 @pytest.mark.parametrize("config", [[], ["model"], "model", 3, None])
@@ -202,6 +211,8 @@ MAY_DIFFER = {
   *("max_skipped", "skip_batches"),
   *(f"spike.{name}" for name in ("factor", "window", "rewind_steps", "skip_batches", "limit")),
   *("mesh.slices", "mesh.data", "mesh.fsdp", "mesh.sequence", "mesh.tensor"),
+  *(f"beam.{name}" for name in ("size", "length_penalty", "penalty", "min_length")),
+  *("beam.max_ratio", "beam.max_extra", "beam.rows"),
 }
 
 

@@ -1,15 +1,18 @@
-"""The command that continues a prompt, against the library."""
+"""The command that continues a prompt or translates lines, against the library."""
 
+import io
 import re
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
+import pytest
 
-from magneto_jax import decoding, runs
+from magneto_jax import decoding, generate, runs
 from magneto_jax.checkpoints import Checkpointer
-from magneto_jax.config import from_config_dict
+from magneto_jax.config import ConfigError, from_config_dict
 from magneto_jax.data import pipelines, tokenizers
 from magneto_jax.tasks import TASKS
 
@@ -59,3 +62,138 @@ def test_the_command_samples_as_its_flags_say(tmp_path):
   assert result.returncode == 2
   message = r"error: the checkpoint .*/5 is damaged: params/manifest.ocdbt has .* from step 4, the"
   assert re.match(message, result.stderr) and result.stderr.count("\n") == 1, result.stderr
+
+
+def leave_run(workdir, values):
+  """A run of a config, with weights as at the start: its config, model and variables."""
+  config = from_config_dict(values)
+  task, record = TASKS[config.task], runs.Record(config, {}, {"vocab_size": 260})
+  model = task.build_model(config, record.facts)
+  runs.write_record(workdir, record)
+  iterator = pipelines.train_iterator([{"x": np.zeros(1)}], batch_size=1, seed=0)
+  variables = jax.jit(model.init)(jax.random.key(0), *task.dummy_inputs(config))
+  with Checkpointer(runs.checkpoints_in(workdir)) as checkpointer:
+    checkpointer.save(1, {"params": variables["params"]}, iterator, {})
+  return config, model, variables
+
+
+TRANSLATING = {
+  "task": "translation",
+  "model": {"layers": 1, "width": 16, "ffn_width": 16, "heads": 2},
+  "data": {"tokenizer": "byte", "seq_length": 16},
+  "beam": {"size": 3, "max_ratio": 1.0, "max_extra": 3, "rows": 2},
+}
+
+
+@pytest.mark.ci
+def test_the_command_translates_lines_up_to_a_bad_one(tmp_path):
+  """In their order; of two lines that follow the bad one nothing is read."""
+  config, model, variables = leave_run(tmp_path, TRANSLATING)
+  command = [sys.executable, "-m", "magneto_jax.generate", f"--workdir={tmp_path}", "--scores"]
+  command += ["--beam_size=2", "--length_penalty=0.5", "--max_ratio=0.5"]
+  lines = "One line.\n\nä \u2028 ü\r\nthe third\n".encode() + b"\xff\nmore\nlines\n"
+  result = subprocess.run(command, input=lines, capture_output=True, cwd=tmp_path)
+  assert result.returncode == 2, result.stderr
+  assert result.stderr.startswith(b"error: line 5 of the input is not UTF-8 (invalid start byte)")
+  translator = decoding.Translator(
+    model, variables, tokenizers.ByteTokenizer(), config.data.seq_length,
+    size=2, length_penalty=0.5, max_ratio=0.5, max_extra=3, rows=2,
+  )  # fmt: skip
+  written = [line.split("\t", 1) for line in result.stdout.decode().split("\n")]
+  assert written[1] == ["", ""] and written[4:] == [[""]]
+  found = translator(["One line.", "ä \u2028 ü", "the third"])
+  for (score, text), (best, *_) in zip([written[0], *written[2:4]], found, strict=True):
+    assert text == best.text.replace("\n", " ").replace("\r", " ")
+    assert float(score) == np.float64(f"{best.score:.4f}")
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize(
+  "values, flags, message",
+  [
+    (TRANSLATING, ["--prompt=x"], "--prompt is not read with a model of config.task='translation'"),
+    (TRANSLATING, ["--beam_size=0"], "config.beam.size=0 must be at least 1"),
+    (
+      {"model": TRANSLATING["model"], "data": TRANSLATING["data"]},
+      ["--scores"],
+      "--scores is not read with a model of config.task='causal_lm'",
+    ),
+  ],
+)
+def test_flags_of_another_kind_of_model_are_refused(values, flags, message, tmp_path):
+  config = from_config_dict(values)
+  runs.write_record(tmp_path, runs.Record(config, {}, {"vocab_size": 260}))
+  command = [sys.executable, "-m", "magneto_jax.generate", f"--workdir={tmp_path}", *flags]
+  result = subprocess.run(command, capture_output=True, text=True, input="", cwd=tmp_path)
+  assert result.returncode == 2, result.stderr
+  assert message in result.stderr and result.stderr.count("\n") == 1, result.stderr
+
+
+class Spelling:
+  """A translator that spells backwards, and remembers how many lines it was given at once."""
+
+  rows, longest = 1, 8
+
+  def __init__(self):
+    self.given = []
+    self.tokenizer = tokenizers.ByteTokenizer()
+
+  encode, cut = decoding.Translator.encode, decoding.Translator.cut
+
+  def translate(self, sources):
+    self.given.append(len(sources))
+    texts = [self.tokenizer.decode(source)[::-1] for source in sources]
+    return [[decoding.Translation(text, -0.25), decoding.Translation("", -9)] for text in texts]
+
+
+def translated(monkeypatch, lines: bytes, translator=None, **args) -> bytes:
+  """What is written for lines; where one is refused, after its message."""
+  out = io.TextIOWrapper(io.BytesIO())
+  monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))
+  monkeypatch.setattr(sys, "stdout", out)
+  args = types.SimpleNamespace(**{"scores": False, "too_long": "refuse"} | args)
+  refused = b""
+  try:
+    generate._translate_lines(args, translator or Spelling())
+  except ConfigError as error:
+    refused = f"{error}\n".encode()
+  return refused + out.buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+  "lines, expected",
+  [
+    (b"", b""),
+    (b"\n", b"\n"),
+    (b"ab\n", b"ba\n"),
+    (b"ab", b"ba\n"),
+    (b"ab\r\n  \n\ncd\n", b"ba\n\n\ndc\n"),
+    ("ä€\n".encode(), "€ä\n".encode()),
+    # A line in is a line out.
+    (b"a\rb\n", b"b a\n"),
+    (b"ab\n1234567\ncd\n", b"ba\n7654321\ndc\n"),
+  ],
+)
+def test_a_line_in_is_a_line_out(lines, expected, monkeypatch):
+  assert translated(monkeypatch, lines) == expected
+
+
+def test_lines_are_translated_a_part_at_a_time(monkeypatch):
+  translator = Spelling()
+  lines = b"".join(b"%d\n" % i for i in range(10, 10 + 2 * generate._SEARCHES + 3))
+  expected = b"".join(line[:2][::-1] + b"\n" for line in lines.splitlines())
+  assert translated(monkeypatch, lines, translator) == expected
+  assert translator.given == [generate._SEARCHES, generate._SEARCHES, 3]
+
+
+def test_scores_stand_before_a_tab(monkeypatch):
+  assert translated(monkeypatch, b"ab\n\n", scores=True) == b"-0.2500\tba\n\t\n"
+
+
+def test_a_line_that_is_too_long_is_refused_or_cut(monkeypatch, capsys):
+  lines = b"ab\n12345678\ncd\n"
+  message = b"line 2 of the input has 9 tokens, and the model reads 8: split it, or set "
+  assert translated(monkeypatch, lines) == message + b"--too_long=cut\nba\n"
+  assert translated(monkeypatch, lines, too_long="cut") == b"ba\n7654321\ndc\n"
+  said = "warning: line 2 of the input has 9 tokens, and the model reads the first 8 of them\n"
+  assert capsys.readouterr().err == said

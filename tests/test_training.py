@@ -326,6 +326,16 @@ def test_a_finished_run_is_reported_again_as_it_was(bigrams, tmp_path, capsys):
   assert f"{summary['validation_loss_nats_per_token']:.4f} nats a token" in printed
 
 
+def test_what_scores_are_computed_by_is_quoted_with_them(tmp_path):
+  """Of a summary that was left before there was any such thing, too."""
+  summary = {"sample": None, "validation_bleu": 7.0, "baselines": {}, "flops_per_second": None}
+  summary |= {"training_seconds": 1, "wall_seconds": 2}
+  without = training._closing(summary, tmp_path)
+  lines = training._closing(summary | {"signatures": {"bleu": "nrefs:1|tok:13a"}}, tmp_path)
+  assert lines.pop(1) == "as measured      bleu: nrefs:1|tok:13a"
+  assert lines == without
+
+
 @pytest.mark.parametrize(
   "optimizer, note",
   [

@@ -10,6 +10,7 @@ import numpy as np
 from flax import linen as nn
 
 from magneto_jax.config import DataConfig, TrainConfig
+from magneto_jax.decoding import Translator
 from magneto_jax.theory.records import Architecture
 
 Batch = dict[str, jax.Array]
@@ -79,6 +80,9 @@ class Task(NamedTuple):
     sample: `(config, model, variables, data, key) -> text` that shows what the model does, or None.
     judge: `(config, model, variables, data, mesh) -> {name: value}`: further metrics, of what the
       model writes by itself, at the end of a run; None: there are none.
+    signatures: `() -> {name: text}`: how those of them that are computed in several ways are.
+    translator: `(config, model, variables, tokenizer) -> decoding.Translator`: what answers texts
+      with texts; None: the model does not.
     loss_name: the metric that is the mean loss; `loss_nats_per_token` is in nats a token.
     best: the metric by which a model is chosen, and whether more is better.
     unit: what a sample is counted in; `size`: `config -> how many of them a sample has`.
@@ -101,6 +105,8 @@ class Task(NamedTuple):
   measure: Callable[[nn.Module, Any, Batch], dict[str, jax.Array]] | None = None
   sample: Callable[..., str | None] = lambda config, model, variables, data, key: None
   judge: Callable[..., dict[str, float]] | None = None
+  signatures: Callable[[], dict[str, str]] = dict
+  translator: Callable[..., Translator] | None = None
   loss_name: str = "loss_nats_per_token"
   best: tuple[str, bool] = ("loss_nats_per_token", False)
   unit: str = "tokens"

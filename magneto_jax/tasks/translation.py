@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from magneto_jax.config import TrainConfig
+from magneto_jax.data import scores
 from magneto_jax.models.encoder import Encoder
 from magneto_jax.models.encoder_decoder import EncoderDecoder
 from magneto_jax.models.language import CausalLM
-from magneto_jax.tasks import common
+from magneto_jax.tasks import common, translations
 from magneto_jax.tasks.task import Batch, Facts
 from magneto_jax.theory import flops as theory_flops
 from magneto_jax.theory import records
@@ -104,4 +105,7 @@ TASK = common.without_data(
   inputs=inputs,
   flops=flops,
   batch_spec=batch_spec,
+  judge=translations.judge,
+  translator=translations.translator,
+  signatures=scores.signatures,
 )

@@ -1,0 +1,49 @@
+"""What a translating model writes: its translator, and the scores of that."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Protocol
+
+from jax.sharding import Mesh
+
+from magneto_jax import sharding
+from magneto_jax.config import TrainConfig
+from magneto_jax.data import scores
+from magneto_jax.data.tokenizers import Tokenizer
+from magneto_jax.decoding import Translator
+from magneto_jax.models.encoder_decoder import EncoderDecoder
+
+
+class Pairs(Protocol):
+  """What `judge` reads of the task's data.
+
+  Attributes:
+    validation_pairs: raw texts, each with its translation.
+    tokenizer: of both.
+  """
+
+  validation_pairs: Sequence[tuple[str, str]]
+  tokenizer: Tokenizer
+
+
+def translator(
+  config: TrainConfig, model: EncoderDecoder, variables, tokenizer: Tokenizer
+) -> Translator:
+  """What translates as `config.beam` says, texts of at most as many tokens as the model learned."""
+  return Translator(
+    model, variables, tokenizer, longest=config.data.seq_length, **dataclasses.asdict(config.beam)
+  )
+
+
+def judge(
+  config: TrainConfig, model: EncoderDecoder, variables, data: Pairs, mesh: Mesh | None
+) -> dict[str, float]:
+  """BLEU and chrF of the validation set's translations; of sources that are too long, cut.
+
+  See `data.scores.signatures` for how they are computed.
+  """
+  translate = translator(config, model, variables, data.tokenizer)
+  texts, references = zip(*data.validation_pairs, strict=True)
+  with sharding.use_mesh(mesh):
+    found = translate.translate([translate.cut(source) for source in translate.encode(texts)])
+  return scores.corpus_scores([best.text for best, *_ in found], references)
