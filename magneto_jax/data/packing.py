@@ -161,7 +161,7 @@ class MarkedDataset(_Windows):
     """
     start = self._start(index, self.seq_length - 1)
     window = np.array(self.tokens[start : start + self.seq_length - 1], np.int32)
-    mark = [tokenizers.BOS_ID] * (window[0] != tokenizers.BOS_ID)
+    mark = [] if window[0] == tokenizers.BOS_ID else [tokenizers.BOS_ID]
     segments, positions = self._documents(start, len(window), before=len(mark))
     inputs = np.concatenate([np.array(mark, np.int32), window])
     sample = {"inputs": inputs, "segment_ids": segments, "positions": positions}
