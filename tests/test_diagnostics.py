@@ -480,6 +480,10 @@ def test_a_batch_is_some_thousand_tokens_and_no_more_rows_than_are_allowed():
   for rows, expected in ((4, 4), (50, 10)):
     batch = diagnostics.first_samples(data, rows, 100)
     np.testing.assert_array_equal(batch["inputs"][:, 0], np.arange(expected))
+  data.augment = lambda sample, rng: sample | {"drawn": rng.integers(10**9, size=3)}
+  drawn = diagnostics.first_samples(data, 4, 100)["drawn"]
+  np.testing.assert_array_equal(drawn, diagnostics.first_samples(data, 4, 100)["drawn"])
+  assert len(np.unique(drawn)) == 12
   assert len(diagnostics.first_samples(data, 8, 5000)["inputs"]) == 1
   with pytest.raises(ValueError, match="no sample of 100 tokens: give more text"):
     diagnostics.first_samples(of([]), 8, 100)
