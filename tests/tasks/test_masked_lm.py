@@ -176,7 +176,7 @@ def test_documents_of_a_window_do_not_see_each_other(built, nats):
   mask = drawing(rate=0.6)
   one = row([9, 4, 7], [11, 12, 13, 14], seed=1, mask=mask)
   two = one | {"inputs": np.where(one["segment_ids"] == 2, 18, one["inputs"])}
-  (_, costs), _ = nats(params, stacked(one, two, BLANK))
+  (_, costs), _ = nats(params, stacked(one, two, one))
   first = one["segment_ids"][one["places"]] == 1
   chosen = one["weights"] > 0
   np.testing.assert_array_equal(costs[0][first & chosen], costs[1][first & chosen])
