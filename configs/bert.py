@@ -2,7 +2,9 @@
 
 tiny
   Ten plays of Shakespeare that ship with the package: eight to train on, one (The Tempest) to
-  validate on.
+  validate on. To reach: a masked accuracy of 0.20, where always the commonest token has 0.087, and
+  a unigram costs 5.721 nats a token. Of its 1,600 steps, the first 400 come to 0.188 and 4.905
+  nats (jax 0.10.2, on two CPU cores that others used).
 
 base
   Foundation Transformers (arXiv 2210.06423), section 4.2 and table 10: 12 layers of width 768, FFN
@@ -28,19 +30,19 @@ from magneto_jax.config import config_of_variant
 
 
 def tiny(config):
-  """Two million parameters, a few minutes on two CPU cores."""
+  """A million parameters, a few minutes on two CPU cores."""
   config.task = "masked_lm"
-  config.steps = 800
+  config.steps = 1600
   config.batch_size = 16
-  config.eval_every = 100
+  config.eval_every = 200
   config.checkpoint_every = 400
   config.log_every = 25
   config.model.layers = 4
-  config.model.width = 192
+  config.model.width = 128
   config.model.positions = "rotary"
   config.data.seq_length = 128
   config.optimizer.learning_rate = 4e-3
-  config.optimizer.warmup_steps = 60
+  config.optimizer.warmup_steps = 100
   config.optimizer.weight_decay = 0.1
   config.optimizer.clip_norm = 1.0
 

@@ -178,8 +178,8 @@ def sample(
     window["places"], found, window["targets"], window["weights"], strict=True
   ):
     if weight:
-      both = [data.words([answer]), data.words([truth])]
-      shown[int(place)] = f"[{'|'.join(dict.fromkeys(both))}]"
+      both = dict.fromkeys(data.words([token]) for token in (answer, truth))
+      shown[int(place)] = f"[{'|'.join(both)}]".replace("\n", r"\n")
   return (
     f"as it is read:\n{data.words(read)}\n\nas it is answered, [right] or [wrong|right]:\n"
     f"{data.words(read, shown)}"
