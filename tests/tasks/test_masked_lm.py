@@ -91,13 +91,16 @@ def test_the_loss_is_of_the_chosen_tokens_alone(built, smoothing):
 
   @compiled
   def run(params):
+    logits = model.apply({"params": params}, *args, **whole)
+    right = jnp.take_along_axis(jnp.argmax(logits, -1), batch["places"], axis=1)
     return (
-      model.apply({"params": params}, *args, **whole),
+      logits,
       TASK.loss(smooth, params, batch, jax.random.key(0)),
       TASK.measured(model, params, batch),
+      TASK.measured(model, params, batch | {"targets": right}),
     )
 
-  logits, loss, measured = run(params)
+  logits, loss, measured, of_right = run(params)
   total = plain = count = correct = 0
   for b, x in enumerate((A, B, C)):
     for k in np.flatnonzero(x["weights"]):
@@ -112,7 +115,7 @@ def test_the_loss_is_of_the_chosen_tokens_alone(built, smoothing):
   assert {name: float(value) for name, value in measured.items()} == pytest.approx(
     {"loss": plain, "weight": count, "correct": correct}, rel=1e-5
   )
-  assert count > 4
+  assert of_right["correct"] == count > 4
 
 
 @pytest.mark.parametrize("vocab_size, expected", [(50_265, 10.8251), (64_000, 11.0666)])
