@@ -58,6 +58,13 @@ ENTRIES: dict[str, Entry] = {
     # Of bytes: unigrams, bigrams, and xz -9e, which is given the training text.
     baselines=lambda summary, workdir: summary["baselines"]["bits_per_byte"],
   ),
+  "masked_lm": Entry(
+    config="configs/bert.py:tiny",
+    metric="masked_accuracy",
+    target=0.2,
+    higher_is_better=True,
+    baselines=lambda summary, workdir: summary["baselines"]["masked_accuracy"],
+  ),
 }
 
 

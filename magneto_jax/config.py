@@ -8,7 +8,9 @@ takes; everything wrong with it is one `ConfigError` of one line, raised before 
 import contextlib
 import dataclasses
 import difflib
+import functools
 import math
+import operator
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -174,12 +176,15 @@ class ModelConfig(_Checked):
       )
 
 
-# Fields of the model that one task alone reads.
+# Fields that one task alone reads.
 OF_ONE_TASK = {
-  "encoder_layers": "translation",
-  "image_size": "beit3",
-  "patch_size": "beit3",
-  "image_vocab_size": "beit3",
+  "model.encoder_layers": "translation",
+  "model.image_size": "beit3",
+  "model.patch_size": "beit3",
+  "model.image_vocab_size": "beit3",
+  "data.mask_rate": "masked_lm",
+  "data.mask_keep": "masked_lm",
+  "data.mask_random": "masked_lm",
 }
 # Groups of fields that one task alone reads.
 GROUPS_OF_ONE_TASK = {"beam": "translation"}
@@ -237,6 +242,13 @@ class DataConfig(_Checked):
   vocab_size: int = _field(1024, "pieces to train (sentencepiece)", min=8, max=_LONGEST)
   tokenizer_file: str = _field("", "a sentencepiece model to load instead of training one")
   seq_length: int = _field(256, "T, tokens a sample", min=2, max=_LONGEST)
+  mask_rate: float = _field(
+    0.15, "share of a masked language model's tokens that are predicted", above=0.0, below=1.0
+  )
+  mask_keep: float = _field(0.1, "share of those that are read as they are", min=0.0, max=1.0)
+  mask_random: float = _field(
+    0.1, "share of those that are read as a random token; the rest are hidden", min=0.0, max=1.0
+  )
   cache_dir: str = _field("", "where token files are kept; empty: in the workdir")
   workers: int = _field(
     0, "processes that prepare batches; 0: threads of this one", min=0, max=1024
@@ -253,6 +265,11 @@ class DataConfig(_Checked):
         raise ConfigError(
           f"data.{name} are not read with data.name={self.name!r}: set data.name=text_files"
         )
+    if self.mask_keep + self.mask_random > 1:
+      raise ConfigError(
+        f"data.mask_keep={self.mask_keep} and data.mask_random={self.mask_random} are shares of the"
+        " same tokens: together they must be at most 1"
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -327,7 +344,7 @@ class SpikeConfig(_Checked):
 
 
 # What `task` may be: the keys of `tasks.TASKS`, to which `tasks.register` adds.
-TASK_NAMES = ["causal_lm", "translation", "beit3"]
+TASK_NAMES = ["causal_lm", "masked_lm", "translation", "beit3"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -428,10 +445,10 @@ class TrainConfig(_Checked):
         f" tokens a step, which must be at most {_LARGEST[int]:,}"
       )
     for name, task in OF_ONE_TASK.items():
-      default = next(f.default for f in dataclasses.fields(ModelConfig) if f.name == name)
-      if self.task != task and getattr(self.model, name) != default:
+      group, field = name.split(".")
+      if self.task != task and getattr(getattr(self, group), field) != _default(name):
         raise ConfigError(
-          f"config.model.{name} is not read with config.task={self.task!r}, only with {task!r}"
+          f"config.{name} is not read with config.task={self.task!r}, only with {task!r}"
         )
     for group, task in GROUPS_OF_ONE_TASK.items():
       values = getattr(self, group)
@@ -553,6 +570,11 @@ def _defaults(record_type: type) -> dict[str, Any]:
     f.name: _defaults(f.type) if dataclasses.is_dataclass(f.type) else f.default
     for f in dataclasses.fields(record_type)
   }
+
+
+def _default(name: str) -> Any:
+  """A field's default, by its dotted name."""
+  return functools.reduce(operator.getitem, name.split("."), _defaults(TrainConfig))
 
 
 def from_config_dict(config: ml_collections.ConfigDict | dict[str, Any]) -> TrainConfig:

@@ -112,7 +112,7 @@ def diagnose(
   with tempfile.TemporaryDirectory() as scratch, config_errors():
     data = task.load_data(config.data, pathlib.Path(scratch), None)
     facts = task.facts(data)
-    batch = diagnostics.first_samples(data.train, config.batch_size, config.data.seq_length)
+    batch = diagnostics.first_samples(data, config.batch_size, config.data.seq_length)
     calls = diagnostics.calls_of(task)
 
     def measured(recipe: str, layers: int, **options) -> diagnostics.Diagnosis:

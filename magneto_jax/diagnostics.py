@@ -219,18 +219,22 @@ def calls_of(task) -> Callable[[Any, jax.Array], Call]:
 _TOKENS = 1024
 
 
-def first_samples(
-  dataset: Sequence[Mapping[str, np.ndarray]], rows: int, length: int
-) -> dict[str, np.ndarray]:
-  """The first samples of a data set as a batch: some thousand tokens, at most `rows` of `length`.
+def first_samples(data, rows: int, length: int) -> dict[str, np.ndarray]:
+  """The first training samples as a batch: some thousand tokens, at most `rows` of `length`.
+
+  `data` are a task's. What is drawn anew each time that a sample is read is a function of the
+  sample's index here.
 
   Raises:
-    ValueError: the data set is empty.
+    ValueError: there is none.
   """
+  dataset = data.train
   if not len(dataset):
     raise ValueError(f"the training set has no sample of {length} tokens: give more text")
   rows = min(rows, max(1, _TOKENS // length), len(dataset))
   samples = [dataset[i] for i in range(rows)]
+  if data.augment is not None:
+    samples = [data.augment(x, np.random.default_rng(i)) for i, x in enumerate(samples)]
   return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
 
 

@@ -231,7 +231,7 @@ class _Loop:
           self.workdir,
           program.model,
           diagnostics.calls_of(self.task),
-          diagnostics.first_samples(self.job.data.train, rows, length),
+          diagnostics.first_samples(self.job.data, rows, length),
           after_step=start,
           writes=self.is_first,
         )

@@ -60,15 +60,6 @@ def causal_lm(rng, config):
   return task, task.build_model(config, {"vocab_size": VOCAB}), batch
 
 
-def _of_tokens(shape, rng):
-  return {
-    "inputs": rng.integers(0, VOCAB, shape),
-    "targets": rng.integers(0, VOCAB, shape),
-    "mask": np.arange(shape[1]) < rng.integers(1, shape[1], (shape[0], 1)),
-    "weights": rng.integers(0, 2, shape).astype(np.float32),
-  }
-
-
 def _encoder(recipe: str, **options):
   architecture = records.Architecture(
     "encoder",
@@ -89,18 +80,20 @@ def _encoder(recipe: str, **options):
 
 
 def masked_lm(rng, config):
-  """NormFormer's head scales, padding behind, an untied dense head."""
+  """NormFormer's head scales, padding behind, an untied dense head at some places."""
   encoder = _encoder(
     "normformer", vocab_size=VOCAB, positions="learned", max_length=LENGTH, relative_buckets=8
   )
-
-  def inputs(batch):
-    return (batch["inputs"],), {"mask_BT": batch["mask"], "targets_BT": batch["targets"]}
-
-  task = TASKS["causal_lm"]._replace(
-    inputs=inputs, dummy_inputs=lambda config: (jnp.zeros((1, LENGTH), jnp.int32),)
-  )
-  return task, MaskedLM(encoder=encoder, tied=False), _of_tokens((BATCH, LENGTH), rng)
+  shape, places = (BATCH, LENGTH), (BATCH, 8)
+  batch = {
+    "inputs": rng.integers(0, VOCAB, shape),
+    "positions": np.broadcast_to(np.arange(LENGTH), shape),
+    "segment_ids": (np.arange(LENGTH) < rng.integers(1, LENGTH, (BATCH, 1))).astype(np.int32),
+    "places": rng.integers(0, LENGTH, places),
+    "targets": rng.integers(0, VOCAB, places),
+    "weights": rng.integers(0, 2, places).astype(np.float32),
+  }
+  return TASKS["masked_lm"], MaskedLM(encoder=encoder, tied=False), batch
 
 
 def vision(rng, config):

@@ -5,7 +5,7 @@ import math
 import jax
 import pytest
 
-from configs import beit3, gpt, translation
+from configs import beit3, bert, gpt, translation
 from magneto_jax import sharding
 from magneto_jax.config import ConfigError, flatten, from_config_dict
 from magneto_jax.tasks import TASKS
@@ -45,7 +45,49 @@ def test_magneto_is_as_in_table_9(layers, learning_rate, steps, dropout):
   assert {name: config[name] for name in expected} == expected
 
 
-FILES = {"gpt": gpt, "translation": translation, "beit3": beit3}
+# The same paper, section 4.2 and table 10.
+TABLE_10 = {
+  "recipe": "magneto",
+  "steps": 125_000,
+  "batch_size": 2048,
+  "data.seq_length": 512,
+  "data.mask_rate": 0.15,
+  "model.layers": 12,
+  "model.width": 768,
+  "model.ffn_width": 3072,
+  "model.heads": 12,
+  "model.dropout": 0.1,
+  "optimizer.learning_rate": 3e-3,
+  "optimizer.b1": 0.9,
+  "optimizer.b2": 0.98,
+  "optimizer.clip_norm": 2.0,
+  "optimizer.weight_decay": 0.0,
+  "optimizer.schedule": "polynomial",
+  "optimizer.power": 1.0,
+  "optimizer.warmup_steps": 10_000,
+  "optimizer.decay_steps": 0,
+  "optimizer.end_factor": 0.0,
+}
+
+
+def test_the_masked_model_is_as_in_table_10():
+  """And its table of tokens, the mask's among them, is one that a mesh can cut."""
+  config = from_config_dict(bert.get_config("base"))
+  flat = flatten(config)
+  assert {name: flat[name] for name in TABLE_10} == TABLE_10
+  assert TASKS[config.task].planned_facts(config)["vocab_size"] == 64_000
+
+
+def test_normformers_masked_model_has_the_layers_of_its_code():
+  """Scales of both residuals, none of the heads."""
+  config = from_config_dict(bert.get_config("normformer"))
+  task = TASKS[config.task]
+  (layer,) = set(task.build_model(config, task.planned_facts(config)).encoder.recipe.layers)
+  assert layer.self_attention.head_scale is None
+  assert layer.self_attention.skip is not None and layer.ffn.skip is not None
+
+
+FILES = {"gpt": gpt, "bert": bert, "translation": translation, "beit3": beit3}
 VARIANTS = [(file, variant) for file, module in FILES.items() for variant in module.VARIANTS]
 
 

@@ -9,6 +9,7 @@ import functools
 import itertools
 import json
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -474,10 +475,15 @@ def test_a_model_that_overflows_float16_is_diagnosed(tmp_path):
 
 
 def test_a_batch_is_some_thousand_tokens_and_no_more_rows_than_are_allowed():
-  dataset = [{"inputs": np.full(100, i)} for i in range(30)]
+  of = lambda samples: types.SimpleNamespace(train=samples, augment=None)
+  data = of([{"inputs": np.full(100, i)} for i in range(30)])
   for rows, expected in ((4, 4), (50, 10)):
-    batch = diagnostics.first_samples(dataset, rows, 100)
+    batch = diagnostics.first_samples(data, rows, 100)
     np.testing.assert_array_equal(batch["inputs"][:, 0], np.arange(expected))
-  assert len(diagnostics.first_samples(dataset, 8, 5000)["inputs"]) == 1
+  data.augment = lambda sample, rng: sample | {"drawn": rng.integers(10**9, size=3)}
+  drawn = diagnostics.first_samples(data, 4, 100)["drawn"]
+  np.testing.assert_array_equal(drawn, diagnostics.first_samples(data, 4, 100)["drawn"])
+  assert len(np.unique(drawn)) == 12
+  assert len(diagnostics.first_samples(data, 8, 5000)["inputs"]) == 1
   with pytest.raises(ValueError, match="no sample of 100 tokens: give more text"):
-    diagnostics.first_samples([], 8, 100)
+    diagnostics.first_samples(of([]), 8, 100)

@@ -42,13 +42,8 @@ class TokenStream(NamedTuple):
   left_out: tuple[int, ...] = ()
 
 
-class PackedDataset:
+class _Windows:
   """Windows of a token stream: a random-access data source for Grain.
-
-  Every token but a document's bos is the target of exactly one window, so with `keep_tail` the
-  sum of weighted losses over all samples is the loss of the whole text. A window's first target
-  is predicted from one token: the score is that of a model whose memory is cut every
-  `seq_length` tokens, an upper bound of the loss with full context.
 
   Attributes:
     tokens: [tokens], the stream.
@@ -61,16 +56,56 @@ class PackedDataset:
   def __init__(
     self, tokens: np.ndarray, offsets: np.ndarray, seq_length: int, keep_tail: bool = False
   ):
-    if seq_length < 1:
-      raise ValueError(f"{seq_length=} must be at least 1")
+    if seq_length < self._shortest:
+      raise ValueError(f"{seq_length=} must be at least {self._shortest}")
     self.tokens = tokens
     self.offsets = offsets
     self.seq_length = seq_length
     self.keep_tail = keep_tail
 
+  def _start(self, index: int, step: int) -> int:
+    """Where window `index` starts, if there is one; each starts `step` tokens after the last."""
+    if not 0 <= index < len(self):
+      raise IndexError(f"sample {index} of {len(self)}")
+    return int(index) * step
+
+  def _count(self, tokens: int, step: int) -> int:
+    """How many windows so many tokens make."""
+    return -(-tokens // step) if self.keep_tail else tokens // step
+
+  def _documents(self, start: int, length: int, before: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Segment ids and positions of the tokens [start, start + length), and of `before` in front.
+
+    What stands in front belongs to the first document.
+    """
+    begins = np.zeros(before + length, bool)
+    first, last = np.searchsorted(self.offsets[:-1], [start + 1, start + length])
+    begins[np.asarray(self.offsets[first:last]) - start + before] = True
+    segments = 1 + np.cumsum(begins, dtype=np.int32)
+    steps = np.arange(len(begins), dtype=np.int32)
+    return segments, steps - np.maximum.accumulate(np.where(begins, steps, 0))
+
+  def __getstate__(self) -> dict[str, Any]:
+    """A memory map travels to worker processes as its file name, not as gigabytes."""
+    return {name: _detached(value) for name, value in vars(self).items()}
+
+  def __setstate__(self, state: dict[str, Any]) -> None:
+    vars(self).update({name: _attached(value) for name, value in state.items()})
+
+
+class PackedDataset(_Windows):
+  """Windows to predict each token from those before it; attributes see `_Windows`.
+
+  Every token but a document's bos is the target of exactly one window, so with `keep_tail` the
+  sum of weighted losses over all samples is the loss of the whole text. A window's first target
+  is predicted from one token: the score is that of a model whose memory is cut every
+  `seq_length` tokens, an upper bound of the loss with full context.
+  """
+
+  _shortest = 1
+
   def __len__(self) -> int:
-    targets = len(self.tokens) - 1
-    return -(-targets // self.seq_length) if self.keep_tail else targets // self.seq_length
+    return self._count(len(self.tokens) - 1, self.seq_length)
 
   def __getitem__(self, index: int) -> dict[str, np.ndarray]:
     """Returns sample `index`, arrays of shape [T].
@@ -88,17 +123,9 @@ class PackedDataset:
       weights: float32, 1 where the target is of the same document as the input, else 0 (a next
         document's bos, padding).
     """
-    if not 0 <= index < len(self):
-      raise IndexError(f"sample {index} of {len(self)}")
-    length = self.seq_length
-    start = int(index) * length
-    window = np.array(self.tokens[start : start + length + 1], np.int32)
-    begins = np.zeros(len(window), bool)
-    first, last = np.searchsorted(self.offsets[:-1], [start + 1, start + len(window)])
-    begins[np.asarray(self.offsets[first:last]) - start] = True
-    segments = 1 + np.cumsum(begins, dtype=np.int32)
-    steps = np.arange(len(window), dtype=np.int32)
-    positions = steps - np.maximum.accumulate(np.where(begins, steps, 0))
+    start = self._start(index, self.seq_length)
+    window = np.array(self.tokens[start : start + self.seq_length + 1], np.int32)
+    segments, positions = self._documents(start, len(window))
     sample = {
       "inputs": window[:-1],
       "targets": window[1:],
@@ -106,17 +133,45 @@ class PackedDataset:
       "positions": positions[:-1],
       "weights": (segments[1:] == segments[:-1]).astype(np.float32),
     }
-    if missing := length + 1 - len(window):
-      # Zero is the pad id, the segment of padding and its weight.
-      sample = {name: np.pad(values, (0, missing)) for name, values in sample.items()}
-    return sample
+    # Zero is the pad id, the segment of padding and its weight.
+    return _filled_up(sample, self.seq_length)
 
-  def __getstate__(self) -> dict[str, Any]:
-    """A memory map travels to worker processes as its file name, not as gigabytes."""
-    return {name: _detached(value) for name, value in vars(self).items()}
 
-  def __setstate__(self, state: dict[str, Any]) -> None:
-    vars(self).update({name: _attached(value) for name, value in state.items()})
+class MarkedDataset(_Windows):
+  """Windows to read as a whole, each behind a bos; attributes see `_Windows`.
+
+  Every token of the stream is in exactly one window, of T - 1 of them. A window that starts with a
+  document's own bos has no second one, and ends in padding.
+  """
+
+  _shortest = 2
+
+  def __len__(self) -> int:
+    return self._count(len(self.tokens), self.seq_length - 1)
+
+  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    """Returns sample `index`, arrays of shape [T].
+
+    Args:
+      index: in [0, len(self)).
+
+    Returns:
+      inputs: int32 tokens.
+      segment_ids, positions: see `PackedDataset`; positions count the window's bos.
+    """
+    start = self._start(index, self.seq_length - 1)
+    window = np.array(self.tokens[start : start + self.seq_length - 1], np.int32)
+    mark = [] if window[0] == tokenizers.BOS_ID else [tokenizers.BOS_ID]
+    segments, positions = self._documents(start, len(window), before=len(mark))
+    inputs = np.concatenate([np.array(mark, np.int32), window])
+    sample = {"inputs": inputs, "segment_ids": segments, "positions": positions}
+    return _filled_up(sample, self.seq_length)
+
+
+def _filled_up(sample: dict[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
+  """The arrays with zeros behind, up to a length."""
+  missing = length - len(sample["inputs"])
+  return {n: np.pad(x, (0, missing)) for n, x in sample.items()} if missing else sample
 
 
 class _MappedFile(NamedTuple):

@@ -15,7 +15,7 @@ import sentencepiece
 from magneto_jax.data import documents, files
 
 PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
-_SPECIALS = 4  # ids below are specials
+SPECIALS = 4  # how many ids are special: those below it
 _MOST_BYTES = 2**30  # of a model, more than a protocol buffer of a million pieces
 _SPACE = "\u2581"  # what sentencepiece writes for a space
 
@@ -59,12 +59,12 @@ class ByteTokenizer:
   """One id a UTF-8 byte, `4 + byte`: lossless on every text, nothing to train; 260 ids."""
 
   pad_id, bos_id, eos_id, unk_id = PAD_ID, BOS_ID, EOS_ID, UNK_ID
-  vocab_size = _SPECIALS + 256
+  vocab_size = SPECIALS + 256
   identity = {"kind": "byte", "vocab_size": vocab_size}
 
   def encode(self, text: str) -> np.ndarray:
     """See `Tokenizer.encode`."""
-    return np.frombuffer(text.encode(), np.uint8).astype(np.int32) + _SPECIALS
+    return np.frombuffer(text.encode(), np.uint8).astype(np.int32) + SPECIALS
 
   def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
     """See `Tokenizer.encode_all`."""
@@ -73,7 +73,7 @@ class ByteTokenizer:
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
     """See `Tokenizer.decode`."""
     kept = _without_specials(ids, self.vocab_size)
-    return bytes(i - _SPECIALS for i in kept).decode(errors="replace")
+    return bytes(i - SPECIALS for i in kept).decode(errors="replace")
 
 
 class SentencePieceTokenizer:
@@ -240,7 +240,7 @@ def _without_specials(ids: Sequence[int] | np.ndarray, vocab_size: int) -> list[
   array = np.asarray(ids).reshape(-1)
   if array.size and not 0 <= array.min() <= array.max() < vocab_size:
     raise ValueError(f"ids must lie in [0, {vocab_size}), got {array.min()} to {array.max()}")
-  return [int(i) for i in array if i >= _SPECIALS]
+  return [int(i) for i in array if i >= SPECIALS]
 
 
 def _sentences(texts: Sequence[str], limit: int, bad: documents.BadRecords) -> Iterator[str]:

@@ -247,7 +247,7 @@ class MaskedLM(nn.Module, kw_only=True):
     encoder: an `Encoder` with a vocabulary.
     head: one of HEADS; the dense one has the encoder's activation and norm.
     tied: whether W is the encoder's table of tokens; else W is drawn as the table is.
-    vocab_chunk: see `CausalLM`.
+    vocab_chunk, label_smoothing: see `CausalLM`.
 
   Reference: BERT, arXiv 1810.04805, section 3.1.
   """
@@ -256,6 +256,7 @@ class MaskedLM(nn.Module, kw_only=True):
   head: str = "dense"
   tied: bool = True
   vocab_chunk: int = 0
+  label_smoothing: float = 0.0
 
   @nn.compact
   def __call__(
@@ -264,13 +265,18 @@ class MaskedLM(nn.Module, kw_only=True):
     *,
     mask_BT: jax.Array | None = None,
     recipe: records.Stack | None = None,
+    places_BK: jax.Array | None = None,
     targets_BT: jax.Array | None = None,
     return_hidden_states: bool = False,
+    deterministic: bool = True,
     **kwargs,
   ):
     """Logits [B, T, V], in float32 or wider, and, if asked for, the stream; see `Encoder`.
 
-    With `targets_BT`, integers in [0, V), -log p of them [B, T] in place of the logits.
+    With `places_BK`, integers in [0, T), only these positions of each row go through the head, and
+    K stands for T in what comes out. With `targets_BT`, integers in [0, V), one for each position
+    that does, -log p of them [B, T] (in training with the model's smoothing) in place of the
+    logits.
     """
     encoder = self.encoder
     if self.head not in HEADS:
@@ -282,10 +288,13 @@ class MaskedLM(nn.Module, kw_only=True):
       mask_BT=mask_BT,
       recipe=recipe,
       return_hidden_states=return_hidden_states,
+      deterministic=deterministic,
       **kwargs,
     )
     recipe = encoder.recipe if recipe is None else recipe
     h_BTD, hidden_LBTD = out if return_hidden_states else (out, None)
+    if places_BK is not None:
+      h_BTD = jnp.take_along_axis(h_BTD, places_BK[..., None], axis=1)
     if self.head == "dense":
       init = dense_init(recipe.embedding.tokens)
       dense = nn.Dense(
@@ -303,5 +312,12 @@ class MaskedLM(nn.Module, kw_only=True):
     bias_V = None
     if self.head == "dense":
       bias_V = self.param("head_bias", nn.initializers.zeros, (encoder.vocab_size,))
-    scores = scores_of(h_BTD, table_VD, targets_BT, bias_V, chunk=self.vocab_chunk)
+    scores = scores_of(
+      h_BTD,
+      table_VD,
+      targets_BT,
+      bias_V,
+      chunk=self.vocab_chunk,
+      smoothing=0.0 if deterministic else self.label_smoothing,
+    )
     return (scores, hidden_LBTD) if return_hidden_states else scores

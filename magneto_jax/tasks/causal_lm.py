@@ -1,9 +1,6 @@
 """Causal language modelling: predict each token from those before it."""
 
-import dataclasses
 import math
-import os
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from magneto_jax import decoding
-from magneto_jax.config import DataConfig, TrainConfig
+from magneto_jax.config import TrainConfig
 from magneto_jax.data import baselines as data_baselines
 from magneto_jax.data import documents, text
 from magneto_jax.models.language import CausalLM
@@ -22,8 +19,6 @@ from magneto_jax.theory import records
 
 # Above this size of the text its baselines are left out: xz alone would take a minute.
 _BASELINE_BYTES = 16 * 2**20
-# So many are counted in a tenth of a second, and settle the frequencies.
-_COUNTED_TOKENS = 10_000_000
 
 
 def architecture(config: TrainConfig, facts: Facts) -> records.Architecture:
@@ -40,10 +35,10 @@ def facts(data: text.TextData) -> Facts:
   """What the model must know of its data.
 
   vocab_size: V.
-  token_correlation: sum_k p_k^2 of the frequencies of the training text's first ten million tokens:
-    how often two of them are the same, which is the correlation of their embeddings.
+  token_correlation: sum_k p_k^2 of the frequencies of `common.token_counts`: how often two tokens
+    are the same, which is the correlation of their embeddings.
   """
-  counts = np.bincount(data.train.tokens[:_COUNTED_TOKENS])
+  counts = common.token_counts(data)
   frequencies = counts / counts.sum()
   return {
     "vocab_size": data.tokenizer.vocab_size,
@@ -130,19 +125,8 @@ def batch_spec(config: TrainConfig) -> dict[str, jax.ShapeDtypeStruct]:
   }
 
 
-def load_data(
-  config: DataConfig, directory: str | os.PathLike, expected: Mapping[str, Any] | None = None
-) -> text.TextData:
-  """Documents, tokenizer and token windows; what is derived is kept in `directory`."""
-  values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-  del values["workers"], values["prefetch"]  # The pipeline's, not the text's.
-  for name in ("train_files", "validation_files", "test_files"):
-    values[name] = tuple(part.strip() for part in values[name].split(",") if part.strip())
-  return text.load_text(workdir=directory, expected=expected, **values)
-
-
 TASK = Task(
-  load_data=load_data,
+  load_data=common.load_text,
   facts=facts,
   describe=lambda config, facts: records.describe(decoder_recipe(config, facts)),
   build_model=build_model,

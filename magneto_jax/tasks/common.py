@@ -1,16 +1,22 @@
 """What tasks share: from a config's fields to recipes, modules and facts."""
 
 import dataclasses
+import os
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from magneto_jax.config import ConfigError, DataConfig, ModelConfig, TrainConfig
+from magneto_jax.config import OF_ONE_TASK, ConfigError, DataConfig, ModelConfig, TrainConfig
+from magneto_jax.data import text
 from magneto_jax.data.tokenizers import ByteTokenizer
 from magneto_jax.layers.feed_forward import GATED
 from magneto_jax.tasks.task import Facts, Task, mean_nats, weighted_sums
 from magneto_jax.theory import recipes, records
+
+# So many are counted in a tenth of a second, and settle the frequencies.
+_COUNTED_TOKENS = 10_000_000
 
 # The recipes whose formulae are of a text; no other is given its correlation, so that a run whose
 # tokens were never counted can still be read.
@@ -138,6 +144,23 @@ def sizes(model: ModelConfig) -> dict[str, Any]:
     "head_dim": model.head_dim or model.width // model.heads,
     "gated": model.activation in GATED,
   }
+
+
+def load_text(
+  config: DataConfig, directory: str | os.PathLike, expected: Mapping[str, Any] | None = None
+) -> text.TextData:
+  """Documents, tokenizer and token windows; what is derived is kept in `directory`."""
+  values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+  del values["workers"], values["prefetch"]  # The pipeline's, not the text's.
+  values = {name: value for name, value in values.items() if f"data.{name}" not in OF_ONE_TASK}
+  for name in ("train_files", "validation_files", "test_files"):
+    values[name] = tuple(part.strip() for part in values[name].split(",") if part.strip())
+  return text.load_text(workdir=directory, expected=expected, **values)
+
+
+def token_counts(data: text.TextData) -> np.ndarray:
+  """[V], how often each id occurs in the training text's first ten million tokens."""
+  return np.bincount(data.train.tokens[:_COUNTED_TOKENS], minlength=data.tokenizer.vocab_size)
 
 
 def planned_facts(config: TrainConfig) -> Facts:

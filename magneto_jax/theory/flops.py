@@ -22,6 +22,26 @@ def train_step_flops(
   return 6 * batch_size * (stack + seq_length * width * vocab_size)
 
 
+def masked_step_flops(
+  *,
+  vocab_size: int,
+  seq_length: int,
+  places: int,
+  batch_size: int,
+  layers: int,
+  width: int,
+  **sizes,
+) -> int:
+  """FLOPs of one step of a masked language model with a dense head.
+
+  Args:
+    places: tokens of a row that are scored.
+    **sizes: and the others: see `train_step_flops`.
+  """
+  stack = stack_products(layers=layers, width=width, length=seq_length, **sizes)
+  return 6 * batch_size * (stack + places * width * (width + vocab_size))
+
+
 def encoder_decoder_step_flops(
   *,
   vocab_size: int,

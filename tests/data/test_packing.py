@@ -368,3 +368,43 @@ def test_a_memory_map_travels_to_workers_as_a_file_name(tmp_path):
   np.testing.assert_array_equal(received[7]["inputs"], dataset[7]["inputs"])
   part = packing.PackedDataset(stream.tokens[:50], stream.offsets, 8)
   assert len(copy.copy(part)) == len(part) == 6
+
+
+# ---------------------------------------------------------------------------------------------
+# Windows behind a bos
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", LENGTHS[1:])
+@pytest.mark.parametrize("keep_tail", [False, True])
+def test_marked_windows_match_a_token_by_token_transcription(length, keep_tail):
+  """Every token in one window, behind a bos that is its document's or else the window's."""
+  for lengths in CASES:
+    tokens, offsets = _stream(lengths)
+    dataset = packing.MarkedDataset(tokens, offsets, length, keep_tail)
+    step = length - 1
+    assert len(dataset) == (-(-len(tokens) // step) if keep_tail else len(tokens) // step)
+    for i in range(len(dataset)):
+      inputs, segments, positions = [], [], []
+      for token in tokens[i * step : (i + 1) * step]:
+        if token == BOS:
+          segments.append(1 + max(segments, default=0))
+          positions.append(0)
+        else:
+          if not inputs:
+            inputs.append(BOS)
+            segments.append(1)
+            positions.append(0)
+          segments.append(segments[-1])
+          positions.append(positions[-1] + 1)
+        inputs.append(token)
+      sample, rest = dataset[i], length - len(inputs)
+      np.testing.assert_array_equal(sample["inputs"], inputs + [PAD] * rest)
+      np.testing.assert_array_equal(sample["segment_ids"], segments + [0] * rest)
+      np.testing.assert_array_equal(sample["positions"], positions + [0] * rest)
+      assert {values.dtype for values in sample.values()} == {np.dtype(np.int32)}
+
+
+def test_marked_windows_need_room_for_a_token():
+  with pytest.raises(ValueError, match="seq_length=1 must be at least 2"):
+    packing.MarkedDataset(*_stream([5]), 1)

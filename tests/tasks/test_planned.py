@@ -16,6 +16,7 @@ from tests.models.common import compiled
 SMALL = {"layers": 2, "width": 16, "ffn_width": 24, "heads": 2}
 PLANNED = {
   "causal_lm": {},
+  "masked_lm": {},
   "translation": {"encoder_layers": 3},
   "beit3": {"positions": "learned", "image_size": 8, "patch_size": 4, "image_vocab_size": 11},
 }

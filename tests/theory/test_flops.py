@@ -40,6 +40,8 @@ PAIRS = {"positions": "learned", "image_size": 12, "patch_size": 4, "image_vocab
   [
     ("causal_lm", {}),
     ("causal_lm", {"activation": "swiglu", "kv_heads": 2, "head_dim": 10}),
+    ("masked_lm", {}),
+    ("masked_lm", {"kv_heads": 2, "head_dim": 10}),
     ("translation", {"encoder_layers": 2}),
     ("translation", {"activation": "swiglu", "kv_heads": 2, "head_dim": 10}),
     ("beit3", PAIRS),
