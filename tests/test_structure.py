@@ -84,6 +84,8 @@ UNSAFE_CALLS = {
 }
 # Methods of whatever has them.
 UNSAFE_METHODS = {"exec_module", "read_pickle", "to_pickle"}
+# What a person names on the command line is theirs to run, as a config file is.
+ALLOWED = {("magneto_jax/cli.py", "calls spec.loader.exec_module")}
 # A keyword that must have one value wherever a call that ends in the name is made ...
 REQUIRED = {
   "torch.load": ("weights_only", True),
@@ -288,8 +290,12 @@ def test_every_folder_with_code_is_a_package():
 
 def test_nothing_runs_code_hidden_in_data():
   texts = {p: p.read_text(encoding="utf-8") for p in repository_files() if p.suffix == ".py"}
-  found = {str(path.relative_to(ROOT)): unsafe(text) for path, text in texts.items()}
-  assert {path: lines for path, lines in found.items() if lines} == {}
+  found = {
+    (path.relative_to(ROOT).as_posix(), line.split(": ", 1)[1])
+    for path, text in texts.items()
+    for line in unsafe(text)
+  }
+  assert found == ALLOWED
 
 
 def test_no_text_names_a_machine():
