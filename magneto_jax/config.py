@@ -174,13 +174,18 @@ class ModelConfig(_Checked):
       )
 
 
-# Fields of the model that one task alone reads.
+# Fields that one task alone reads.
 OF_ONE_TASK = {
-  "encoder_layers": "translation",
-  "image_size": "beit3",
-  "patch_size": "beit3",
-  "image_vocab_size": "beit3",
+  "model.encoder_layers": "translation",
+  "model.image_size": "beit3",
+  "model.patch_size": "beit3",
+  "model.image_vocab_size": "beit3",
+  "data.source_key": "translation",
+  "data.target_key": "translation",
+  "data.too_long": "translation",
 }
+# Names of data that are the user's own files.
+OWN_FILES = ("text_files", "pair_files")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,8 +224,13 @@ class DataConfig(_Checked):
 
   _group = "data."
 
-  name: str = _field("embedded", "`embedded`, `text_files`, or the name of a TFDS data set")
-  train_files: str = _field("", "files or globs of name=text_files, separated by commas")
+  name: str = _field(
+    "embedded",
+    "`embedded`, `text_files`, `pair_files` (translation), or the name of a TFDS data set",
+  )
+  train_files: str = _field(
+    "", "files or globs of name=text_files or pair_files, separated by commas"
+  )
   validation_files: str = _field("", "the same; empty: a tail of the training text")
   document_separator: str = _field("", "splits a text file into documents; empty: one a file")
   validation_fraction: float = _field(
@@ -230,6 +240,14 @@ class DataConfig(_Checked):
   train_split: str = _field("train", "TFDS split to train on")
   validation_split: str = _field("validation", "TFDS split to evaluate on")
   text_key: str = _field("text", "TFDS feature that holds the text")
+  source_key: str = _field("en", "language, as the data set names it, to translate from")
+  target_key: str = _field("de", "language to translate into")
+  too_long: str = _field(
+    "refuse",
+    "what is done with a pair that has more than seq_length tokens on a side: end the run, or skip"
+    " it and tell how many there are",
+    choices=("refuse", "skip"),
+  )
   tokenizer: str = _field("sentencepiece", "kind of tokens", choices=("sentencepiece", "byte"))
   vocab_size: int = _field(1024, "pieces to train (sentencepiece)", min=8, max=_LONGEST)
   tokenizer_file: str = _field("", "a sentencepiece model to load instead of training one")
@@ -245,10 +263,10 @@ class DataConfig(_Checked):
 
   def __post_init__(self):
     super().__post_init__()
-    if self.name != "text_files" and (self.train_files or self.validation_files):
+    if self.name not in OWN_FILES and (self.train_files or self.validation_files):
       raise ConfigError(
         f"data.train_files and data.validation_files are not read with data.name={self.name!r}: set"
-        " data.name=text_files"
+        f" data.name={' or '.join(OWN_FILES)}"
       )
 
 
@@ -272,7 +290,7 @@ class OptimizerConfig(_Checked):
   schedule: str = _field(
     "cosine",
     "after the warm-up",
-    choices=("cosine", "linear", "polynomial", "constant"),
+    choices=("cosine", "linear", "polynomial", "inverse_sqrt", "constant"),
   )
   power: float = _field(1.0, "exponent of the polynomial schedule", above=0.0)
   warmup_steps: int = _field(0, "steps of linear warm-up", min=0)
@@ -397,11 +415,12 @@ class TrainConfig(_Checked):
         f"batch_size={self.batch_size} times data.seq_length={self.data.seq_length} is {tokens:,}"
         f" tokens a step, which must be at most {_LARGEST[int]:,}"
       )
+    defaults = _defaults(TrainConfig)
     for name, task in OF_ONE_TASK.items():
-      default = next(f.default for f in dataclasses.fields(ModelConfig) if f.name == name)
-      if self.task != task and getattr(self.model, name) != default:
+      group, leaf = name.split(".")
+      if self.task != task and getattr(getattr(self, group), leaf) != defaults[group][leaf]:
         raise ConfigError(
-          f"config.model.{name} is not read with config.task={self.task!r}, only with {task!r}"
+          f"config.{name} is not read with config.task={self.task!r}, only with {task!r}"
         )
     for name in self.recipe_options.chosen():
       if name not in recipes.options(self.recipe):

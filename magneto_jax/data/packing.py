@@ -42,7 +42,17 @@ class TokenStream(NamedTuple):
   left_out: tuple[int, ...] = ()
 
 
-class PackedDataset:
+class Mapped:
+  """A record whose memory maps travel to worker processes as file names, not as gigabytes."""
+
+  def __getstate__(self) -> dict[str, Any]:
+    return {name: _detached(value) for name, value in vars(self).items()}
+
+  def __setstate__(self, state: dict[str, Any]) -> None:
+    vars(self).update({name: _attached(value) for name, value in state.items()})
+
+
+class PackedDataset(Mapped):
   """Windows of a token stream: a random-access data source for Grain.
 
   Every token but a document's bos is the target of exactly one window, so with `keep_tail` the
@@ -110,13 +120,6 @@ class PackedDataset:
       # Zero is the pad id, the segment of padding and its weight.
       sample = {name: np.pad(values, (0, missing)) for name, values in sample.items()}
     return sample
-
-  def __getstate__(self) -> dict[str, Any]:
-    """A memory map travels to worker processes as its file name, not as gigabytes."""
-    return {name: _detached(value) for name, value in vars(self).items()}
-
-  def __setstate__(self, state: dict[str, Any]) -> None:
-    vars(self).update({name: _attached(value) for name, value in state.items()})
 
 
 class _MappedFile(NamedTuple):

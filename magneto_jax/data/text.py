@@ -100,13 +100,7 @@ def load_text(
   if tokenizer not in TOKENIZERS:
     raise ValueError(f"{tokenizer=} must be one of {sorted(TOKENIZERS)}")
   train, validation = sources.load_documents(name, **source_options)
-  for part, texts in (("train", train), ("validation", validation)):
-    identity = files.digest(dict(texts.identity))
-    if expected is not None and files.digest(expected.get(part)) != identity:
-      raise ValueError(
-        f"the {part} text is not the one that this run was started with: bring that back, or use"
-        " another workdir"
-      )
+  refuse_others({"train": train.identity, "validation": validation.identity}, expected)
   bad = documents.BadRecords(skip_bad)
   made = TOKENIZERS[tokenizer](
     train,
@@ -140,6 +134,18 @@ def load_text(
       **({"left_out": left_out} if bad.found else {}),
     },
   )
+
+
+def refuse_others(
+  identities: Mapping[str, Mapping[str, Any]], expected: Mapping[str, Any] | None
+) -> None:
+  """Raises ValueError if a run had other texts before; of a new one nothing is expected."""
+  for part, identity in identities.items():
+    if expected is not None and files.digest(expected.get(part)) != files.digest(dict(identity)):
+      raise ValueError(
+        f"the {part} text is not the one that this run was started with: bring that back, or use"
+        " another workdir"
+      )
 
 
 def _kept(

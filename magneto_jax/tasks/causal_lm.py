@@ -135,9 +135,11 @@ def load_data(
 ) -> text.TextData:
   """Documents, tokenizer and token windows; what is derived is kept in `directory`."""
   values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-  del values["workers"], values["prefetch"]  # The pipeline's, not the text's.
+  # The pipeline's, not the text's; and those of pairs.
+  for name in ("workers", "prefetch", "source_key", "target_key", "too_long"):
+    del values[name]
   for name in ("train_files", "validation_files"):
-    values[name] = tuple(part.strip() for part in values[name].split(",") if part.strip())
+    values[name] = common.paths(values[name])
   return text.load_text(workdir=directory, expected=expected, **values)
 
 

@@ -140,6 +140,11 @@ def sizes(model: ModelConfig) -> dict[str, Any]:
   }
 
 
+def paths(files: str) -> tuple[str, ...]:
+  """The parts of a field that lists files, separated by commas."""
+  return tuple(part.strip() for part in files.split(",") if part.strip())
+
+
 def planned_facts(config: TrainConfig) -> Facts:
   """The facts that a run of the config would have, as far as they are known without its data.
 
