@@ -612,7 +612,7 @@ class _Part(NamedTuple):
       file, index, unit = pairs.place(int(kept[long[0]]))
       raise ValueError(
         f"{file}: {unit} {index} has {lengths_P2[long[0]].max()} tokens on a side, more than"
-        f" {seq_length=}, as {long.size:,} of {pairs.size:,} pairs do: set data.seq_length to at"
+        f" {seq_length=}, as {long.size:,} of {len(kept):,} pairs do: set data.seq_length to at"
         f" least {lengths_P2.max()}, or data.too_long=skip"
       )
     if not short.size:

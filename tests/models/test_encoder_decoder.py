@@ -184,6 +184,23 @@ def test_targets_see_the_whole_memory_and_no_other_target_than_their_window():
     np.testing.assert_array_equal(changed, np.arange(T) == t)
 
 
+@pytest.mark.parametrize("kind", common.main_and_slow(KINDS, ("learned",)))
+def test_packed_pairs_are_scored_as_alone(kind):
+  """Two pairs in a row, the shorter source with the longer target, then padding; float32."""
+  model = both(**KINDS[kind])
+  params = reference.random_params(model, *INPUTS)
+  ids, source_ids = np.array([[1, 1, 1, 2, 2, 2, 2, 0]]), np.array([[1, 1, 1, 2, 2, 0]])
+  at, source_at = np.array([[0, 1, 2, 0, 1, 2, 3, 0]]), np.array([[0, 1, 2, 0, 1, 0]])
+  packed = {"segment_ids_BT": ids, "positions_BT": at}
+  packed |= {"source_segment_ids_BS": source_ids, "source_positions_BS": source_at}
+  logits = run(model, params, SOURCE[:1], TOKENS[:1], **packed)
+  for source, tokens in ((slice(0, 3), slice(0, 3)), (slice(3, 5), slice(3, 7))):
+    alone = run(model, params, SOURCE[:1, source], TOKENS[:1, tokens])
+    np.testing.assert_allclose(logits[:, tokens], alone, rtol=0, atol=1e-5)
+  masked = run(model, params, SOURCE[:1], TOKENS[:1], **packed, source_mask_BS=source_ids > 0)
+  np.testing.assert_array_equal(masked[ids > 0], logits[ids > 0])
+
+
 # ---------------------------------------------------------------------------------------------
 # Decoding
 # ---------------------------------------------------------------------------------------------
@@ -287,6 +304,7 @@ def test_a_state_without_a_memory_scores_nan():
 # ---------------------------------------------------------------------------------------------
 
 MEMORY = np.zeros((3, S, WIDTH), np.float32)
+IDS = np.ones((3, S), np.int32)
 
 
 def decoder(kind="encoder_decoder", **options) -> CausalLM:
@@ -322,6 +340,35 @@ def init(model, *args, **inputs):
         decoder(), TOKENS, memory_mask_BS=np.ones((3, S), int), state=decoder().init_state(3, T, S)
       ),
       "memory_mask_BS goes with memory_BSD",
+    ),
+    (
+      lambda: init(decoder(), TOKENS, memory_BSD=MEMORY, memory_segment_ids_BS=IDS),
+      "memory_segment_ids_BS goes with segment_ids_BT",
+    ),
+    (
+      lambda: init(
+        decoder(),
+        TOKENS,
+        memory_BSD=MEMORY,
+        memory_segment_ids_BS=IDS,
+        segment_ids_BT=np.ones_like(TOKENS),
+        state=decoder().init_state(3, T, S),
+      ),
+      "and with no state",
+    ),
+    (
+      lambda: init(
+        decoder(),
+        TOKENS,
+        memory_BSD=MEMORY,
+        memory_segment_ids_BS=IDS[:1],
+        segment_ids_BT=np.ones_like(TOKENS),
+      ),
+      r"memory_segment_ids_BS must be of shape \[3, 6\], not \[1, 6\]",
+    ),
+    (
+      lambda: init(decoder("decoder"), TOKENS, memory_segment_ids_BS=IDS),
+      "this recipe has no cross-attention: it cannot read a memory",
     ),
     (
       lambda: init(decoder(), TOKENS, memory_BSD=MEMORY, embedding_VD=np.zeros((2, WIDTH))),
