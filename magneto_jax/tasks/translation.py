@@ -122,6 +122,19 @@ def metrics(totals: Totals, data: pairs.PairData, *, whole: bool) -> dict[str, f
   return values | {"perplexity": math.exp(nats) if nats < 700 else math.inf}
 
 
+def baselines(data: pairs.PairData) -> dict[str, dict[str, float]]:
+  """Nats a token of the targets without their sources: by how often each token is in training."""
+  own = lambda rows, first: rows.tokens[rows.offsets[first] : rows.offsets[-1]]
+  size = data.tokenizer.vocab_size
+  train, validation = (
+    np.bincount(own(rows, len(rows.offsets) // 2), minlength=size)
+    for rows in (data.train, data.validation)
+  )
+  train[data.tokenizer.bos_id] = validation[data.tokenizer.bos_id] = 0  # Given, not predicted.
+  log_p = np.log((1 + train) / np.sum(1 + train))
+  return {"loss_nats_per_token": {"unigram": float(-validation @ log_p / validation.sum())}}
+
+
 def flops(config: TrainConfig, facts: Facts) -> int:
   """FLOPs of one step, padding included; see `theory.flops`."""
   return theory_flops.encoder_decoder_step_flops(
@@ -158,7 +171,7 @@ TASK = Task(
   inputs=inputs,
   score=weighted_sums,
   metrics=metrics,
-  baselines=lambda data: {},
+  baselines=baselines,
   flops=flops,
   planned_facts=common.planned_facts,
   batch_spec=batch_spec,

@@ -195,6 +195,20 @@ def test_planned_batches_are_those_of_the_data(loaded):
   }
 
 
+def test_the_baseline_is_of_how_often_each_token_was_seen(loaded):
+  """By counting the rows' targets."""
+  _, data = loaded
+
+  def targets(rows):
+    samples = [rows[i] for i in range(len(rows))]
+    return np.concatenate([row["targets"][row["weights"] > 0] for row in samples]).tolist()
+
+  seen = targets(data.train)
+  p = {token: (1 + seen.count(token)) / (260 + len(seen)) for token in targets(data.validation)}
+  expected = -np.mean([math.log(p[token]) for token in targets(data.validation)])
+  assert TASK.baselines(data) == {"loss_nats_per_token": {"unigram": pytest.approx(expected)}}
+
+
 def test_the_correlation_is_of_what_both_stacks_read(loaded):
   """By brute force over all pairs of the rows' tokens."""
   _, data = loaded
