@@ -14,8 +14,8 @@ wmt17_6_6, wmt17_18_18, wmt17_100_100
   English-German: width 512, FFN 2048, 8 heads, learning rate 5e-4 after 4,000 steps of warm-up,
   64 x 4,096 tokens a step, one vocabulary of both languages. BLEU there 27.8, 28.8 and 28.9. Adam
   (0.9, 0.98), label smoothing 0.1 and the inverse square root are fairseq's usual. Not known:
-  dropout, steps and the vocabulary; 0.1, 100,000 and 40,000 pieces here. Pairs of more than 256 tokens on a
-  side are skipped (fairseq's script skips those of more than 250). Prepare the data as the first
+  dropout, steps and the vocabulary; 0.1, 100,000 and 40,000 pieces here. Pairs of more than 256
+  tokens on a side are skipped (as fairseq's script does with 250). Prepare the data as the first
   run's message says; then, on accelerators:
 
   python -m magneto_jax.train --config=configs/translation.py:wmt17_18_18 --workdir=runs/wmt17
