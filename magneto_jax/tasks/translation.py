@@ -2,8 +2,8 @@
 
 The model is an encoder-decoder whose stacks are of one width and share the table of tokens;
 `layers` is the decoder's depth and `encoder_layers` the encoder's. A row of a batch holds several
-pairs, each of which reads its own source and itself only; the decoder's input begins with the mark
-of an end, and so does what it writes.
+pairs, each of which reads its own source and itself only. The decoder's input begins with the mark
+of an end, and what it writes ends with one.
 
 Reference: Attention Is All You Need, arXiv 1706.03762; DeepNet, arXiv 2203.00555.
 """
@@ -29,7 +29,7 @@ from magneto_jax.theory import records
 
 # So many are counted in a tenth of a second, and settle the frequencies.
 _COUNTED_TOKENS = 10_000_000
-# Fields of the data that are no other task's: `load_pairs` reads them.
+# The fields that pairs are read by, but for the lists of files.
 _READ = (
   *("name", "tokenizer", "vocab_size", "tokenizer_file", "seq_length", "cache_dir", "skip_bad"),
   *("too_long", "source_key", "target_key", "validation_fraction"),

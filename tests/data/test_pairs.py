@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from magneto_jax.data import pairs, tokenizers
+from magneto_jax.data import documents, pair_sources, pairs, tokenizers
 
 EOS = tokenizers.EOS_ID
 WORDS = "the a cat dog house tree on under sees likes and or red old small".split()
@@ -64,7 +64,7 @@ def loaded(tmp_path_factory):
 
 
 def test_the_embedded_pairs_are_those_of_the_readme():
-  parts = {split: list(pairs.embedded(split)) for split in ("train", "validation", "test")}
+  parts = {split: list(pair_sources.embedded(split)) for split in ("train", "validation", "test")}
   assert {split: len(part) for split, part in parts.items()} == {
     "train": 5265,
     "validation": 300,
@@ -77,13 +77,13 @@ def test_the_embedded_pairs_are_those_of_the_readme():
 
 
 def test_the_embedded_pairs_can_be_read_either_way():
-  there, back = (pairs.embedded("test", *keys) for keys in (("en", "de"), ("de", "en")))
+  there, back = (pair_sources.embedded("test", *keys) for keys in (("en", "de"), ("de", "en")))
   assert [pair[::-1] for pair in back] == list(there)
   assert there.identity != back.identity
   with pytest.raises(ValueError, match="are of en and de: .*source_key='en' .*target_key='fr'"):
-    pairs.embedded("test", "en", "fr")
+    pair_sources.embedded("test", "en", "fr")
   with pytest.raises(ValueError, match=r"no split 'dev'; they have \['test', 'train', 'valid"):
-    pairs.embedded("dev")
+    pair_sources.embedded("dev")
 
 
 @pytest.mark.parametrize("end", ("\n", "\r\n"))
@@ -96,28 +96,28 @@ def test_own_files_are_read_whatever_their_ends_and_compression(tmp_path, opened
   suffix = {None: "", gzip.compress: ".gz", lzma.compress: ".xz"}[opened]
   path = tmp_path / f"own.tsv{suffix}"
   path.write_bytes(opened(content) if opened else content)
-  found = pairs.pair_files(train_files=(str(path),), validation_files=plain[1:])
+  found = pair_sources.pair_files(train_files=(str(path),), validation_files=plain[1:])
   assert (list(found[0]), list(found[1])) == (train, validation)
   (tmp_path / "moved").mkdir()
   moved = path.rename(tmp_path / "moved" / path.name)
-  again = pairs.pair_files(train_files=(str(moved),), validation_files=plain[1:])
+  again = pair_sources.pair_files(train_files=(str(moved),), validation_files=plain[1:])
   assert again[0].identity == found[0].identity != found[1].identity
 
 
 def test_the_last_lines_of_every_file_are_held_out(tmp_path):
   parts = corpus(10), corpus(30, seed=1)
   files = tuple(write(tmp_path / f"{i}.tsv", part) for i, part in enumerate(parts))
-  train, validation = pairs.pair_files(train_files=files, validation_fraction=0.2)
+  train, validation = pair_sources.pair_files(train_files=files, validation_fraction=0.2)
   assert list(train) == parts[0][:8] + parts[1][:24]
   assert list(validation) == parts[0][8:] + parts[1][24:]
   assert validation.place(1) == (files[0], 10, "line")
   assert validation.place(2) == (files[1], 25, "line")
   with pytest.raises(ValueError, match="must not share files"):
-    pairs.pair_files(train_files=files, validation_files=files[:1])
+    pair_sources.pair_files(train_files=files, validation_files=files[:1])
   with pytest.raises(ValueError, match="no train pair is left"):
-    pairs.pair_files(train_files=files, validation_fraction=0.99)
+    pair_sources.pair_files(train_files=files, validation_fraction=0.99)
   with pytest.raises(ValueError, match=r"validation_fraction=1.0 must lie in \(0, 1\)"):
-    pairs.pair_files(train_files=files, validation_fraction=1.0)
+    pair_sources.pair_files(train_files=files, validation_fraction=1.0)
 
 
 class TinyPairs(tfds.core.GeneratorBasedBuilder):
@@ -140,7 +140,7 @@ class TinyPairs(tfds.core.GeneratorBasedBuilder):
 def test_prepared_tfds_pairs_are_read_by_their_languages(tmp_path):
   TinyPairs(data_dir=tmp_path, file_format="array_record").download_and_prepare()
   options = {"data_dir": str(tmp_path), "source_key": "de", "target_key": "en"}
-  train, validation = pairs.read_pairs("tiny_pairs", **options)
+  train, validation = pair_sources.read_pairs("tiny_pairs", **options)
   expected = {(f"Sätz {i} von 9", f"sentence {i} of 9") for i in range(1, 9)}
   found, failed = set(), []
   for i in range(9):
@@ -154,7 +154,7 @@ def test_prepared_tfds_pairs_are_read_by_their_languages(tmp_path):
   assert error.startswith(f"{shard}: record ") and error.endswith("(its target is empty)")
   assert train.identity["languages"] == ["de", "en"]
   with pytest.raises(ValueError, match=r"no text feature 'fr'; target_key can be \['de', 'en'\]"):
-    pairs.read_pairs("tiny_pairs", data_dir=str(tmp_path), target_key="fr")
+    pair_sources.read_pairs("tiny_pairs", data_dir=str(tmp_path), target_key="fr")
   data = pairs.load_pairs(
     workdir=tmp_path / "run", name="tiny_pairs", tokenizer="byte", skip_bad=2, **options
   )
@@ -163,7 +163,7 @@ def test_prepared_tfds_pairs_are_read_by_their_languages(tmp_path):
 
 def test_a_set_that_is_not_there_says_how_to_prepare_it(tmp_path):
   with pytest.raises(FileNotFoundError, match="wmt14_translate/de-en is not prepared under"):
-    pairs.read_pairs("wmt14_translate/de-en", data_dir=str(tmp_path))
+    pair_sources.read_pairs("wmt14_translate/de-en", data_dir=str(tmp_path))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -228,7 +228,7 @@ def test_a_file_that_holds_nothing_or_is_damaged_is_one_line(tmp_path, name):
   path.write_bytes(content.get(name, lzma.compress(b"a\tb\n" * 1000)[:-20]))
   reason = "cannot be decompressed: " if "cut" in name else "is empty: remove it from the list"
   with pytest.raises(ValueError, match=f"{name} {reason}") as error:
-    pairs.pair_files(train_files=(str(path),))
+    pair_sources.pair_files(train_files=(str(path),))
   assert "\n" not in str(error.value)
 
 
@@ -350,13 +350,13 @@ def test_the_tokenizer_is_of_both_sides_of_the_training_pairs_alone(own):
 
 def test_a_large_corpus_is_sampled_from_both_sides(own, monkeypatch):
   """Where there are more texts than sentences are trained on: at equal distances."""
-  texts = pairs.Pairs(
+  texts = pair_sources.Pairs(
     size=50,
     read=lambda index: (f"source {index}", f"target {index}"),
     place=lambda index: ("a file", index, "line"),
     identity={},
   ).texts()
-  sampled = list(tokenizers._sentences(texts, 20, pairs.documents.BadRecords()))
+  sampled = list(tokenizers._sentences(texts, 20, documents.BadRecords()))
   assert sum("source" in words for words in sampled) == 10 == len(sampled) - 10
 
 
