@@ -1,13 +1,17 @@
 """Translation: rows of pairs, of which none sees another, and what a run of it is given."""
 
 import dataclasses
+import itertools
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.reliability import states
+from magneto_jax import training
 from magneto_jax.config import from_config_dict
 from magneto_jax.data import packing, pairs
 from magneto_jax.layers.cross_entropy import cross_entropy
@@ -221,3 +225,41 @@ def test_the_correlation_is_of_what_both_stacks_read(loaded):
   assert facts["vocab_size"] == 260
   assert facts["token_correlation"] == pytest.approx(np.mean(read[:, None] == read[None]))
   assert isinstance(data.train, packing.Mapped)
+
+
+@pytest.mark.ci
+def test_a_run_learns_to_translate_and_resumes_to_the_bit(tmp_path):
+  """Words of a dictionary, of which each target word is known once its source is read."""
+  words = {"cat": "K", "dog": "H", "house": "Z", "tree": "B", "red": "R"}
+  lines = [
+    f"{' '.join(chosen)}\t{' '.join(words[word] for word in chosen)}\n"
+    for chosen in itertools.product(words, repeat=3)
+  ]
+  (tmp_path / "own.tsv").write_text("".join(np.random.default_rng(0).permutation(lines)))
+  config = from_config_dict(
+    {
+      "task": "translation",
+      "steps": 40,
+      "batch_size": 2,
+      "label_smoothing": 0.1,
+      "eval_every": 40,
+      "checkpoint_every": 20,
+      "model": {"layers": 1, "width": 32, "heads": 2, "ffn_width": 32, "dropout": 0.1},
+      "optimizer": {"learning_rate": 0.02, "schedule": "inverse_sqrt", "warmup_steps": 10},
+      "data": {
+        "name": "pair_files",
+        "train_files": f"{tmp_path}/own.tsv",
+        "tokenizer": "byte",
+        "seq_length": 64,
+      },
+    }
+  )
+  whole, parts = tmp_path / "whole", tmp_path / "parts"
+  summary = training.train(config, whole)
+  unigram = summary["baselines"]["loss_nats_per_token"]["unigram"]
+  nats = summary["validation_loss_nats_per_token"]
+  assert nats < 0.7 * unigram
+  assert summary["validation_perplexity"] == pytest.approx(math.exp(nats))
+  training.train(dataclasses.replace(config, steps=20), parts)
+  training.train(config, parts)
+  chex.assert_trees_all_equal(states.arrays(parts, 40), states.arrays(whole, 40))
