@@ -2,7 +2,10 @@
 
 tiny
   The 5,265 English-German pairs that ship with the package (Debian Administrator's Handbook), 300
-  others to validate on. TINY_RESULT
+  others to validate on. Target, set before the run: 4.5 nats a token. Reached: 3.229, a perplexity
+  of 25.2, after 700 steps, 27 November 2026, jax 0.10.2. Those took 39 minutes on two cores that
+  many other jobs shared; they are the FLOPs of `gpt.py:tiny`, which takes 4 minutes on cores that are
+  otherwise idle. JUDGE
   Baselines, of `python -m benchmarks.translation_baselines`: 6.372 nats a token by the counts of
   the training targets' tokens, 5.245 by a dictionary learnt with IBM model 1 from the same pairs.
   What that dictionary writes word for word scores BLEU 15.4 and chrF 49.7 (copying the source 8.8
