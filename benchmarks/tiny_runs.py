@@ -16,7 +16,8 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 
-from benchmarks import coordinator
+from benchmarks import coordinator, translation_baselines
+from magneto_jax import runs as runs_lib
 
 PATH = coordinator.RESULTS / "tiny_runs.json"
 # As the README's command; of Linux, and of speed alone.
@@ -49,6 +50,12 @@ class Entry:
   flags: Callable[[Mapping[str, pathlib.Path]], Sequence[str]] = lambda workdirs: ()
 
 
+def _of_pairs(score: Callable, workdir: pathlib.Path):
+  """A score of the run's training and validation pairs, and its tokenizer."""
+  data = translation_baselines.tiny_data(runs_lib.data_in(workdir))
+  return score(data.train_pairs, data.validation_pairs, data.tokenizer)
+
+
 ENTRIES: dict[str, Entry] = {
   "causal_lm": Entry(
     config="configs/gpt.py:tiny",
@@ -64,6 +71,23 @@ ENTRIES: dict[str, Entry] = {
     target=0.2,
     higher_is_better=True,
     baselines=lambda summary, workdir: summary["baselines"]["masked_accuracy"],
+  ),
+  "translation": Entry(
+    config="configs/translation.py:tiny",
+    metric="loss_nats_per_token",
+    target=4.5,
+    higher_is_better=False,
+    # Of the training targets' tokens, and of a dictionary learnt with IBM model 1.
+    baselines=lambda summary, workdir: _of_pairs(translation_baselines.nats_per_token, workdir),
+    # What the dictionary and copying the source score where the model's own text is judged.
+    beside=lambda summary, workdir: {
+      f"{metric} of {name}": value
+      for name, values in {
+        "the model": {metric: summary[f"validation_{metric}"] for metric in ("bleu", "chrf")},
+        **_of_pairs(lambda train, other, _: translation_baselines.scores(train, other), workdir),
+      }.items()
+      for metric, value in values.items()
+    },
   ),
 }
 

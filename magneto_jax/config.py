@@ -185,9 +185,14 @@ OF_ONE_TASK = {
   "data.mask_rate": "masked_lm",
   "data.mask_keep": "masked_lm",
   "data.mask_random": "masked_lm",
+  "data.source_key": "translation",
+  "data.target_key": "translation",
+  "data.too_long": "translation",
 }
 # Groups of fields that one task alone reads.
 GROUPS_OF_ONE_TASK = {"beam": "translation"}
+# Names of data that are the user's own files.
+OWN_FILES = ("text_files", "pair_files")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,8 +231,13 @@ class DataConfig(_Checked):
 
   _group = "data."
 
-  name: str = _field("embedded", "`embedded`, `text_files`, or the name of a TFDS data set")
-  train_files: str = _field("", "files or globs of name=text_files, separated by commas")
+  name: str = _field(
+    "embedded",
+    "`embedded`, `text_files`, `pair_files` (translation), or the name of a TFDS data set",
+  )
+  train_files: str = _field(
+    "", "files or globs of name=text_files or pair_files, separated by commas"
+  )
   validation_files: str = _field("", "the same; empty: a tail of the training text")
   test_files: str = _field("", "the same, of the split `test` (magneto_jax.evaluate)")
   document_separator: str = _field("", "splits a text file into documents; empty: one a file")
@@ -238,6 +248,14 @@ class DataConfig(_Checked):
   train_split: str = _field("train", "TFDS split to train on")
   validation_split: str = _field("validation", "split to evaluate on")
   text_key: str = _field("text", "TFDS feature that holds the text")
+  source_key: str = _field("en", "language, as the data set names it, to translate from")
+  target_key: str = _field("de", "language to translate into")
+  too_long: str = _field(
+    "refuse",
+    "what is done with a pair that has more than seq_length tokens on a side: end the run, or skip"
+    " it and tell how many there are",
+    choices=("refuse", "skip"),
+  )
   tokenizer: str = _field("sentencepiece", "kind of tokens", choices=("sentencepiece", "byte"))
   vocab_size: int = _field(1024, "pieces to train (sentencepiece)", min=8, max=_LONGEST)
   tokenizer_file: str = _field("", "a sentencepiece model to load instead of training one")
@@ -261,9 +279,10 @@ class DataConfig(_Checked):
   def __post_init__(self):
     super().__post_init__()
     for name in ("train_files", "validation_files", "test_files"):
-      if self.name != "text_files" and getattr(self, name):
+      if self.name not in OWN_FILES and getattr(self, name):
         raise ConfigError(
-          f"data.{name} are not read with data.name={self.name!r}: set data.name=text_files"
+          f"data.{name} are not read with data.name={self.name!r}: set"
+          f" data.name={' or '.join(OWN_FILES)}"
         )
     if self.mask_keep + self.mask_random > 1:
       raise ConfigError(
@@ -292,7 +311,7 @@ class OptimizerConfig(_Checked):
   schedule: str = _field(
     "cosine",
     "after the warm-up",
-    choices=("cosine", "linear", "polynomial", "constant"),
+    choices=("cosine", "linear", "polynomial", "inverse_sqrt", "constant"),
   )
   power: float = _field(1.0, "exponent of the polynomial schedule", above=0.0)
   warmup_steps: int = _field(0, "steps of linear warm-up", min=0)

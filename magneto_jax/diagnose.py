@@ -112,6 +112,13 @@ def diagnose(
   with tempfile.TemporaryDirectory() as scratch, config_errors():
     data = task.load_data(config.data, pathlib.Path(scratch), None)
     facts = task.facts(data)
+    parts = diagnostics.parts_of(task.build_model(config, facts))
+    if len(parts) != 1:
+      raise ConfigError(
+        f"this command compares models of one stack, and config.task={config.task!r} has"
+        f" {' and '.join(parts)}: train with config.diagnostics_every, or call"
+        " magneto_jax.diagnostics.diagnose"
+      )
     batch = diagnostics.first_samples(data, config.batch_size, config.data.seq_length)
     calls = diagnostics.calls_of(task)
 
@@ -127,7 +134,7 @@ def diagnose(
     architecture = task.architecture(config, facts)
     if 0 < correlation <= 1:
       architecture = dataclasses.replace(architecture, token_correlation=float(correlation))
-    part = diagnostics.parts_of(task.build_model(config, facts))[kind]
+    part = parts[kind]
     setting = dataclasses.asdict(diagnostics.setting_of(part, first.tokens))
     # What the architecture says itself.
     for name in ("width", "ffn_width", "heads", "dropout", "is_causal", "memory_length"):

@@ -1,12 +1,14 @@
 """AdamW, its decay mask and its learning-rate schedules (all optax)."""
 
 import jax
+import jax.numpy as jnp
 import optax
 
 # Leaves of the parameter tree that are matrices: what "weight decay" means where the papers do
 # not say. Biases, norm gains, head scales and residual scales are left alone.
 DECAYED = ("kernel", "embedding")
-SCHEDULES = ("cosine", "linear", "polynomial", "constant")
+SCHEDULES = ("cosine", "linear", "polynomial", "inverse_sqrt", "constant")
+ENDLESS = ("inverse_sqrt", "constant")  # They read no `decay_steps`.
 
 
 def decay_mask(params) -> dict:
@@ -35,19 +37,27 @@ def schedule(
     polynomial  peak (e + (1 - e) (1 - p)^power)
     constant    peak
 
+  and, with the number of the update n = step + 1, which has no end:
+
+    inverse_sqrt  peak sqrt(w / n), w = warmup or, without one, 1
+
   Args:
-    kind: one of the four.
+    kind: one of the five.
     peak: the highest learning rate.
     warmup_steps: steps of the warm-up; step 0 has the rate of 1 / warmup of the peak.
     decay_steps: the step at which the decay ends, warm-up included.
     power: of the polynomial.
     end_factor: the last rate over the peak.
+
+  Reference: Attention Is All You Need, arXiv 1706.03762, equation 3 (inverse_sqrt).
   """
+  first = max(warmup_steps, 1)
   span = max(decay_steps - warmup_steps, 1)
   tails = {
     "cosine": lambda: optax.cosine_decay_schedule(peak, span, alpha=end_factor),
     "linear": lambda: optax.linear_schedule(peak, peak * end_factor, span),
     "polynomial": lambda: optax.polynomial_schedule(peak, peak * end_factor, power, span),
+    "inverse_sqrt": lambda: lambda step: peak * jnp.sqrt(first / (warmup_steps + step + 1)),
     "constant": lambda: optax.constant_schedule(peak),
   }
   if kind not in tails:

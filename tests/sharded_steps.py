@@ -131,6 +131,7 @@ def of_task(name: str, **fields):
     batch = {}
     for key, spec in task.batch_spec(config).items():
       high = 2 if "mask" in key or spec.dtype == bool else VOCAB
+      high = {"segment_ids": 3, "positions": LENGTH}.get(key.removeprefix("source_"), high)
       values = rng.integers(0, high, spec.shape)
       if jnp.issubdtype(spec.dtype, jnp.floating):
         values = rng.normal(size=spec.shape) if "image" in key else rng.integers(0, 2, spec.shape)

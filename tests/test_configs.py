@@ -121,6 +121,45 @@ AT_SCALE = {
 }
 
 
+# DeepNet's base size and table 7; Foundation Transformers, section 4.3.
+DEEP = {
+  "task": "translation",
+  "model.width": 512,
+  "model.ffn_width": 2048,
+  "model.heads": 8,
+  "label_smoothing": 0.1,
+  "optimizer.learning_rate": 5e-4,
+  "optimizer.schedule": "inverse_sqrt",
+  "optimizer.warmup_steps": 4000,
+  "optimizer.b1": 0.9,
+  "optimizer.b2": 0.98,
+  "optimizer.clip_norm": 0.0,
+  "optimizer.weight_decay": 0.0,
+}
+
+
+@pytest.mark.parametrize(
+  "variant, recipe, layers, tokens",
+  [
+    ("wmt17_6_6", "deepnet", 6, 64 * 4096),
+    ("wmt17_18_18", "deepnet", 18, 64 * 4096),
+    ("wmt17_100_100", "deepnet", 100, 64 * 4096),
+    ("opus100_18_18", "magneto", 18, 128 * 4096),
+    ("opus100_100_100", "deepnet", 100, 128 * 4096),
+    ("deepnet_500_500", "deepnet", 500, 128 * 4096),
+  ],
+)
+def test_translation_is_as_in_the_papers(variant, recipe, layers, tokens):
+  config = flatten(from_config_dict(translation.get_config(variant)))
+  expected = DEEP | {
+    "recipe": recipe,
+    "model.layers": layers,
+    "model.encoder_layers": layers,
+  }
+  assert {name: config[name] for name in expected} == expected
+  assert config["batch_size"] * config["data.seq_length"] == tokens
+
+
 @pytest.mark.parametrize("file, variant", AT_SCALE)
 def test_a_config_at_scale_has_its_papers_sizes_and_can_be_cut_for_256_chips(file, variant):
   """By the shapes of its parameters, without making any; no chip holds a whole matrix."""

@@ -235,3 +235,11 @@ def test_a_report_holds_table_verdicts_notes_and_time(capsys, tmp_path):
     "float16",
   ]
   check_picture(tmp_path / "diagnosis.png")
+
+
+def test_a_model_of_two_stacks_is_refused_in_a_line():
+  data = {"tokenizer": "byte", "seq_length": 256, "too_long": "skip"}
+  pairs = from_config_dict({"task": "translation", "model": SIZES, "data": data})
+  with pytest.raises(ConfigError, match="'translation' has encoder and decoder: train with") as e:
+    diagnose.diagnose(pairs)
+  assert "\n" not in str(e.value)

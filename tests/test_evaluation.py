@@ -151,7 +151,7 @@ def test_data_may_lie_elsewhere_and_nothing_else_may_differ(tmp_path, workdir):
 
 def test_files_have_no_split_but_those_that_are_named(workdir):
   opened = evaluation.open_run(workdir, changes={"data.test_files": ""})
-  with pytest.raises(ConfigError, match="test_files is empty: name at least one text file"):
+  with pytest.raises(ConfigError, match="test_files is empty: name at least one file of your own"):
     evaluation.load_split(opened, "test")
   with pytest.raises(ConfigError, match="text files have no split 'dev', only train, validation a"):
     evaluation.load_split(opened, "dev")

@@ -21,10 +21,23 @@ def test_schedule_follows_its_formula(kind):
       "cosine": e + (1 - e) * (1 + np.cos(np.pi * p)) / 2,
       "linear": e + (1 - e) * (1 - p),
       "polynomial": e + (1 - e) * (1 - p) ** power,
+      "inverse_sqrt": np.sqrt(warmup / (step + 1)),
       "constant": 1.0,
     }[kind]
     want = peak * ((step + 1) / warmup if step < warmup else tail)
     np.testing.assert_allclose(float(schedule(step)), want, rtol=1e-5)  # float32
+
+
+def test_the_inverse_square_root_is_fairseqs():
+  """At update n, from 1: its values for a peak of 5e-4 after 4,000 updates, from a rate of 0."""
+  schedule = optimizers.schedule("inverse_sqrt", peak=5e-4, warmup_steps=4000, decay_steps=7)
+  for n, rate in (
+    *((1, 1.25e-7), (2000, 2.5e-4), (4000, 5e-4)),
+    *((8000, 3.5355339e-4), (16_000, 2.5e-4), (100_000, 1e-4)),
+  ):
+    assert float(schedule(n - 1)) == pytest.approx(rate, rel=1e-6, abs=1e-10)  # float32
+  without = optimizers.schedule("inverse_sqrt", peak=2.0, warmup_steps=0, decay_steps=7)
+  assert [float(without(step)) for step in (0, 3, 24)] == pytest.approx([2.0, 1.0, 0.4])
 
 
 def test_only_matrices_decay():

@@ -5,6 +5,7 @@ Importing this package loads neither TensorFlow Datasets nor TensorFlow.
 
 from magneto_jax.data.documents import Documents
 from magneto_jax.data.packing import PackedDataset, TokenStream, tokenize
+from magneto_jax.data.pairs import PackedPairs, PairData, load_pairs
 from magneto_jax.data.pipelines import eval_batches, train_iterator
 from magneto_jax.data.sources import SOURCES, SourceOptions, load_documents
 from magneto_jax.data.text import TOKENIZERS, TextData, load_text
@@ -16,6 +17,8 @@ __all__ = (
   "ByteTokenizer",
   "Documents",
   "PackedDataset",
+  "PackedPairs",
+  "PairData",
   "SentencePieceTokenizer",
   "SourceOptions",
   "TextData",
@@ -23,6 +26,7 @@ __all__ = (
   "Tokenizer",
   "eval_batches",
   "load_documents",
+  "load_pairs",
   "load_text",
   "tokenize",
   "train_iterator",

@@ -9,10 +9,13 @@ from absl import logging
 
 
 class BadRecord(ValueError):
-  """A document that cannot be read; its text names the file, the index in it, and what is wrong."""
+  """A document that cannot be read; its text names the file, the index in it, and what is wrong.
 
-  def __init__(self, file: str, index: int, reason: str):
-    super().__init__(f"{file}: record {index} cannot be read ({reason})")
+  The index counts records from 0, or a file's lines from 1.
+  """
+
+  def __init__(self, file: str, index: int, reason: str, *, unit: str = "record"):
+    super().__init__(f"{file}: {unit} {index} cannot be read ({reason})")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,7 +42,17 @@ class TokenStream(NamedTuple):
   left_out: tuple[int, ...] = ()
 
 
-class _Windows:
+class Mapped:
+  """A record whose memory maps travel to worker processes as file names, not as gigabytes."""
+
+  def __getstate__(self) -> dict[str, Any]:
+    return {name: _detached(value) for name, value in vars(self).items()}
+
+  def __setstate__(self, state: dict[str, Any]) -> None:
+    vars(self).update({name: _attached(value) for name, value in state.items()})
+
+
+class _Windows(Mapped):
   """Windows of a token stream: a random-access data source for Grain.
 
   Attributes:
@@ -84,13 +94,6 @@ class _Windows:
     segments = 1 + np.cumsum(begins, dtype=np.int32)
     steps = np.arange(len(begins), dtype=np.int32)
     return segments, steps - np.maximum.accumulate(np.where(begins, steps, 0))
-
-  def __getstate__(self) -> dict[str, Any]:
-    """A memory map travels to worker processes as its file name, not as gigabytes."""
-    return {name: _detached(value) for name, value in vars(self).items()}
-
-  def __setstate__(self, state: dict[str, Any]) -> None:
-    vars(self).update({name: _attached(value) for name, value in state.items()})
 
 
 class PackedDataset(_Windows):

@@ -101,14 +101,7 @@ def load_text(
   if tokenizer not in TOKENIZERS:
     raise ValueError(f"{tokenizer=} must be one of {sorted(TOKENIZERS)}")
   train, validation = sources.load_documents(name, apart=expected is None, **source_options)
-  for part, texts in (("train", train), ("validation", validation)):
-    if expected is None or (part == "validation" and part not in expected):
-      continue
-    if files.digest(expected.get(part)) != files.digest(dict(texts.identity)):
-      raise ValueError(
-        f"the {part} text is not the one that this run was started with: bring that back, or use"
-        " another workdir"
-      )
+  refuse_others({"train": train.identity, "validation": validation.identity}, expected)
   bad = documents.BadRecords(skip_bad)
   made = TOKENIZERS[tokenizer](
     train,
@@ -142,6 +135,23 @@ def load_text(
       **({"left_out": left_out} if bad.found else {}),
     },
   )
+
+
+def refuse_others(
+  identities: Mapping[str, Mapping[str, Any]], expected: Mapping[str, Any] | None
+) -> None:
+  """Raises ValueError if a run had other texts before.
+
+  Of a new one nothing is expected; and nothing of the validation text where that is another split.
+  """
+  for part, identity in identities.items():
+    if expected is None or (part == "validation" and part not in expected):
+      continue
+    if files.digest(expected.get(part)) != files.digest(dict(identity)):
+      raise ValueError(
+        f"the {part} text is not the one that this run was started with: bring that back, or use"
+        " another workdir"
+      )
 
 
 def _kept(

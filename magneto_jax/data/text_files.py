@@ -52,10 +52,10 @@ def text_files(
     ValueError: a file is empty or in both parts, a part has no document, there is no such split,
       or `validation_fraction` is out of range.
   """
-  train_paths = _expand(train_files, "train_files")
+  train_paths = expand(train_files, "train_files")
   separator = document_separator.encode()
   if validation_files:
-    validation_paths = _expand(validation_files, "validation_files")
+    validation_paths = expand(validation_files, "validation_files")
     if shared := sorted(set(train_paths) & set(validation_paths)):
       raise ValueError(f"train_files and validation_files must not share files: {shared}")
     train = [span for path in train_paths for span in _spans(path, _read(path), separator)]
@@ -72,7 +72,7 @@ def text_files(
       validation += _spans(path, content, separator, start=cut, index=len(kept))
   held = {"train": train, "validation": validation}
   if validation_split == "test":
-    test_paths = _expand(test_files, "test_files")
+    test_paths = expand(test_files, "test_files")
     if shared := sorted(set(train_paths) & set(test_paths)):
       raise ValueError(f"train_files and test_files must not share files: {shared}")
     held["test"] = [span for path in test_paths for span in _spans(path, _read(path), separator)]
@@ -83,12 +83,12 @@ def text_files(
   return _documents(train, "train"), _documents(held[validation_split], validation_split)
 
 
-def _expand(patterns: Sequence[str], argument: str) -> list[str]:
+def expand(patterns: Sequence[str], argument: str) -> list[str]:
   """Absolute paths of the files that patterns name, in order, each once."""
   if isinstance(patterns, str):  # its letters would be taken for patterns
     raise TypeError(f"{argument} must be a sequence of paths, got the string {patterns!r}")
   if not patterns:
-    raise ValueError(f"{argument} is empty: name at least one text file for name='text_files'")
+    raise ValueError(f"{argument} is empty: name at least one file of your own")
   paths = {}
   for pattern in patterns:
     expanded = os.path.expanduser(pattern)

@@ -10,8 +10,8 @@ import itertools
 import os
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from magneto_jax.data import documents, files
 
@@ -35,6 +35,37 @@ def tfds_text(
     ValueError: no such data set, split or feature, it is not stored as ArrayRecord, or what TFDS
       noted of it is damaged.
   """
+  examples = texts_of(name, split=split, keys={"text_key": text_key}, data_dir=data_dir)
+  return documents.Documents(
+    size=examples.size,
+    read=lambda index: examples.read(index)[0],
+    identity=examples.identity | {"text_key": text_key, "documents": examples.size},
+  )
+
+
+class Examples(NamedTuple):
+  """Texts of the examples of a split.
+
+  Attributes:
+    size: number of examples.
+    read: index -> the texts of one; BadRecord if it is damaged.
+    place: index -> the file that holds it, and its index in there.
+    identity: JSON-able values that name the split's content.
+  """
+
+  size: int
+  read: Callable[[int], tuple[str, ...]]
+  place: Callable[[int], tuple[str, int]]
+  identity: dict[str, Any]
+
+
+def texts_of(name: str, *, split: str, keys: Mapping[str, str], data_dir: str = "") -> Examples:
+  """Several texts of each example of a split of a prepared TFDS data set; see `tfds_text`.
+
+  Args:
+    name, split, data_dir: see `tfds_text`.
+    keys: the features that hold the texts, by what errors call the choice of each.
+  """
   builder = _prepared_builder(name, data_dir)
   info = builder.info
   try:
@@ -43,39 +74,32 @@ def tfds_text(
     raise ValueError(
       f"{info.full_name} has no split {split!r}; it has {sorted(info.splits)}"
     ) from None
-  if text_key not in (keys := _text_keys(info.features)):
-    raise ValueError(f"{info.full_name} has no text feature {text_key!r}; text_key can be {keys}")
+  for choice, key in keys.items():
+    if key not in (possible := _text_keys(info.features)):
+      raise ValueError(f"{info.full_name} has no text feature {key!r}; {choice} can be {possible}")
   examples = builder.as_data_source(split, file_format="array_record")
   ends = list(itertools.accumulate(shard.take for shard in shards))
 
-  def read(index: int) -> str:
+  def place(index: int) -> tuple[str, int]:
+    shard = bisect.bisect_right(ends, index)
+    return shards[shard].filename, shards[shard].skip + index - (ends[shard] - shards[shard].take)
+
+  def read(index: int) -> tuple[str, ...]:
     try:
-      text = examples[index][text_key]
-      return text.decode() if isinstance(text, bytes) else str(text)
+      example = examples[index]
+      texts = (example[key] for key in keys.values())
+      return tuple(text.decode() if isinstance(text, bytes) else str(text) for text in texts)
     except (MemoryError, OSError):  # Of the machine; another day the record can be read.
       raise
     except Exception as error:  # ArrayRecord, protocol buffers and TFDS have no common one.
-      shard = bisect.bisect_right(ends, index)
-      within = shards[shard].skip + index - (ends[shard] - shards[shard].take)
       reason = " ".join(str(error).split())
-      raise documents.BadRecord(
-        shards[shard].filename, within, f"{type(error).__name__}: {reason:.120}"
-      ) from error
+      raise documents.BadRecord(*place(index), f"{type(error).__name__}: {reason:.120}") from error
 
-  return documents.Documents(
-    size=len(examples),
-    read=read,
-    identity={
-      "source": "tfds",
-      "name": info.full_name,
-      "split": split,
-      "text_key": text_key,
-      "documents": len(examples),
-      # One name and version can be prepared again from changed downloads. Of all splits, because
-      # TFDS does not know the bytes of a slice.
-      "split_bytes": {key: int(value.num_bytes) for key, value in info.splits.items()},
-    },
-  )
+  # One name and version can be prepared again from changed downloads. Of all splits, because TFDS
+  # does not know the bytes of a slice.
+  split_bytes = {key: int(value.num_bytes) for key, value in info.splits.items()}
+  identity = {"source": "tfds", "name": info.full_name, "split": split, "split_bytes": split_bytes}
+  return Examples(len(examples), read, place, identity)
 
 
 def tfds_examples(

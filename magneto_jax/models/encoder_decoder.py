@@ -32,7 +32,11 @@ class EncoderDecoder(nn.Module, kw_only=True):
     tokens_BT: jax.Array,
     *,
     source_mask_BS: jax.Array | None = None,
+    source_positions_BS: jax.Array | None = None,
+    source_segment_ids_BS: jax.Array | None = None,
     mask_BT: jax.Array | None = None,
+    positions_BT: jax.Array | None = None,
+    segment_ids_BT: jax.Array | None = None,
     targets_BT: jax.Array | None = None,
     return_hidden_states: bool = False,
     deterministic: bool = True,
@@ -43,7 +47,9 @@ class EncoderDecoder(nn.Module, kw_only=True):
       source_BS: integers in the encoder's vocabulary.
       tokens_BT: the decoder's input, which begins with the start token.
       source_mask_BS: True for tokens, False for padding; see `Encoder`.
-      mask_BT: likewise of the decoder's input; see `CausalLM`.
+      source_positions_BS, source_segment_ids_BS: of packed sources; see `Encoder`.
+      mask_BT, positions_BT, segment_ids_BT: likewise of the decoder's input; see `CausalLM`. Its
+        segments read the memory's of the same ids.
       targets_BT: the token after each; see `CausalLM`.
       return_hidden_states: whether to return both streams as well.
       deterministic: False switches dropout on and needs an rng named `dropout`.
@@ -53,13 +59,22 @@ class EncoderDecoder(nn.Module, kw_only=True):
       and of the decoder.
     """
     options = {"return_hidden_states": return_hidden_states, "deterministic": deterministic}
-    memory = self.encode(source_BS, mask_BT=source_mask_BS, **options)
+    memory = self.encode(
+      source_BS,
+      mask_BT=source_mask_BS,
+      positions_BT=source_positions_BS,
+      segment_ids_BT=source_segment_ids_BS,
+      **options,
+    )
     memory_BSD, encoder_hidden = memory if return_hidden_states else (memory, None)
     out = self.decode(
       tokens_BT,
       memory_BSD=memory_BSD,
       memory_mask_BS=source_mask_BS,
+      memory_segment_ids_BS=source_segment_ids_BS,
       mask_BT=mask_BT,
+      positions_BT=positions_BT,
+      segment_ids_BT=segment_ids_BT,
       targets_BT=targets_BT,
       **options,
     )

@@ -84,6 +84,7 @@ class CausalLM(Backbone, kw_only=True):
     segment_ids_BT: jax.Array | None = None,
     memory_BSD: jax.Array | None = None,
     memory_mask_BS: jax.Array | None = None,
+    memory_segment_ids_BS: jax.Array | None = None,
     state: DecodingState | None = None,
     recipe: records.Stack | None = None,
     embedding_VD: jax.Array | None = None,
@@ -104,6 +105,8 @@ class CausalLM(Backbone, kw_only=True):
         no mask is given, 0 is padding.
       memory_BSD: what cross-attention attends to. With a state, only its first call needs it.
       memory_mask_BS: True for the memory's tokens, False for its padding.
+      memory_segment_ids_BS: tokens read the memory's tokens of their own segment only (packed
+        pairs). Positive; where no mask is given, 0 is padding. Not with a state.
       state: earlier tokens (`init_state`); the new ones are scored behind them.
       recipe: a record of the same structure to run instead, whose numbers may be traced: a sweep
         over them compiles once (`records.as_arrays` turns numbers into leaves).
@@ -145,7 +148,8 @@ class CausalLM(Backbone, kw_only=True):
     segment_ids = visibility(tokens_BT.shape, mask_BT, segment_ids_BT)
     if state is not None:
       segment_ids = self._written(tokens_BT, segment_ids, state)
-    memory = self._memory(tokens_BT.shape, memory_BSD, memory_mask_BS, state)
+    given = memory_BSD, memory_mask_BS, memory_segment_ids_BS
+    memory = self._memory(tokens_BT.shape, segment_ids_BT, *given, state)
     offset = None if state is None else state.length
     out = self._run(
       x_BTD,
@@ -195,12 +199,25 @@ class CausalLM(Backbone, kw_only=True):
       jax.lax.dynamic_update_slice_in_dim(written_BS, kv_BT, state.length, axis=1),
     )
 
-  def _memory(self, shape, memory_BSD, memory_mask_BS, state: DecodingState | None):
+  def _memory(
+    self,
+    shape,
+    segment_ids_BT,
+    memory_BSD,
+    memory_mask_BS,
+    memory_ids_BS,
+    state: DecodingState | None,
+  ):
     """Segment ids of queries and memory; None without cross-attention."""
     if not records.has_cross_attention(self.recipe):
-      if memory_BSD is not None or memory_mask_BS is not None:
+      if any(given is not None for given in (memory_BSD, memory_mask_BS, memory_ids_BS)):
         raise ValueError("this recipe has no cross-attention: it cannot read a memory")
       return None
+    if memory_ids_BS is not None and (state is not None or segment_ids_BT is None):
+      raise ValueError(
+        "memory_segment_ids_BS goes with segment_ids_BT of the tokens that read it, and with no"
+        " state"
+      )
     if memory_BSD is None and memory_mask_BS is not None:
       raise ValueError("memory_mask_BS goes with memory_BSD: a state keeps the mask it was given")
     if memory_BSD is None and state is None:
@@ -213,7 +230,13 @@ class CausalLM(Backbone, kw_only=True):
     mask_BS = jnp.ones((batch, length), bool)
     if memory_mask_BS is not None:
       mask_BS = as_mask(memory_mask_BS, (batch, length), "memory_mask_BS")
-    return jnp.ones(shape, jnp.int32), mask_BS.astype(jnp.int32)
+    if memory_ids_BS is None:
+      return jnp.ones(shape, jnp.int32), mask_BS.astype(jnp.int32)
+    if memory_ids_BS.shape != (batch, length):
+      raise ValueError(
+        f"memory_segment_ids_BS must be of shape {[batch, length]}, not {list(memory_ids_BS.shape)}"
+      )
+    return segment_ids_BT, jnp.where(mask_BS, memory_ids_BS, 0)
 
   def init_state(self, batch: int, length: int, memory_length: int | None = None) -> DecodingState:
     """An empty decoding state for `length` tokens, prompt included, and a memory."""

@@ -154,13 +154,18 @@ def load_text(
   del values["workers"], values["prefetch"]  # The pipeline's, not the text's.
   values = {name: value for name, value in values.items() if f"data.{name}" not in OF_ONE_TASK}
   for name in ("train_files", "validation_files", "test_files"):
-    values[name] = tuple(part.strip() for part in values[name].split(",") if part.strip())
+    values[name] = paths(values[name])
   return text.load_text(workdir=directory, expected=expected, **values)
 
 
 def token_counts(data: text.TextData) -> np.ndarray:
   """[V], how often each id occurs in the training text's first ten million tokens."""
   return np.bincount(data.train.tokens[:_COUNTED_TOKENS], minlength=data.tokenizer.vocab_size)
+
+
+def paths(files: str) -> tuple[str, ...]:
+  """The parts of a field that lists files, separated by commas."""
+  return tuple(part.strip() for part in files.split(",") if part.strip())
 
 
 def planned_facts(config: TrainConfig) -> Facts:

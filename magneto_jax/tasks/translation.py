@@ -1,26 +1,67 @@
 """Translation: predict each token of a text from those before it and from its source.
 
 The model is an encoder-decoder whose stacks are of one width and share the table of tokens;
-`layers` is the decoder's depth and `encoder_layers` the encoder's. A batch holds sources and
-targets that are padded to `data.seq_length`.
+`layers` is the decoder's depth and `encoder_layers` the encoder's. A row of a batch holds several
+pairs, each of which reads its own source and itself only. The decoder's input begins with the mark
+of an end, and what it writes ends with one.
 
 Reference: Attention Is All You Need, arXiv 1706.03762; DeepNet, arXiv 2203.00555.
 """
 
+import math
+import os
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from magneto_jax.config import TrainConfig
-from magneto_jax.data import scores
+from magneto_jax.config import DataConfig, TrainConfig
+from magneto_jax.data import pairs, scores
 from magneto_jax.models.encoder import Encoder
 from magneto_jax.models.encoder_decoder import EncoderDecoder
 from magneto_jax.models.language import CausalLM
 from magneto_jax.tasks import common, translations
-from magneto_jax.tasks.task import Batch, Facts
+from magneto_jax.tasks.task import Batch, Facts, Task, Totals, mean_nats, weighted_sums
 from magneto_jax.theory import flops as theory_flops
 from magneto_jax.theory import records
+
+# So many are counted in a tenth of a second, and settle the frequencies.
+_COUNTED_TOKENS = 10_000_000
+# The fields that pairs are read by, but for the lists of files.
+_READ = (
+  *("name", "tokenizer", "vocab_size", "tokenizer_file", "seq_length", "cache_dir", "skip_bad"),
+  *("too_long", "source_key", "target_key", "validation_fraction"),
+  *("data_dir", "train_split", "validation_split"),
+)
+
+
+def load_data(
+  config: DataConfig, directory: str | os.PathLike, expected: Mapping[str, Any] | None = None
+) -> pairs.PairData:
+  """Pairs, tokenizer and packed rows; what is derived is kept in `directory`."""
+  values = {name: getattr(config, name) for name in _READ}
+  for name in ("train_files", "validation_files", "test_files"):
+    values[name] = common.paths(getattr(config, name))
+  return pairs.load_pairs(workdir=directory, expected=expected, **values)
+
+
+def facts(data: pairs.PairData) -> Facts:
+  """What the model must know of its data; see `causal_lm.facts`.
+
+  The correlation is that of what both stacks read, sources and targets counted together.
+  """
+  tokens, offsets = data.train.tokens, data.train.offsets
+  middle, most = offsets[len(offsets) // 2], _COUNTED_TOKENS // 2
+  size = data.tokenizer.vocab_size
+  sides = (tokens[:middle][:most], tokens[middle:][:most])
+  counts = sum(np.bincount(side, minlength=size) for side in sides)
+  counts[data.tokenizer.bos_id] = 0  # Only in the stream; an end is read once by each stack.
+  return {
+    "vocab_size": size,
+    "token_correlation": float(np.sum((counts / counts.sum()) ** 2)),
+  }
 
 
 def architecture(config: TrainConfig, facts: Facts) -> records.Architecture:
@@ -63,9 +104,35 @@ def build_model(config: TrainConfig, facts: Facts) -> EncoderDecoder:
 
 
 def inputs(batch: Batch) -> tuple[tuple, dict[str, Any]]:
-  """The model's arguments: sources, the decoder's inputs, their masks, and targets."""
-  keywords = {"source_mask_BS": "source_mask", "mask_BT": "mask", "targets_BT": "targets"}
+  """The model's arguments: sources, the decoder's inputs, whose pairs they are, and targets."""
+  keywords = {
+    "source_positions_BS": "source_positions",
+    "source_segment_ids_BS": "source_segment_ids",
+    "positions_BT": "positions",
+    "segment_ids_BT": "segment_ids",
+    "targets_BT": "targets",
+  }
   return (batch["source"], batch["inputs"]), {k: batch[name] for k, name in keywords.items()}
+
+
+def metrics(totals: Totals, data: pairs.PairData, *, whole: bool) -> dict[str, float]:
+  """Nats a token, without smoothing, and their exponential, perplexity, where float64 has it."""
+  values = mean_nats(totals, data, whole=whole)
+  nats = values["loss_nats_per_token"]
+  return values | ({"perplexity": math.exp(nats)} if nats < 700 else {})
+
+
+def baselines(data: pairs.PairData) -> dict[str, dict[str, float]]:
+  """Nats a token of the targets without their sources: by how often each token is in training."""
+  own = lambda rows, first: rows.tokens[rows.offsets[first] : rows.offsets[-1]]
+  size = data.tokenizer.vocab_size
+  train, validation = (
+    np.bincount(own(rows, len(rows.offsets) // 2), minlength=size)
+    for rows in (data.train, data.validation)
+  )
+  train[data.tokenizer.bos_id] = validation[data.tokenizer.bos_id] = 0  # Given, not predicted.
+  log_p = np.log((1 + train) / np.sum(1 + train))
+  return {"loss_nats_per_token": {"unigram": float(-validation @ log_p / validation.sum())}}
 
 
 def flops(config: TrainConfig, facts: Facts) -> int:
@@ -81,12 +148,10 @@ def flops(config: TrainConfig, facts: Facts) -> int:
 
 
 def batch_spec(config: TrainConfig) -> dict[str, jax.ShapeDtypeStruct]:
-  """source, source_mask: tokens to read, True for those that are not padding.
-  inputs, mask: what the decoder is given, which begins with the mark of an end.
-  targets, weights: the token after each, and how much it counts: 0 for padding.
-  """
-  dtypes = {"source": jnp.int32, "source_mask": bool, "inputs": jnp.int32, "mask": bool}
-  dtypes |= {"targets": jnp.int32, "weights": jnp.float32}
+  """Rows of pairs; see `data.pairs.PackedPairs`."""
+  integers = ("source", "source_positions", "source_segment_ids")
+  integers += ("inputs", "positions", "segment_ids", "targets")
+  dtypes = dict.fromkeys(integers, jnp.int32) | {"weights": jnp.float32}
   shape = config.batch_size, config.data.seq_length
   return {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in dtypes.items()}
 
@@ -96,15 +161,21 @@ def dummy_inputs(config: TrainConfig) -> tuple:
   return (jnp.zeros((1, config.data.seq_length), jnp.int32),) * 2
 
 
-TASK = common.without_data(
-  "translation",
+TASK = Task(
+  load_data=load_data,
+  facts=facts,
   describe=describe,
   build_model=build_model,
   dummy_inputs=dummy_inputs,
   architecture=architecture,
   inputs=inputs,
+  score=weighted_sums,
+  metrics=metrics,
+  baselines=baselines,
   flops=flops,
+  planned_facts=common.planned_facts,
   batch_spec=batch_spec,
+  sample=translations.sample,
   judge=translations.judge,
   translator=translations.translator,
   signatures=scores.signatures,

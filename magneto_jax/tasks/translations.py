@@ -1,9 +1,11 @@
 """What a translating model writes: its translator, and the scores of that."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Protocol
 
+import jax
 from jax.sharding import Mesh
 
 from magneto_jax import sharding
@@ -12,6 +14,9 @@ from magneto_jax.data import scores
 from magneto_jax.data.tokenizers import Tokenizer
 from magneto_jax.decoding import Translator
 from magneto_jax.models.encoder_decoder import EncoderDecoder
+
+# Of the validation set's pairs, how many a sample shows.
+_SHOWN = 3
 
 
 class Pairs(Protocol):
@@ -32,6 +37,22 @@ def translator(
   """What translates as `config.beam` says, texts of at most as many tokens as the model learned."""
   return Translator(
     model, variables, tokenizer, longest=config.data.seq_length, **dataclasses.asdict(config.beam)
+  )
+
+
+def sample(
+  config: TrainConfig, model: EncoderDecoder, variables, data: Pairs, key: jax.Array
+) -> str | None:
+  """Some of the validation set's sources, translated, and what they should be."""
+  del key  # The best are written.
+  if not config.sample_tokens:
+    return None
+  translate = translator(config, model, variables, data.tokenizer)
+  texts, references = zip(*itertools.islice(data.validation_pairs, _SHOWN), strict=True)
+  found = translate.translate([translate.cut(source) for source in translate.encode(texts)])
+  return "\n".join(
+    f"{text}\n  {best.text}\n  (reference: {reference})"
+    for text, (best, *_), reference in zip(texts, found, references, strict=True)
   )
 
 

@@ -184,6 +184,29 @@ def test_targets_see_the_whole_memory_and_no_other_target_than_their_window():
     np.testing.assert_array_equal(changed, np.arange(T) == t)
 
 
+@pytest.mark.parametrize("kind", common.main_and_slow(KINDS, ("learned",)))
+def test_packed_pairs_are_scored_as_alone(kind):
+  """Two pairs in a row, the shorter source with the longer target, then padding; float32."""
+  model = both(**KINDS[kind])
+  params = reference.random_params(model, *INPUTS)
+  ids, source_ids = np.array([[1, 1, 1, 2, 2, 2, 2, 0]]), np.array([[1, 1, 1, 2, 2, 0]])
+  packed = {
+    "source_segment_ids_BS": source_ids,
+    "source_positions_BS": np.array([[0, 1, 2, 0, 1, 0]]),
+    "segment_ids_BT": ids,
+    "positions_BT": np.array([[0, 1, 2, 0, 1, 2, 3, 0]]),
+  }
+  logits = run(model, params, SOURCE[:1], TOKENS[:1], **packed)
+  # Each in a row of its own, where the other is padding.
+  segments = np.array([[1], [2]])
+  twice = np.concatenate([SOURCE[:1]] * 2), np.concatenate([TOKENS[:1]] * 2)
+  masks = {"source_mask_BS": source_ids == segments, "mask_BT": ids == segments}
+  alone = run(model, params, *twice, **masks)
+  for row, segment in enumerate((1, 2)):
+    at = ids[0] == segment
+    np.testing.assert_allclose(logits[0, at], alone[row, at], rtol=0, atol=1e-5)
+
+
 # ---------------------------------------------------------------------------------------------
 # Decoding
 # ---------------------------------------------------------------------------------------------
@@ -287,6 +310,7 @@ def test_a_state_without_a_memory_scores_nan():
 # ---------------------------------------------------------------------------------------------
 
 MEMORY = np.zeros((3, S, WIDTH), np.float32)
+IDS = np.ones((3, S), np.int32)
 
 
 def decoder(kind="encoder_decoder", **options) -> CausalLM:
@@ -322,6 +346,35 @@ def init(model, *args, **inputs):
         decoder(), TOKENS, memory_mask_BS=np.ones((3, S), int), state=decoder().init_state(3, T, S)
       ),
       "memory_mask_BS goes with memory_BSD",
+    ),
+    (
+      lambda: init(decoder(), TOKENS, memory_BSD=MEMORY, memory_segment_ids_BS=IDS),
+      "memory_segment_ids_BS goes with segment_ids_BT",
+    ),
+    (
+      lambda: init(
+        decoder(),
+        TOKENS,
+        memory_BSD=MEMORY,
+        memory_segment_ids_BS=IDS,
+        segment_ids_BT=np.ones_like(TOKENS),
+        state=decoder().init_state(3, T, S),
+      ),
+      "and with no state",
+    ),
+    (
+      lambda: init(
+        decoder(),
+        TOKENS,
+        memory_BSD=MEMORY,
+        memory_segment_ids_BS=IDS[:1],
+        segment_ids_BT=np.ones_like(TOKENS),
+      ),
+      r"memory_segment_ids_BS must be of shape \[3, 6\], not \[1, 6\]",
+    ),
+    (
+      lambda: init(decoder("decoder"), TOKENS, memory_segment_ids_BS=IDS),
+      "this recipe has no cross-attention: it cannot read a memory",
     ),
     (
       lambda: init(decoder(), TOKENS, memory_BSD=MEMORY, embedding_VD=np.zeros((2, WIDTH))),

@@ -36,6 +36,10 @@ def batch_of(config, rng):
     if spec.dtype == jnp.float32:
       values = rng.normal(size=spec.shape) if name == "image" else values % 2
     batch[name] = np.ones(spec.shape, bool) if name.endswith("mask") else values.astype(spec.dtype)
+    if name.endswith("segment_ids"):
+      batch[name][:] = 1
+    if name.endswith("positions"):
+      batch[name][:] = range(spec.shape[1])
   return batch
 
 
@@ -79,14 +83,13 @@ def test_a_vocabulary_that_is_a_file_cannot_be_planned():
   assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ("translation", "beit3"))
-def test_without_data_a_task_says_what_it_can_do(name, tmp_path):
-  config = config_of(name)
-  with pytest.raises(ConfigError, match=f"task='{name}' can be planned, .* not trained yet") as e:
-    TASKS[name].load_data(config.data, tmp_path)
+def test_without_data_a_task_says_what_it_can_do(tmp_path):
+  config = config_of("beit3")
+  with pytest.raises(ConfigError, match="task='beit3' can be planned, .* not trained yet") as e:
+    TASKS["beit3"].load_data(config.data, tmp_path)
   assert "\n" not in str(e.value)
   with pytest.raises(ConfigError, match="there are no data"):
-    TASKS[name].facts(None)
+    TASKS["beit3"].facts(None)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -174,20 +177,7 @@ def test_the_loss_is_of_what_counts_and_smooth_in_training_alone(name):
   count = batch["weights"].sum()
   np.testing.assert_allclose(losses, [(plain, count), (plain, count), (trained, count)], rtol=1e-5)
   found = task.metrics({"loss": plain, "weight": count}, None, whole=True)
-  assert found == {"loss_nats_per_token": plain / count}
-
-
-def test_padding_of_a_source_is_not_read():
-  config = config_of("translation")
-  task, batch = TASKS["translation"], batch_of(config, np.random.default_rng(0))
-  model = task.build_model(config, {"vocab_size": 40})
-  params = reference.random_params(model, *task.dummy_inputs(config))
-  batch["source_mask"][:, 4:] = False
-  loss = compiled(lambda params, batch: task.loss(model, params, batch)[0])
-  before, source = loss(params, batch), batch["source"]
-  at = lambda places: source + 20 * np.isin(np.arange(6), places)
-  assert loss(params, batch | {"source": at([4, 5])}) == before
-  assert abs(loss(params, batch | {"source": at([3])}) - before) > 1e-4
+  assert found["loss_nats_per_token"] == plain / count
 
 
 def test_each_part_of_a_pair_is_seen_by_the_other():
