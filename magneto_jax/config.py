@@ -127,6 +127,9 @@ class ModelConfig(_Checked):
   image_vocab_size: int = _positive(
     8192, "how many tokens there are for patches of images", _LONGEST
   )
+  pooling: str = _field(
+    "first", "what a classifier reads: the first token or the mean", choices=("first", "mean")
+  )
   window: int = _field(0, "how many earlier tokens attention reaches; 0: all", min=0, max=_LONGEST)
   logits_soft_cap: float = _field(0.0, "cap of the attention logits; 0: none", min=0.0)
   dropout: float = _rate(0.0, "after the embedding and every sublayer")
@@ -174,12 +177,19 @@ class ModelConfig(_Checked):
       )
 
 
-# Fields of the model that one task alone reads.
-OF_ONE_TASK = {
-  "encoder_layers": "translation",
-  "image_size": "beit3",
-  "patch_size": "beit3",
-  "image_vocab_size": "beit3",
+# Fields that some tasks alone read, and which.
+OF_SOME_TASKS: dict[str, tuple[str, ...]] = {
+  "init_from": ("text_classification",),
+  "model.encoder_layers": ("translation",),
+  "model.image_size": ("beit3",),
+  "model.patch_size": ("beit3",),
+  "model.image_vocab_size": ("beit3",),
+  "model.pooling": ("text_classification",),
+  "data.second_text_key": ("text_classification",),
+  "data.label_key": ("text_classification",),
+  "data.label_scale": ("text_classification",),
+  "data.regression": ("text_classification",),
+  "data.too_long": ("text_classification",),
 }
 
 
@@ -229,7 +239,16 @@ class DataConfig(_Checked):
   data_dir: str = _field("", "where TFDS data sets lie prepared; empty: TFDS's own default")
   train_split: str = _field("train", "TFDS split to train on")
   validation_split: str = _field("validation", "TFDS split to evaluate on")
-  text_key: str = _field("text", "TFDS feature that holds the text")
+  text_key: str = _field("text", "TFDS feature, or column of a file, that holds the text")
+  second_text_key: str = _field("", "the same of a pair's second text; empty: texts are single")
+  label_key: str = _field("label", "the same of the label")
+  regression: bool = _field(False, "whether labels are numbers to be met, and not classes")
+  label_scale: float = _field(1.0, "what such numbers are divided by", above=0.0)
+  too_long: str = _field(
+    "refuse",
+    "a text of more than seq_length tokens is a bad record, or cut: the longer of two first",
+    choices=("refuse", "truncate"),
+  )
   tokenizer: str = _field("sentencepiece", "kind of tokens", choices=("sentencepiece", "byte"))
   vocab_size: int = _field(1024, "pieces to train (sentencepiece)", min=8, max=_LONGEST)
   tokenizer_file: str = _field("", "a sentencepiece model to load instead of training one")
@@ -327,11 +346,20 @@ class SpikeConfig(_Checked):
 class TrainConfig(_Checked):
   """One run."""
 
-  task: str = _field("causal_lm", "what is learned", choices=("causal_lm", "translation", "beit3"))
+  task: str = _field(
+    "causal_lm",
+    "what is learned",
+    choices=("causal_lm", "text_classification", "translation", "beit3"),
+  )
   recipe: str = _field(
     "magneto", "how the model is normalised, scaled and initialised", choices=tuple(recipes.RECIPES)
   )
   recipe_options: RecipeConfig = dataclasses.field(default_factory=RecipeConfig)
+  init_from: str = _field(
+    "",
+    "a pre-trained run's workdir, or a converted model's folder, whose encoder a fresh run starts"
+    " with; empty: none",
+  )
   seed: int = _field(0, "of the parameters, the data's order and dropout", min=0, max=2**32 - 1)
   steps: int = _positive(1000, "optimizer steps")
   batch_size: int = _positive(16, "sequences a step", _LONGEST)
@@ -358,6 +386,9 @@ class TrainConfig(_Checked):
     0, "steps between measurements of stream and gradient by layer; 0: none", min=0
   )
   keep_checkpoints: int = _positive(3, "how many checkpoints are kept")
+  keep_best: bool = _field(
+    False, "whether the checkpoint of the best validation metric is kept beside the newest"
+  )
   max_skipped: int = _positive(
     10, "steps in a row, skipped as their numbers are not finite, at which the run ends"
   )
@@ -397,12 +428,18 @@ class TrainConfig(_Checked):
         f"batch_size={self.batch_size} times data.seq_length={self.data.seq_length} is {tokens:,}"
         f" tokens a step, which must be at most {_LARGEST[int]:,}"
       )
-    for name, task in OF_ONE_TASK.items():
-      default = next(f.default for f in dataclasses.fields(ModelConfig) if f.name == name)
-      if self.task != task and getattr(self.model, name) != default:
+    values, defaults = flatten(self), defaults_by_name()
+    for name, tasks in OF_SOME_TASKS.items():
+      if self.task not in tasks and values[name] != defaults[name]:
         raise ConfigError(
-          f"config.model.{name} is not read with config.task={self.task!r}, only with {task!r}"
+          f"config.{name} is not read with config.task={self.task!r}, only with"
+          f" {' and '.join(map(repr, tasks))}"
         )
+    if self.keep_best and self.eval_every % self.checkpoint_every:
+      raise ConfigError(
+        f"keep_best needs a checkpoint of every evaluation: checkpoint_every={self.checkpoint_every}"
+        f" must divide eval_every={self.eval_every}"
+      )
     for name in self.recipe_options.chosen():
       if name not in recipes.options(self.recipe):
         having = [recipe for recipe in recipes.RECIPES if name in recipes.options(recipe)]
@@ -450,6 +487,7 @@ RESUMABLE = (
   "checkpoint_every",
   "diagnostics_every",
   "keep_checkpoints",
+  "keep_best",
   "max_skipped",
   "on_damage",
   "sample_prompt",
@@ -542,6 +580,17 @@ def flatten(record, prefix: str = "") -> dict[str, Any]:
       flat |= flatten(value, f"{prefix}{field.name}.")
     else:
       flat[prefix + field.name] = value
+  return flat
+
+
+def defaults_by_name(record_type: type = TrainConfig, prefix: str = "") -> dict[str, Any]:
+  """{dotted name: default} of all fields, before any follows from another."""
+  flat = {}
+  for field in dataclasses.fields(record_type):
+    if dataclasses.is_dataclass(field.type):
+      flat |= defaults_by_name(field.type, f"{prefix}{field.name}.")
+    else:
+      flat[prefix + field.name] = field.default
   return flat
 
 

@@ -48,10 +48,10 @@ def text_files(
     ValueError: a file is empty or in both parts, a part has no document, or
       `validation_fraction` is out of range.
   """
-  train_paths = _expand(train_files, "train_files")
+  train_paths = expand(train_files, "train_files")
   separator = document_separator.encode()
   if validation_files:
-    validation_paths = _expand(validation_files, "validation_files")
+    validation_paths = expand(validation_files, "validation_files")
     if shared := sorted(set(train_paths) & set(validation_paths)):
       raise ValueError(f"train_files and validation_files must not share files: {shared}")
     train = [span for path in train_paths for span in _spans(path, _read(path), separator)]
@@ -69,7 +69,7 @@ def text_files(
   return _documents(train, "train"), _documents(validation, "validation")
 
 
-def _expand(patterns: Sequence[str], argument: str) -> list[str]:
+def expand(patterns: Sequence[str], argument: str) -> list[str]:
   """Absolute paths of the files that patterns name, in order, each once."""
   if isinstance(patterns, str):  # its letters would be taken for patterns
     raise TypeError(f"{argument} must be a sequence of paths, got the string {patterns!r}")

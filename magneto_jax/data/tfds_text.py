@@ -10,9 +10,12 @@ import itertools
 import os
 import pathlib
 import re
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 from magneto_jax.data import documents, files
+
+T = TypeVar("T")
 
 
 def tfds_text(
@@ -34,45 +37,110 @@ def tfds_text(
     ValueError: no such data set, split or feature, it is not stored as ArrayRecord, or what TFDS
       noted of it is damaged.
   """
-  builder = _prepared_builder(name, data_dir)
-  info = builder.info
-  try:
-    shards = info.splits[split].file_instructions
-  except (KeyError, ValueError):
-    raise ValueError(
-      f"{info.full_name} has no split {split!r}; it has {sorted(info.splits)}"
-    ) from None
+  prepared = _Split(name, split, data_dir)
+  info = prepared.info
   if text_key not in (keys := _text_keys(info.features)):
     raise ValueError(f"{info.full_name} has no text feature {text_key!r}; text_key can be {keys}")
-  examples = builder.as_data_source(split, file_format="array_record")
-  ends = list(itertools.accumulate(shard.take for shard in shards))
-
-  def read(index: int) -> str:
-    try:
-      text = examples[index][text_key]
-      return text.decode() if isinstance(text, bytes) else str(text)
-    except Exception as error:  # ArrayRecord, protocol buffers and TFDS have no common one.
-      shard = bisect.bisect_right(ends, index)
-      within = shards[shard].skip + index - (ends[shard] - shards[shard].take)
-      reason = " ".join(str(error).split())
-      raise documents.BadRecord(
-        shards[shard].filename, within, f"{type(error).__name__}: {reason:.120}"
-      ) from error
-
   return documents.Documents(
-    size=len(examples),
-    read=read,
+    size=prepared.size,
+    read=prepared.reader(lambda example: _as_text(example[text_key])),
     identity={
       "source": "tfds",
       "name": info.full_name,
       "split": split,
       "text_key": text_key,
-      "documents": len(examples),
+      "documents": prepared.size,
       # One name and version can be prepared again from changed downloads. Of all splits, because
       # TFDS does not know the bytes of a slice.
       "split_bytes": {key: int(value.num_bytes) for key, value in info.splits.items()},
     },
   )
+
+
+class Columns(NamedTuple):
+  """Texts with a label each.
+
+  Attributes:
+    name: the data set's, and the split's.
+    size: number of examples.
+    read: index in [0, size) -> the texts, then the label: a class's number, -1 where it is not
+      known, or a float; BadRecord if the example is damaged.
+    classes: their names; none where labels are numbers.
+  """
+
+  name: str
+  size: int
+  read: Callable[[int], tuple]
+  classes: tuple[str, ...]
+
+
+def tfds_columns(
+  name: str, *, split: str, text_keys: Sequence[str], label_key: str, data_dir: str = ""
+) -> Columns:
+  """Labelled texts of one split of a prepared TFDS data set; see `tfds_text`.
+
+  Args:
+    name, split, data_dir: see `tfds_text`.
+    text_keys: the features that hold texts.
+    label_key: the feature that holds the label: of TFDS's ClassLabel, or a number.
+  """
+  import tensorflow_datasets as tfds
+
+  prepared = _Split(name, split, data_dir)
+  features, full_name = prepared.info.features, prepared.info.full_name
+  for key in text_keys:
+    if key not in (keys := _text_keys(features)):
+      raise ValueError(f"{full_name} has no text feature {key!r}; data.text_key can be {keys}")
+  classes: tuple[str, ...] = ()
+  label = features[label_key] if label_key in features else None
+  if isinstance(label, tfds.features.ClassLabel):
+    classes = tuple(label.names)
+  elif not isinstance(label, tfds.features.Scalar):
+    held = sorted(set(features) - set(keys))
+    raise ValueError(f"{full_name} has no label {label_key!r}; data.label_key can be one of {held}")
+  number = int if classes else float
+  read = prepared.reader(
+    lambda example: (*(_as_text(example[key]) for key in text_keys), number(example[label_key]))
+  )
+  return Columns(f"{full_name}, {split}", prepared.size, read, classes)
+
+
+class _Split:
+  """One split of a data set that is on disk: its info, its size, and how an example is read."""
+
+  def __init__(self, name: str, split: str, data_dir: str):
+    builder = _prepared_builder(name, data_dir)
+    self.info = info = builder.info
+    try:
+      self._shards = info.splits[split].file_instructions
+    except (KeyError, ValueError):
+      raise ValueError(
+        f"{info.full_name} has no split {split!r}; it has {sorted(info.splits)}"
+      ) from None
+    self._examples = builder.as_data_source(split, file_format="array_record")
+    self.size = len(self._examples)
+
+  def reader(self, convert: Callable[[dict[str, Any]], T]) -> Callable[[int], T]:
+    """`index -> convert(example)`; BadRecord, with the file and the place in it, where that fails."""
+    shards = self._shards
+    ends = list(itertools.accumulate(shard.take for shard in shards))
+
+    def read(index: int) -> T:
+      try:
+        return convert(self._examples[index])
+      except Exception as error:  # ArrayRecord, protocol buffers and TFDS have no common one.
+        shard = bisect.bisect_right(ends, index)
+        within = shards[shard].skip + index - (ends[shard] - shards[shard].take)
+        reason = " ".join(str(error).split())
+        raise documents.BadRecord(
+          shards[shard].filename, within, f"{type(error).__name__}: {reason:.120}"
+        ) from error
+
+    return read
+
+
+def _as_text(value: bytes | str) -> str:
+  return value.decode() if isinstance(value, bytes) else str(value)
 
 
 def _text_keys(features: Any) -> list[str]:

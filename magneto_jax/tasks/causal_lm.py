@@ -1,6 +1,5 @@
 """Causal language modelling: predict each token from those before it."""
 
-import dataclasses
 import math
 import os
 from collections.abc import Mapping
@@ -134,10 +133,7 @@ def load_data(
   config: DataConfig, directory: str | os.PathLike, expected: Mapping[str, Any] | None = None
 ) -> text.TextData:
   """Documents, tokenizer and token windows; what is derived is kept in `directory`."""
-  values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-  del values["workers"], values["prefetch"]  # The pipeline's, not the text's.
-  for name in ("train_files", "validation_files"):
-    values[name] = tuple(part.strip() for part in values[name].split(",") if part.strip())
+  values = common.data_options(config, "causal_lm")
   return text.load_text(workdir=directory, expected=expected, **values)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from magneto_jax.config import ConfigError, DataConfig, ModelConfig, TrainConfig
+from magneto_jax.config import OF_SOME_TASKS, ConfigError, DataConfig, ModelConfig, TrainConfig
 from magneto_jax.data.tokenizers import ByteTokenizer
 from magneto_jax.layers.feed_forward import GATED
 from magneto_jax.tasks.task import Facts, Task, mean_nats, weighted_sums
@@ -120,6 +120,19 @@ def backbone(config: TrainConfig) -> dict[str, Any]:
     "dtype": jnp.dtype(model.dtype),
     "attention_implementation": model.attention_implementation or None,
   }
+
+
+def data_options(config: DataConfig, task: str) -> dict[str, Any]:
+  """The fields of the data that a task reads, without the pipeline's; files as their patterns."""
+  others = {name for name, tasks in OF_SOME_TASKS.items() if task not in tasks}
+  values = {
+    field.name: getattr(config, field.name)
+    for field in dataclasses.fields(config)
+    if field.name not in ("workers", "prefetch") and f"data.{field.name}" not in others
+  }
+  for name in ("train_files", "validation_files"):
+    values[name] = tuple(part.strip() for part in values[name].split(",") if part.strip())
+  return values
 
 
 def scoring(config: TrainConfig) -> dict[str, Any]:
