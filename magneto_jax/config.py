@@ -437,8 +437,8 @@ class TrainConfig(_Checked):
         )
     if self.keep_best and self.eval_every % self.checkpoint_every:
       raise ConfigError(
-        f"keep_best needs a checkpoint of every evaluation: checkpoint_every={self.checkpoint_every}"
-        f" must divide eval_every={self.eval_every}"
+        "keep_best needs a checkpoint of every evaluation:"
+        f" checkpoint_every={self.checkpoint_every} must divide eval_every={self.eval_every}"
       )
     for name in self.recipe_options.chosen():
       if name not in recipes.options(self.recipe):

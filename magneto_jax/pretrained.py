@@ -85,17 +85,16 @@ class Start(NamedTuple):
       raise ConfigError(f"the model of init_from={self.folder} has no encoder that reads tokens")
     own, other = facts(ours), facts(theirs)
     for name in own | other:
-      if name in ("vocab_size", "max_length", "position_offset") or own.get(name) == other.get(
-        name
-      ):
+      mine, its = own.get(name), other.get(name)
+      # Of tables see below; () and None: no experts, no window.
+      if name in ("vocab_size", "max_length", "position_offset") or not (mine or its):
         continue
-      if not own.get(name) and not other.get(name):  # () or None: no experts, no window.
+      if mine == its or _are_close(mine, its):
         continue
-      field = f"config.{_FIELDS.get(name, 'recipe')}"
-      what = "" if name in _FIELDS else f", by which its {name}"
+      what = "" if name in _FIELDS else f": its {name}"
       raise ConfigError(
-        f"{field} does not agree with init_from={self.folder}{what}: it must be"
-        f" {its!r:.80}, not {mine!r:.80}"
+        f"config.{_FIELDS.get(name, 'recipe')} does not agree with init_from={self.folder}{what}:"
+        f" it must be {its!r:.80}, not {mine!r:.80}"
       )
     if theirs.vocab_size - ours.vocab_size not in (0, 1):
       raise ConfigError(
@@ -169,6 +168,11 @@ class Start(NamedTuple):
     # As in `program.init_state`: one buffer cannot be donated twice.
     copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
     return dataclasses.replace(state, params=params, ema_params=copy(params))
+
+
+def _are_close(one, other) -> bool:
+  floats = isinstance(one, float) and isinstance(other, float)
+  return floats and math.isclose(one, other, rel_tol=1e-6)
 
 
 def find(config: TrainConfig) -> Start | None:

@@ -1,7 +1,7 @@
 """Trains a model: `python -m magneto_jax.train --config=configs/gpt.py:tiny --workdir=DIR`.
 
-With `--seeds=0,1,2` as many, each in a workdir of its own, DIR/seed_0 and so on, one after the other;
-DIR/seeds.json then has what their metrics come to. The same command goes on where it was stopped.
+With `--seeds=0,1,2` as many, one after the other, each in a workdir of its own, DIR/seed_0 and so
+on; DIR/seeds.json then has what their metrics come to. The same command goes on where it stopped.
 """
 
 import dataclasses

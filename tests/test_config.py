@@ -89,6 +89,12 @@ def test_every_number_has_a_range_on_both_sides():
     ("model.encoder_layers", -1, r"config.model.encoder_layers=-1 must be at least 0"),
     ("model.encoder_layers", 2, r"encoder_layers is not read with config.task='causal_lm', only w"),
     ("model", {"encoder_layers": 5, "unroll": 2}, r"unroll=2 must divide model.encoder_layers=5"),
+    ("model.pooling", "last", r"pooling='last' must be one of first, mean"),
+    ("model.pooling", "mean", r"pooling is not read with config.task='causal_lm', only with 'text"),
+    ("init_from", "runs/bert", r"init_from is not read with config.task='causal_lm', only with"),
+    ("data.too_long", "truncate", r"data.too_long is not read with config.task='causal_lm', only"),
+    ("data.too_long", "cut", r"data.too_long='cut' must be one of refuse, truncate"),
+    ("data.label_scale", 0.0, r"config.data.label_scale=0.0 must be above 0.0"),
     ("model.image_size", 32, r"image_size is not read with config.task='causal_lm', only with 'be"),
     ("model.patch_size", 15, r"patch_size=15 must divide model.image_size=224"),
     ("model.image_vocab_size", 0, r"config.model.image_vocab_size=0 must be at least 1"),
@@ -159,6 +165,12 @@ def test_what_is_no_group_of_fields_is_no_config(config):
     from_config_dict(config)
 
 
+def test_the_best_is_kept_only_where_every_evaluation_has_a_checkpoint():
+  from_config_dict({"keep_best": True, "eval_every": 30, "checkpoint_every": 15})
+  with pytest.raises(ConfigError, match="checkpoint_every=20 must divide eval_every=30"):
+    from_config_dict({"keep_best": True, "eval_every": 30, "checkpoint_every": 20})
+
+
 def test_a_record_made_directly_is_checked_too():
   with pytest.raises(ConfigError, match="config.steps=-3 must be at least 1"):
     TrainConfig(steps=-3)
@@ -193,7 +205,7 @@ def test_ranges_of_batches_have_one_form(text, ranges):
 # What changes neither the numbers of a run nor what it has learned so far.
 MAY_DIFFER = {
   *("steps", "eval_every", "eval_batches", "log_every", "checkpoint_every", "keep_checkpoints"),
-  "on_damage",
+  *("keep_best", "on_damage"),
   "diagnostics_every",
   *("sample_prompt", "sample_tokens", "sample_temperature"),
   *("data.cache_dir", "data.data_dir", "data.workers", "data.train_files", "data.validation_files"),

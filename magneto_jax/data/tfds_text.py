@@ -121,7 +121,7 @@ class _Split:
     self.size = len(self._examples)
 
   def reader(self, convert: Callable[[dict[str, Any]], T]) -> Callable[[int], T]:
-    """`index -> convert(example)`; BadRecord, with the file and the place in it, where that fails."""
+    """`index -> convert(example)`; where that fails BadRecord, with the file and the place."""
     shards = self._shards
     ends = list(itertools.accumulate(shard.take for shard in shards))
 

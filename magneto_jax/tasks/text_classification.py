@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from magneto_jax.config import ConfigError, DataConfig, TrainConfig
-from magneto_jax.data import sentences
+from magneto_jax.data import labelled, sentences
 from magneto_jax.models.classifier import TextClassifier
 from magneto_jax.models.encoder import Encoder
 from magneto_jax.tasks import common
@@ -60,7 +60,7 @@ def planned_facts(config: TrainConfig) -> Facts:
     ConfigError: the classes are not known without reading the data.
   """
   data = config.data
-  glue = sentences.glue_task(data.name)
+  glue = labelled.glue_task(data.name)
   if glue is not None:
     classes = max(1, len(glue.classes))
   elif data.regression:
@@ -194,7 +194,7 @@ def flops(config: TrainConfig, facts: Facts) -> int:
 def batch_spec(config: TrainConfig) -> dict[str, jax.ShapeDtypeStruct]:
   """inputs, mask: tokens, True for those that are not padding; targets, weights: one a row."""
   rows, length = config.batch_size, config.data.seq_length
-  glue = sentences.glue_task(config.data.name)
+  glue = labelled.glue_task(config.data.name)
   regression = config.data.regression if glue is None else not glue.classes
   return {
     "inputs": jax.ShapeDtypeStruct((rows, length), jnp.int32),
