@@ -112,7 +112,11 @@ def test_a_bad_row_is_refused_with_its_line_or_counted(case, tmp_path):
 HOPELESS = {
   "empty": ("tsv", b" \n", ": is empty|is empty: remove it"),
   "header alone": ("csv", b"text,label\n", "has a header and no rows"),
-  "no column": ("tsv", b"a\tlabel\np\t1\n", ":1: there is no column 'text' in the header, only 'a'"),
+  "no column": (
+    "tsv",
+    b"a\tlabel\np\t1\n",
+    ":1: there is no column 'text' in the header, only 'a'",
+  ),
   "twice": ("tsv", b"text\tlabel\ttext\np\t1\tq\n", ":1: the header has the column 'text' twice"),
   "quotes": ("csv", b'text,label\np,1\n"q,2\n', ":3: not CSV from here on"),
   "kind": ("txt", b"p", "is not one of .tsv, .csv, .jsonl"),

@@ -115,7 +115,9 @@ def test_a_run_goes_on_with_the_same_rows_only(tmp_path):
 
 
 def test_glue_has_columns_of_its_own_and_the_embedded_lines_one(tmp_path):
-  with pytest.raises(ValueError, match="glue/rte has the texts sentence1, sentence2: leave data.te"):
+  with pytest.raises(
+    ValueError, match="glue/rte has the texts sentence1, sentence2: leave data.te"
+  ):
     sentences.load_sentences(workdir=tmp_path, name="glue/rte", text_key="premise")
   with pytest.raises(ValueError, match="the embedded lines are single"):
     sentences.load_sentences(workdir=tmp_path, second_text_key="b")
