@@ -13,6 +13,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
+
 from magneto_jax.data import documents, files
 
 T = TypeVar("T")
@@ -91,13 +93,10 @@ def tfds_columns(
   for key in text_keys:
     if key not in (keys := _text_keys(features)):
       raise ValueError(f"{full_name} has no text feature {key!r}; data.text_key can be {keys}")
-  classes: tuple[str, ...] = ()
-  label = features[label_key] if label_key in features else None
-  if isinstance(label, tfds.features.ClassLabel):
-    classes = tuple(label.names)
-  elif not isinstance(label, tfds.features.Scalar):
-    held = sorted(set(features) - set(keys))
+  if label_key not in (held := sorted(key for key in features if _is_number(features[key]))):
     raise ValueError(f"{full_name} has no label {label_key!r}; data.label_key can be one of {held}")
+  label = features[label_key]
+  classes = tuple(label.names) if isinstance(label, tfds.features.ClassLabel) else ()
   number = int if classes else float
   read = prepared.reader(
     lambda example: (*(_as_text(example[key]) for key in text_keys), number(example[label_key]))
@@ -148,6 +147,11 @@ def _text_keys(features: Any) -> list[str]:
   import tensorflow_datasets as tfds
 
   return sorted(k for k, feature in features.items() if isinstance(feature, tfds.features.Text))
+
+
+def _is_number(feature: Any) -> bool:
+  """Whether a feature holds one number an example, or a class."""
+  return feature.shape == () and np.issubdtype(feature.np_dtype, np.number)
 
 
 def _prepared_builder(name: str, data_dir: str) -> Any:
