@@ -7,28 +7,29 @@ tiny
 
 cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte
   RoBERTa's fine-tuning (arXiv 1907.11692, as its code's configs have it): batches of 16 or 32 for
-  about ten epochs, Adam (0.9, 0.98) with epsilon 1e-6, weight decay 0.1 (of all parameters), dropout
-  0.1, linear decay to 0, no clipping; learning rate, steps and warm-up of each task are in the table
-  GLUE. Of the evaluations, one an epoch, the best one's checkpoint is kept; a figure is the median or
-  the mean of several seeds, and says which. They start with a pre-trained encoder:
+  about ten epochs, Adam (0.9, 0.98) with epsilon 1e-6, weight decay 0.1 (of all parameters),
+  dropout 0.1, linear decay to 0, no clipping; learning rate, steps and warm-up of each task are
+  in the table GLUE. Of the evaluations, one an epoch, the best one's checkpoint is kept; a figure
+  is the median or the mean of several seeds, and says which. They start with a pre-trained
+  encoder:
 
   python -m magneto_jax.train --config=configs/text_classification.py:mrpc --workdir=runs/mrpc \\
     --config.init_from=runs/bert --seeds=0,1,2
 
-  MNLI is evaluated on its matched part; --config.data.validation_split=validation_mismatched is the
-  other. Not yet trained here.
+  MNLI is evaluated on its matched part; --config.data.validation_split=validation_mismatched is
+  the other. Not yet trained here.
 
 magneto_cola, magneto_sst2, magneto_mrpc, magneto_qqp, magneto_stsb, magneto_mnli, magneto_qnli
   Foundation Transformers (arXiv 2210.06423), table 11: dropout 0.1, weight decay 0.01, batches of
   32, three epochs, a tenth of the steps to warm up; of the small sets (CoLA, MRPC, STS-B) five
-  epochs. The paper searches the learning rate in 1e-5 .. 4e-4, warm-ups of 10 and 20 % (small sets 10
-  and 16 %), and of small sets batches of 16 and 32 and 2, 3, 5 or 10 epochs. It gives the mean of
-  three seeds on the development sets: 86.7/86.7 MNLI, 92.4 QNLI, 91.2 QQP, 93.9 SST-2, 62.9 CoLA,
-  87.2 MRPC, 89.2 STS-B. Here the learning rate is 1e-4, and the decay linear, which it does not
-  state. Not yet trained here.
+  epochs. The paper searches the learning rate in 1e-5 .. 4e-4, warm-ups of 10 and 20 % (small
+  sets 10 and 16 %), and of small sets batches of 16 and 32 and 2, 3, 5 or 10 epochs. It gives the
+  mean of three seeds on the development sets: 86.7/86.7 MNLI, 92.4 QNLI, 91.2 QQP, 93.9 SST-2,
+  62.9 CoLA, 87.2 MRPC, 89.2 STS-B. Here the learning rate is 1e-4, and the decay linear, which it
+  does not state. Not yet trained here.
 
-The encoder of all but tiny: 12 layers, width 768, 12 heads, FFN 3072, learned positions, 512 tokens,
-64,000 pieces. What `init_from` names must have been trained with the same.
+The encoder of all but tiny: 12 layers, width 768, 12 heads, FFN 3072, learned positions, 512
+tokens, 64,000 pieces. What `init_from` names must have been trained with the same.
 """
 
 import functools
