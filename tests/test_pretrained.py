@@ -97,6 +97,7 @@ def test_the_encoder_is_the_pretrained_one_and_the_head_is_drawn(step, tmp_path)
   jax.tree.map(np.testing.assert_array_equal, state.opt_state, fresh.opt_state)
 
 
+@pytest.mark.ci
 def test_a_language_models_stack_is_an_encoder_too(step, tmp_path):
   """All its weights but the head's; of a run that averages them the average."""
   for name, ema in (("run", 0.0), ("averaged", 0.9)):
