@@ -1,6 +1,7 @@
 """A run that starts with the encoder of another model: its weights, and what must agree."""
 
 import dataclasses
+import functools
 import subprocess
 import sys
 import textwrap
@@ -8,6 +9,7 @@ import types
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from magneto_jax import pretrained, program, runs, sharding
@@ -18,6 +20,7 @@ from magneto_jax.data.tokenizers import ByteTokenizer
 from magneto_jax.models.language import MaskedLM
 from magneto_jax.tasks import TASKS, text_classification
 from tests import reference, simulated
+from tests.models import common
 
 MODEL = {"layers": 2, "width": 8, "ffn_width": 16, "heads": 2, "positions": "learned"}
 BYTES = ByteTokenizer.identity
@@ -47,50 +50,51 @@ def causal_run(folder, *, length=9, ema=0.0, **fields):
   return model, params
 
 
-def masked_model(folder, *, rows=261, length=9, **fields):
+def masked_model(folder, *, rows=261, length=9, position_offset=0, **fields):
   """A converted masked model, whose table has a row for the mask behind the bytes."""
   config = config_of("", length=length, **fields)
   encoder = text_classification.build_model(config, FACTS | {"vocab_size": rows}).encoder
-  model = MaskedLM(encoder=encoder)
+  model = MaskedLM(encoder=encoder.clone(position_offset=position_offset))
   params = reference.random_params(model, TOKENS)
   saved.save(folder, model, {"params": params})
   return model, params
 
 
-@pytest.fixture(scope="module")
-def step():
-  """The lowered step of a run, by the fields of its config; lowering takes seconds."""
-  lowered = {}
-
-  def of(config):
-    bare = dataclasses.replace(config, init_from="")
-    if bare not in lowered:
-      mesh = sharding.make_mesh({}, jax.devices()[:1])
-      lowered[bare] = program.lower_step(bare, FACTS, mesh)
-    return lowered[bare]._replace(config=config)
-
-  return of
-
-
-def started(step, config):
-  """The start of a run of the config, and its state before the first step."""
-  start, of_config = pretrained.find(config), step(config)
-  start.refuse_others(of_config, BYTES)
-  return start, start.into(of_config.init(jax.random.key(0)), of_config)
+def bare(config):
+  """What a start reads of a program, without lowering one; and the state before the first step."""
+  task = TASKS[config.task]
+  model = task.build_model(config, FACTS)
+  init = functools.partial(
+    program.init_state, model=model, inputs=(TOKENS,), optimizer=optax.sgd(1.0), ema=config.ema
+  )
+  state = jax.jit(init)(jax.random.key(0))
+  return types.SimpleNamespace(
+    config=config,
+    model=model,
+    task=task,
+    mesh=sharding.make_mesh({}, jax.devices()[:1]),
+    state=state,
+  )
 
 
-def test_the_encoder_is_the_pretrained_one_and_the_head_is_drawn(step, tmp_path):
-  """Its outputs are; tables are cut to the vocabulary and to the length."""
-  model, params = masked_model(tmp_path / "masked")
-  config = config_of(tmp_path / "masked")
-  _, state = started(step, config)
-  fresh = step(config).init(jax.random.key(0))
+def started(config):
+  """The start of a run of the config, and what the run then has."""
+  start, run = pretrained.find(config), bare(config)
+  start.refuse_others(run, BYTES)
+  return start, run, start.into(run.state, run)
+
+
+def test_the_encoder_is_the_pretrained_one_and_the_head_is_drawn(tmp_path):
+  """Its outputs are; tables are cut to vocabulary and length, from its first position on."""
+  model, params = masked_model(tmp_path / "masked", position_offset=2)
+  _, run, state = started(config_of(tmp_path / "masked"))
+  fresh = run.state
   jax.tree.map(
     np.testing.assert_array_equal, state.params["head_dense"], fresh.params["head_dense"]
   )
-  ours = step(config).model.encoder
-  found = ours.apply({"params": state.params["encoder"]}, TOKENS)
-  expected = model.encoder.apply({"params": params["encoder"]}, TOKENS)
+  apply = lambda encoder, params: common.run(encoder, params, TOKENS)
+  found = apply(run.model.encoder, state.params["encoder"])
+  expected = apply(model.encoder, params["encoder"])
   np.testing.assert_array_equal(found, expected)
   shape = lambda name: state.params["encoder"][name]["embedding"].shape
   assert (shape("token_embedding"), shape("position_embedding")) == ((260, 8), (6, 8))
@@ -98,12 +102,12 @@ def test_the_encoder_is_the_pretrained_one_and_the_head_is_drawn(step, tmp_path)
 
 
 @pytest.mark.ci
-def test_a_language_models_stack_is_an_encoder_too(step, tmp_path):
+def test_a_language_models_stack_is_an_encoder_too(tmp_path):
   """All its weights but the head's; of a run that averages them the average."""
   for name, ema in (("run", 0.0), ("averaged", 0.9)):
     _, params = causal_run(tmp_path / name, ema=ema, model={"tied_embeddings": False})
     config = config_of(tmp_path / name, ema=ema)
-    start, state = started(step, config)
+    start, _, state = started(config)
     assert start.tokenizer == BYTES
     factor = 2 if ema else 1
     expected = jax.tree.map(lambda x, factor=factor: factor * np.asarray(x), params)
@@ -135,23 +139,30 @@ def test_what_does_not_agree_is_refused_with_its_field(case, tmp_path):
   fields, message = DISAGREEING[case]
   masked_model(tmp_path / "masked")
   config = config_of(tmp_path / "masked", **fields)
-  model = TASKS[config.task].build_model(config, FACTS)
-  bare = types.SimpleNamespace(config=config, model=model, task=TASKS[config.task])
+  task = TASKS[config.task]
+  run = types.SimpleNamespace(config=config, model=task.build_model(config, FACTS), task=task)
   with pytest.raises(ConfigError, match=message) as error:
-    pretrained.find(config).refuse_others(bare, BYTES)
+    pretrained.find(config).refuse_others(run, BYTES)
   assert "\n" not in str(error.value)
+
+
+def test_a_parameter_that_is_not_there_is_refused(tmp_path):
+  """Where only the weights tell two recipes apart: a norm of the embedding."""
+  masked_model(tmp_path / "masked", recipe="sandwich_ln")
+  with pytest.raises(ConfigError, match="encoder has no embedding_norm/bias"):
+    started(config_of(tmp_path / "masked", recipe="peri_ln"))
 
 
 @pytest.mark.parametrize("rows", (259, 262))
 def test_another_vocabulary_is_refused(rows, tmp_path):
   masked_model(tmp_path / "masked", rows=rows)
   config = config_of(tmp_path / "masked")
-  model = TASKS[config.task].build_model(config, FACTS)
-  bare = types.SimpleNamespace(config=config, model=model, task=TASKS[config.task])
+  task = TASKS[config.task]
+  run = types.SimpleNamespace(config=config, model=task.build_model(config, FACTS), task=task)
   with pytest.raises(
     ConfigError, match=f"has {rows} tokens, and the run's 260: set config.data.to"
   ):
-    pretrained.find(config).refuse_others(bare, BYTES)
+    pretrained.find(config).refuse_others(run, BYTES)
 
 
 def test_the_tokenizer_is_the_runs(tmp_path):
@@ -167,13 +178,10 @@ def test_the_tokenizer_is_the_runs(tmp_path):
   ):
     pretrained.find(dataclasses.replace(config, data=dataclasses.replace(config.data, **pieces)))
   start = pretrained.find(config)
-  bare = types.SimpleNamespace(
-    config=config,
-    model=TASKS[config.task].build_model(config, FACTS),
-    task=TASKS[config.task],
-  )
+  task = TASKS[config.task]
+  run = types.SimpleNamespace(config=config, model=task.build_model(config, FACTS), task=task)
   with pytest.raises(ConfigError, match="is not the tokenizer of .*: leave it empty to have that"):
-    start.refuse_others(bare, {"kind": "byte", "vocab_size": 259})
+    start.refuse_others(run, {"kind": "byte", "vocab_size": 259})
   record = runs.read_record(tmp_path / "run")
   of_pieces = dataclasses.replace(record.config.data, tokenizer="sentencepiece", vocab_size=300)
   runs.write_record(

@@ -91,7 +91,13 @@ BAD = {
   "no object": (1, "jsonl", b'{"text":"p","label":1}\n[1]\n', 2, "[1] is not a JSON object"),
   "no label": (0, "jsonl", b'{"text":"p"}\n', 1, "it has no 'label', only 'text'"),
   "no text": (0, "jsonl", b'{"text":3,"label":1}\n', 1, "text is 3, not a text"),
-  "a label of lists": (0, "jsonl", b'{"text":"p","label":[1]}\n', 1, "label is [1], neither a name"),
+  "a label of lists": (
+    0,
+    "jsonl",
+    b'{"text":"p","label":[1]}\n',
+    1,
+    "label is [1], neither a name",
+  ),
   "deep json": (0, "jsonl", b"[" * 100_000 + b"\n", 1, "not JSON: maximum recursion"),
 }
 
