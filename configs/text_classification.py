@@ -1,9 +1,20 @@
 """Classification of texts: one task to train in minutes on a CPU, and GLUE as the papers tune it.
 
 tiny
-  Of which of eight plays of Shakespeare is this line? TINY_NUMBERS
+  Of which of eight plays of Shakespeare is this line? The plays that ship with the package to
+  train on, their lines split anew: 15,904 to train on, 1,697 to validate, 2,068 to test
+  (--config.data.validation_split=test); `data.labelled.embedded_lines` says what is left out of
+  them so that no part tells of another. From scratch 0.327 of the validation lines are told right
+  after 1,250 steps; the commonest play is 0.177, a draw 0.125, and a logistic regression on
+  counts of words 0.347 (python -m benchmarks.text_baselines): the lines are of eight words, and
+  who is named in them says the most. 14 min 47 s of training on two cores of a machine with a
+  load of 10 to 18, 27 November 2026, jax 0.10.2; it was not measured on an idle one, nor with a
+  pre-trained encoder:
 
   python -m magneto_jax.train --config=configs/text_classification.py:tiny --workdir=runs/lines
+
+  With --config.init_from the sizes must be those of the pre-trained run, which may have read the
+  same plays: then it has seen the validation lines too, without their labels.
 
 cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte
   RoBERTa's fine-tuning (arXiv 1907.11692, as its code's configs have it): batches of 16 or 32 for
@@ -38,11 +49,11 @@ from magneto_jax.config import config_of_variant
 
 
 def tiny(config):
-  """Some hundred thousand parameters, a few minutes on two CPU cores."""
+  """Just under a million parameters; minutes on two CPU cores."""
   config.task = "text_classification"
   config.steps = 1250
   config.batch_size = 64
-  config.eval_every = config.checkpoint_every = 125
+  config.eval_every = config.checkpoint_every = 250
   config.keep_best = True
   config.log_every = 25
   config.model.layers = 2
@@ -50,8 +61,8 @@ def tiny(config):
   config.model.positions = "rotary"
   config.model.pooling = "mean"
   config.model.dropout = 0.3
-  config.data.vocab_size = 2048
-  config.data.seq_length = 32
+  config.data.vocab_size = 4096
+  config.data.seq_length = 24
   config.data.too_long = "truncate"
   config.optimizer.learning_rate = 2e-3
   config.optimizer.schedule = "linear"
