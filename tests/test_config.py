@@ -14,7 +14,7 @@ from magneto_jax import config as config_lib
 from magneto_jax import optimizers, tasks
 from magneto_jax.config import ConfigError, TrainConfig, default_config, from_config_dict
 from magneto_jax.layers import feed_forward, positions
-from magneto_jax.models import transformer
+from magneto_jax.models import classifier, transformer
 
 
 def changed(name, value):
@@ -154,6 +154,7 @@ def test_choices_are_the_tables_they_stand_for():
   }
   assert set(choices["activation"]) == set(feed_forward.ACTIVATIONS)
   assert set(choices["positions"]) == set(positions.KINDS)
+  assert set(choices["pooling"]) == set(classifier.POOLINGS)
   assert set(choices["remat"]) == set(transformer.REMAT)
   assert set(choices["schedule"]) == set(optimizers.SCHEDULES)
   assert set(choices["task"]) == set(tasks.TASKS)
