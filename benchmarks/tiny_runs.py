@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 
-from benchmarks import coordinator, translation_baselines
+from benchmarks import coordinator, text_baselines, translation_baselines
 from magneto_jax import runs as runs_lib
 
 PATH = coordinator.RESULTS / "tiny_runs.json"
@@ -71,6 +71,14 @@ ENTRIES: dict[str, Entry] = {
     target=0.2,
     higher_is_better=True,
     baselines=lambda summary, workdir: summary["baselines"]["masked_accuracy"],
+  ),
+  "text_classification": Entry(
+    config="configs/text_classification.py:tiny",
+    metric="accuracy",
+    target=0.33,
+    higher_is_better=True,
+    # The commonest class, a draw, and a logistic regression on counts of words.
+    baselines=lambda summary, workdir: summary["baselines"]["accuracy"] | text_baselines.embedded(),
   ),
   "translation": Entry(
     config="configs/translation.py:tiny",

@@ -66,18 +66,24 @@ class Checkpointer:
   """
 
   def __init__(
-    self, directory: str | pathlib.Path, *, keep: int | None = None, read_only: bool = False
+    self,
+    directory: str | pathlib.Path,
+    *,
+    keep: int | None = None,
+    best: Callable[[list[int]], int | None] = lambda steps: None,
+    read_only: bool = False,
   ):
     """Opens a directory.
 
     Args:
       directory: need not exist, unless `read_only`.
-      keep: how many steps are kept; None for all.
+      keep: how many steps are kept, the newest; None for all.
+      best: of the steps that are there, the one that is kept beside these, if any.
       read_only: whether nothing is ever written, not even a clean-up of what a crash left; each
         process then reads for itself.
     """
     self._directory = pathlib.Path(directory).absolute()
-    self._keep, self._read_only = keep, read_only
+    self._keep, self._best, self._read_only = keep, best, read_only
     if read_only:
       return
     _on_first(self._tidy)
@@ -148,8 +154,11 @@ class Checkpointer:
     self._orbax.wait_until_finished()
     if distributed.is_first():
       files.sync(self._directory)  # Its name is on the disk before another is taken away.
-      for old in self.steps[: -self._keep] if self._keep else []:
-        self._move(self._folder(old), self._directory / _TRASH)
+      steps = self.steps
+      best = self._best(steps)
+      for old in steps[: -self._keep] if self._keep else []:
+        if old != best:
+          self._move(self._folder(old), self._directory / _TRASH)
       self._empty_trash()
 
   def _not_saved(self, step: int, error: Exception) -> CheckpointError:

@@ -129,6 +129,9 @@ class ModelConfig(_Checked):
   image_vocab_size: int = _positive(
     8192, "how many tokens there are for patches of images", _LONGEST
   )
+  pooling: str = _field(
+    "first", "what a classifier reads: the first token or the mean", choices=("first", "mean")
+  )
   window: int = _field(0, "how many earlier tokens attention reaches; 0: all", min=0, max=_LONGEST)
   logits_soft_cap: float = _field(0.0, "cap of the attention logits; 0: none", min=0.0)
   dropout: float = _rate(0.0, "after the embedding and every sublayer")
@@ -176,18 +179,24 @@ class ModelConfig(_Checked):
       )
 
 
-# Fields that one task alone reads.
-OF_ONE_TASK = {
-  "model.encoder_layers": "translation",
-  "model.image_size": "beit3",
-  "model.patch_size": "beit3",
-  "model.image_vocab_size": "beit3",
-  "data.mask_rate": "masked_lm",
-  "data.mask_keep": "masked_lm",
-  "data.mask_random": "masked_lm",
-  "data.source_key": "translation",
-  "data.target_key": "translation",
-  "data.too_long": "translation",
+# Fields that some tasks alone read, and which.
+OF_SOME_TASKS: dict[str, tuple[str, ...]] = {
+  "init_from": ("text_classification",),
+  "model.encoder_layers": ("translation",),
+  "model.image_size": ("beit3",),
+  "model.patch_size": ("beit3",),
+  "model.image_vocab_size": ("beit3",),
+  "model.pooling": ("text_classification",),
+  "data.mask_rate": ("masked_lm",),
+  "data.mask_keep": ("masked_lm",),
+  "data.mask_random": ("masked_lm",),
+  "data.source_key": ("translation",),
+  "data.target_key": ("translation",),
+  "data.second_text_key": ("text_classification",),
+  "data.label_key": ("text_classification",),
+  "data.label_scale": ("text_classification",),
+  "data.regression": ("text_classification",),
+  "data.too_long": ("text_classification", "translation"),
 }
 # Groups of fields that one task alone reads.
 GROUPS_OF_ONE_TASK = {"beam": "translation"}
@@ -247,14 +256,18 @@ class DataConfig(_Checked):
   data_dir: str = _field("", "where TFDS data sets lie prepared; empty: TFDS's own default")
   train_split: str = _field("train", "TFDS split to train on")
   validation_split: str = _field("validation", "split to evaluate on")
-  text_key: str = _field("text", "TFDS feature that holds the text")
+  text_key: str = _field("text", "TFDS feature, or column of a file, that holds the text")
+  second_text_key: str = _field("", "the same of a pair's second text; empty: texts are single")
+  label_key: str = _field("label", "the same of the label")
+  regression: bool = _field(False, "whether labels are numbers to be met, and not classes")
+  label_scale: float = _field(1.0, "what such numbers are divided by", above=0.0)
   source_key: str = _field("en", "language, as the data set names it, to translate from")
   target_key: str = _field("de", "language to translate into")
   too_long: str = _field(
     "refuse",
-    "what is done with a pair that has more than seq_length tokens on a side: end the run, or skip"
-    " it and tell how many there are",
-    choices=("refuse", "skip"),
+    "what is done with a text of more than seq_length tokens: end the run, skip it and tell how"
+    " many there are (translation), or truncate it, the longer of two first (classification)",
+    choices=("refuse", "skip", "truncate"),
   )
   tokenizer: str = _field("sentencepiece", "kind of tokens", choices=("sentencepiece", "byte"))
   vocab_size: int = _field(1024, "pieces to train (sentencepiece)", min=8, max=_LONGEST)
@@ -363,7 +376,7 @@ class SpikeConfig(_Checked):
 
 
 # What `task` may be: the keys of `tasks.TASKS`, to which `tasks.register` adds.
-TASK_NAMES = ["causal_lm", "masked_lm", "translation", "beit3"]
+TASK_NAMES = ["causal_lm", "masked_lm", "text_classification", "translation", "beit3"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -397,6 +410,11 @@ class TrainConfig(_Checked):
     "magneto", "how the model is normalised, scaled and initialised", choices=tuple(recipes.RECIPES)
   )
   recipe_options: RecipeConfig = dataclasses.field(default_factory=RecipeConfig)
+  init_from: str = _field(
+    "",
+    "a pre-trained run's workdir, or a converted model's folder, whose encoder a fresh run starts"
+    " with; empty: none",
+  )
   seed: int = _field(0, "of the parameters, the data's order and dropout", min=0, max=2**32 - 1)
   steps: int = _positive(1000, "optimizer steps")
   batch_size: int = _positive(16, "sequences a step", _LONGEST)
@@ -423,6 +441,9 @@ class TrainConfig(_Checked):
     0, "steps between measurements of stream and gradient by layer; 0: none", min=0
   )
   keep_checkpoints: int = _positive(3, "how many checkpoints are kept")
+  keep_best: bool = _field(
+    False, "whether the checkpoint of the best validation metric is kept beside the newest"
+  )
   max_skipped: int = _positive(
     10, "steps in a row, skipped as their numbers are not finite, at which the run ends"
   )
@@ -463,19 +484,25 @@ class TrainConfig(_Checked):
         f"batch_size={self.batch_size} times data.seq_length={self.data.seq_length} is {tokens:,}"
         f" tokens a step, which must be at most {_LARGEST[int]:,}"
       )
-    for name, task in OF_ONE_TASK.items():
-      group, field = name.split(".")
-      if self.task != task and getattr(getattr(self, group), field) != _default(name):
+    values, defaults = flatten(self), defaults_by_name()
+    for name, tasks in OF_SOME_TASKS.items():
+      if self.task not in tasks and values[name] != defaults[name]:
         raise ConfigError(
-          f"config.{name} is not read with config.task={self.task!r}, only with {task!r}"
+          f"config.{name} is not read with config.task={self.task!r}, only with"
+          f" {' and '.join(map(repr, tasks))}"
         )
     for group, task in GROUPS_OF_ONE_TASK.items():
-      values = getattr(self, group)
-      for name, value in flatten(values).items():
-        if self.task != task and value != flatten(type(values)())[name]:
+      group_values = getattr(self, group)
+      for name, value in flatten(group_values).items():
+        if self.task != task and value != flatten(type(group_values)())[name]:
           raise ConfigError(
             f"config.{group}.{name} is not read with config.task={self.task!r}, only with {task!r}"
           )
+    if self.keep_best and self.eval_every % self.checkpoint_every:
+      raise ConfigError(
+        "keep_best needs a checkpoint of every evaluation:"
+        f" checkpoint_every={self.checkpoint_every} must divide eval_every={self.eval_every}"
+      )
     for name in self.recipe_options.chosen():
       if name not in recipes.options(self.recipe):
         having = [recipe for recipe in recipes.RECIPES if name in recipes.options(recipe)]
@@ -523,6 +550,7 @@ RESUMABLE = (
   "checkpoint_every",
   "diagnostics_every",
   "keep_checkpoints",
+  "keep_best",
   "max_skipped",
   "on_damage",
   "sample_prompt",
@@ -629,6 +657,17 @@ def flatten(record, prefix: str = "") -> dict[str, Any]:
       flat |= flatten(value, f"{prefix}{field.name}.")
     else:
       flat[prefix + field.name] = value
+  return flat
+
+
+def defaults_by_name(record_type: type = TrainConfig, prefix: str = "") -> dict[str, Any]:
+  """{dotted name: default} of all fields, before any follows from another."""
+  flat = {}
+  for field in dataclasses.fields(record_type):
+    if dataclasses.is_dataclass(field.type):
+      flat |= defaults_by_name(field.type, f"{prefix}{field.name}.")
+    else:
+      flat[prefix + field.name] = field.default
   return flat
 
 

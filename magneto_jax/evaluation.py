@@ -206,9 +206,17 @@ def open_run(
   # The first host's newest: another may see one more.
   newest = runs.last_step(workdir) or None
   step = distributed.everywhere(newest)[0] if step is None else step
-  run = runs.load(workdir, step=step, mesh=mesh)
+  run = runs.load(workdir, step=step, place=functools.partial(_placed, mesh))
   digest = files.digest(runs.as_json(record))
   return Opened(str(workdir), record._replace(config=config), step, run, mesh, rows, digest)
+
+
+def _placed(mesh: jax.sharding.Mesh, abstract):
+  """The shapes of parameters with the places that they have on a mesh."""
+  with config_errors():
+    places = sharding.parameter_shardings(abstract, mesh)
+  place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+  return jax.tree.map(place, abstract, places)
 
 
 def changed(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:

@@ -1,5 +1,6 @@
 """A run that is ready to start: its data loaded, its step compiled, and both in words."""
 
+import dataclasses
 import json
 import pathlib
 from typing import NamedTuple
@@ -41,6 +42,8 @@ def prepare(
   directory: pathlib.Path,
   earlier: runs.Record | None = None,
   program: Program | None = None,
+  *,
+  tokenizer_file: str = "",
 ) -> Job:
   """Loads the data, builds the model and compiles the step for all devices there are.
 
@@ -50,6 +53,7 @@ def prepare(
     earlier: the record of the run that is resumed, if any: other data are then refused before
       anything is written.
     program: the compiled step, of a run that differs in nothing but its data's order, if any.
+    tokenizer_file: of the model that the run starts with; empty: as the config says.
 
   Raises:
     ConfigError: if the data cannot be had, or the model not be built, or hosts differ.
@@ -60,9 +64,12 @@ def prepare(
   with config_errors():
     mesh = sharding.make_mesh(config.mesh.sizes())
     rows = sharding.rows_of_process(mesh, config.batch_size)
+    data_config = config.data
+    if tokenizer_file:
+      data_config = dataclasses.replace(data_config, tokenizer_file=tokenizer_file)
     # The first host leaves the tokenizer and the token files where the others find them.
     data = distributed.on_first(
-      lambda: task.load_data(config.data, directory, earlier and earlier.data)
+      lambda: task.load_data(data_config, directory, earlier and earlier.data)
     )
   # As JSON gives it back: tuples are lists.
   identity, rewinds = json.loads(json.dumps(data.identity)), earlier.rewinds if earlier else ()
@@ -120,12 +127,12 @@ def overview(job: Job) -> list[str]:
   state_bytes = held(program.state)
   left_out = len(data.bad_records)
   size = task.size(config)
-  counted = f"{size} {task.unit}" if size > 1 else task.unit
+  counted = f"{config.batch_size} {f'x {size} ' if size > 1 else ''}{task.unit}"
   return [
     f"{title(config)} on {devices}",
     *(f"  {line}" for line in task.describe(config, job.record.facts)),
-    f"{reporting.count(program.state.params):,} parameters; a step: {config.batch_size} x "
-    f"{counted}, {reporting.in_units(program.flops, 'FLOP')}{bound}",
+    f"{reporting.count(program.state.params):,} parameters; a step: {counted}, "
+    f"{reporting.in_units(program.flops, 'FLOP')}{bound}",
     f"data: {data.describe()}",
     *(f"left out: {record}" for record in data.bad_records[:_SHOWN_RECORDS]),
     *([f"left out: {left_out:,} damaged documents in all"] if left_out > _SHOWN_RECORDS else []),

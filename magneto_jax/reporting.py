@@ -6,10 +6,11 @@ import json
 import math
 import pathlib
 import platform
+import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -207,6 +208,43 @@ def read_lines(path: pathlib.Path) -> list[dict]:
 def in_words(scores: Mapping[str, float]) -> str:
   """`3.7076 nats a token, 2.4560 bits a byte`: values before their names."""
   return ", ".join(f"{value:.4f} {words_of(name)}" for name, value in scores.items())
+
+
+def spread(summaries: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+  """What the metrics of several runs come to.
+
+  Args:
+    summaries: of the runs; metrics are what they call `validation_...` and `best_...`.
+
+  Returns:
+    {metric: {"mean", "std", "median", "values"}}; std is that of a sample, its square a sum over
+    n - 1, and None for one run.
+  """
+  first = summaries[0]
+  names = [name for name in first if name.startswith(("validation_", "best_"))]
+  found = {}
+  for name in names:
+    values = [summary[name] for summary in summaries]
+    found[name] = {
+      "mean": statistics.fmean(values),
+      "std": statistics.stdev(values) if len(values) > 1 else None,
+      "median": statistics.median(values),
+      "values": values,
+    }
+  return found
+
+
+def spread_table(metrics: Mapping[str, Mapping[str, Any]], *, title: str) -> rich.table.Table:
+  """`spread` as a table."""
+  table = rich.table.Table(title=title, title_justify="left", box=None, pad_edge=False)
+  table.add_column("metric")
+  for column in ("mean", "std (n - 1)", "median", "values"):
+    table.add_column(column, justify="right")
+  number = lambda value: "" if value is None else f"{value:.4f}"
+  for name, found in metrics.items():
+    figures = (found["mean"], found["std"], found["median"])
+    table.add_row(name, *map(number, figures), ", ".join(map(number, found["values"])))
+  return table
 
 
 def words_of(name: str) -> str:

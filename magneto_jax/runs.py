@@ -14,13 +14,14 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
+import numpy as np
 from flax import linen as nn
 
-from magneto_jax import distributed, sharding
+from magneto_jax import distributed, reporting
 from magneto_jax.checkpoints import Checkpointer, abstract_like
 from magneto_jax.config import (
   ConfigError,
@@ -105,7 +106,7 @@ def as_json(record: Record) -> dict[str, Any]:
 def write_record(workdir: pathlib.Path, record: Record) -> None:
   """Leaves the record where `read_record` finds it, whole or not at all, with its own digest."""
   values = as_json(record)
-  _write_json(workdir / "config.json", {**values, "sha256": files.digest(values)})
+  write_json(workdir / "config.json", {**values, "sha256": files.digest(values)})
 
 
 def rewind(
@@ -186,10 +187,11 @@ def with_batches_left_out(config: TrainConfig, held: Record | None, start: int) 
 
 def write_summary(workdir: pathlib.Path, summary: dict[str, Any]) -> None:
   """Leaves the summary of a finished run."""
-  _write_json(workdir / "summary.json", summary)
+  write_json(workdir / "summary.json", summary)
 
 
-def _write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
+def write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
+  """Leaves a file of JSON, whole or not at all."""
   files.write_durably(path, (json.dumps(values, indent=2, allow_nan=False) + "\n").encode())
 
 
@@ -312,11 +314,34 @@ def held_record(workdir: str | pathlib.Path) -> Record:
   return record
 
 
+def model_of(record: Record) -> nn.Module:
+  """The module of a run."""
+  return TASKS[record.config.task].build_model(record.config, record.facts)
+
+
+def best(workdir: str | pathlib.Path, task: str, steps: Sequence[int]) -> tuple[int, float] | None:
+  """Of these steps the one with the best validation metric, the first of several, and the metric.
+
+  By metrics.jsonl, which says what each evaluation has found; None if it says nothing of them.
+  """
+  name, more = TASKS[task].best
+  scores = {
+    row["step"]: row[f"validation/{name}"]
+    for row in reporting.read_metrics(pathlib.Path(workdir))
+    if f"validation/{name}" in row
+  }
+  known = [step for step in steps if step in scores]
+  if not known:
+    return None
+  step = (max if more else min)(known, key=scores.__getitem__)
+  return step, scores[step]
+
+
 def load(
   workdir: str | pathlib.Path,
   *,
-  step: int | None = None,
-  mesh: jax.sharding.Mesh | None = None,
+  step: int | Literal["best"] | None = None,
+  place: Callable[[Any], Any] = abstract_like,
 ) -> Run:
   """The model of a run and its variables, ready for `model.apply(variables, ...)`.
 
@@ -324,9 +349,10 @@ def load(
 
   Args:
     workdir: of the run; or a folder that `magneto_jax.convert` has written.
-    step: of the checkpoint; the newest by default.
-    mesh: of `sharding.make_mesh`, over which a run's variables are laid out; by default they are on
-      the first device.
+    step: of the checkpoint; the newest by default; "best" for that with the best validation metric,
+      of a run with `keep_best`.
+    place: from the tree of the parameters' shapes to the same with shardings; by default they are
+      on the first device.
 
   Returns:
     The pair (model, variables).
@@ -342,31 +368,43 @@ def load(
     if step is not None:
       raise FileNotFoundError(f"{workdir} is a converted model, it has no steps")
     with config_errors():
-      return Run(*saved.load(workdir))
+      model, variables = saved.load(workdir)
+    placed = jax.tree.map(_put, variables["params"], place(variables["params"]))
+    return Run(model, {"params": placed})
   record = held_record(workdir)
-  task = TASKS[record.config.task]
   with config_errors():
-    model = task.build_model(record.config, record.facts)
+    model = model_of(record)
   with Checkpointer(checkpoints_in(workdir), read_only=True) as checkpointer:
     steps = checkpointer.steps
-    step = max(steps, default=None) if step is None else step
+    step = _chosen(workdir, record, step, steps)
     if step not in steps:
       held = f"no step {step}, only {steps}" if steps else "no complete checkpoint yet"
       raise FileNotFoundError(f"{checkpoints_in(workdir)} has {held}")
     part = "ema_params" if "ema_params" in checkpointer.parts(step) else "params"
-    inputs = task.dummy_inputs(record.config)
+    inputs = TASKS[record.config.task].dummy_inputs(record.config)
     abstract = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
-    placed = abstract_like(abstract)
-    if mesh is not None:
-      with config_errors():
-        places = sharding.parameter_shardings(abstract, mesh)
-      placed = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        abstract,
-        places,
-      )
-    params = checkpointer.restore(step, {part: placed})[part]
+    params = checkpointer.restore(step, {part: place(abstract)})[part]
   return Run(model, {"params": params})
+
+
+def _chosen(workdir, record: Record, step: int | str | None, steps: Sequence[int]) -> int | None:
+  """The step that is meant."""
+  if step is None:
+    return max(steps, default=None)
+  if step != "best":
+    return step
+  if not record.config.keep_best:
+    raise FileNotFoundError(f"{workdir} kept no best checkpoint: train with config.keep_best=True")
+  found = best(workdir, record.config.task, steps)
+  if found is None:
+    raise FileNotFoundError(f"{workdir} has no checkpoint that was evaluated yet")
+  return found[0]
+
+
+def _put(array: jax.Array, where: jax.ShapeDtypeStruct) -> jax.Array:
+  """The array where it is to lie; each host has all of it."""
+  held = np.asarray(array)
+  return jax.make_array_from_callback(held.shape, where.sharding, lambda index: held[index])
 
 
 def load_tokenizer(workdir: str | pathlib.Path) -> tokenizers.Tokenizer:

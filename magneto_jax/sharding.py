@@ -68,6 +68,9 @@ PARAMETERS: list[tuple[str, tuple[str | None, ...]]] = [
   ("head_dense/kernel", (None, "embed")),
   ("head_dense/bias", (None,)),
   ("head_bias", ("vocab",)),
+  # Of a few classes, which need not divide by anything.
+  ("head_out/kernel", ("embed", None)),
+  ("head_out/bias", (None,)),
 ]
 
 

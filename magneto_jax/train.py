@@ -1,9 +1,44 @@
-"""Trains a model: `python -m magneto_jax.train --config=configs/gpt.py:tiny --workdir=DIR`."""
+"""Trains a model: `python -m magneto_jax.train --config=configs/gpt.py:tiny --workdir=DIR`.
+
+With `--seeds=0,1,2` as many, one after the other, each in a workdir of its own, DIR/seed_0 and so
+on; DIR/seeds.json then has what their metrics come to. The same command goes on where it stopped.
+"""
+
+import dataclasses
+import gc
+import pathlib
+from collections.abc import Sequence
 
 from absl import flags
 
-from magneto_jax import cli, training
-from magneto_jax.config import ConfigError
+from magneto_jax import cli, distributed, reporting, runs, training
+from magneto_jax.config import ConfigError, TrainConfig
+
+
+def train_seeds(config: TrainConfig, workdir: str | pathlib.Path, seeds: Sequence[int]) -> dict:
+  """Trains with each seed in `workdir/seed_<seed>`, unless that is done; what they come to.
+
+  Returns:
+    What `workdir/seeds.json` holds: the seeds, and `reporting.spread` of their metrics.
+  """
+  workdir, summaries = pathlib.Path(workdir), []
+  for seed in seeds:
+    of_seed = dataclasses.replace(config, seed=seed)
+    summaries.append(training.train(of_seed, workdir / f"seed_{seed}"))
+    gc.collect()  # Devices may hold no second state.
+  found = {"seeds": list(seeds), "metrics": reporting.spread(summaries)}
+  if distributed.is_first():
+    runs.write_json(workdir / "seeds.json", found)
+    title = f"{len(seeds)} seeds: {', '.join(map(str, seeds))}"
+    reporting.make_console().print(reporting.spread_table(found["metrics"], title=title))
+  return found
+
+
+def _seeds(texts: Sequence[str]) -> list[int]:
+  """The seeds of the flag; whether each can be one is the config's to say."""
+  if not all(text.isdecimal() for text in texts) or len(set(texts)) < len(texts):
+    raise ConfigError(f"--seeds={','.join(texts)} must be different numbers, e.g. 0,1,2")
+  return list(map(int, texts))
 
 
 def main() -> None:
@@ -17,14 +52,22 @@ def main() -> None:
     "Go on from the checkpoint of this step, 0 for the start; later ones are moved to rewound/.",
     lower_bound=0,
   )
+  seeds = flags.DEFINE_list(
+    "seeds", [], "Seeds of several runs, in DIR/seed_<seed>; mean and spread in DIR/seeds.json."
+  )
   join_hosts = cli.define_hosts_flags()
 
   def run() -> None:
     typed = cli.typed_config(config)
     if dry_run.value and rewind_to.value is not None:
       raise ConfigError("--dry_run changes nothing: leave out --rewind_to")
+    if seeds.value and (dry_run.value or rewind_to.value is not None):
+      raise ConfigError("--seeds is of whole runs: leave out --dry_run and --rewind_to")
+    numbers = _seeds(seeds.value)
     join_hosts()
-    if dry_run.value:
+    if numbers:
+      train_seeds(typed, workdir.value, numbers)
+    elif dry_run.value:
       training.dry_run(typed, workdir.value)
     else:
       training.train(typed, workdir.value, rewind_to=rewind_to.value)

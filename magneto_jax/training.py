@@ -22,6 +22,7 @@ from magneto_jax import (
   hardware,
   jobs,
   preemption,
+  pretrained,
   reporting,
   runs,
   sharding,
@@ -40,13 +41,29 @@ def dry_run(config: TrainConfig, workdir: str | os.PathLike) -> None:
     distributed.agree("config", dataclasses.asdict(config))
   with tempfile.TemporaryDirectory() as scratch:
     earlier = runs.resumable(workdir, config)
-    job = jobs.prepare(config, runs.data_in(workdir if earlier else scratch), earlier)
+    start = None if runs.last_step(workdir) else pretrained.find(config)
+    job = _prepared(config, runs.data_in(workdir if earlier else scratch), earlier, None, start)
     if earlier:
       runs.refuse_if_different(workdir, earlier, job.record)
     _print(console, jobs.overview(job))
     console.print(reporting.parameter_table(job.program.state.params))
     with contextlib.closing(job.batches):
       _print(console, jobs.first_batch(job))
+
+
+def _prepared(
+  config: TrainConfig,
+  directory: pathlib.Path,
+  earlier: runs.Record | None,
+  program: Program | None,
+  source: pretrained.Start | None,
+) -> jobs.Job:
+  """The job, which the model that it starts with, if any, has been held against."""
+  file = "" if source is None else source.tokenizer_file
+  job = jobs.prepare(config, directory, earlier, program, tokenizer_file=file)
+  if source is not None:
+    source.refuse_others(job.program, job.record.data.get("tokenizer", {}))
+  return job
 
 
 class _Rewind(Exception):
@@ -129,16 +146,18 @@ def _train(
     _print(console, _closing(summary, workdir))
     return summary
 
-  job = jobs.prepare(config, runs.data_in(workdir), earlier, program)
+  source = None if start else pretrained.find(config)
+  job = _prepared(config, runs.data_in(workdir), earlier, program, source)
   if earlier:
     runs.refuse_if_different(workdir, earlier, job.record)
   with config_errors():
     directory, parts = runs.checkpoints_in(workdir), job.program.state.parts()
-    distributed.on_first(lambda: refuse_if_no_room(directory, parts, config.keep_checkpoints))
+    kept = config.keep_checkpoints + config.keep_best
+    distributed.on_first(lambda: refuse_if_no_room(directory, parts, kept))
   notes = jobs.schedule_notes(config, earlier and earlier.config)
   _print(console, [*jobs.overview(job), *notes])
 
-  loop = _Loop(job, workdir, notice, console)
+  loop = _Loop(job, workdir, notice, console, source)
   with loop.opened(start):
     loop.run()
   summary = loop.summary() | {"wall_seconds": time.perf_counter() - started}
@@ -160,7 +179,9 @@ class _Loop:
     workdir: pathlib.Path,
     notice: preemption.Notice,
     console: rich.console.Console,
+    source: pretrained.Start | None,
   ):
+    self.source = source
     self.job, self.workdir, self.notice, self.console = job, workdir, notice, console
     # A program outlives a rewind, and with it the batches that are left out.
     self.config, self.program = job.record.config, job.program
@@ -198,7 +219,9 @@ class _Loop:
     config, program, directory = self.config, self.program, runs.checkpoints_in(self.workdir)
     with contextlib.ExitStack() as stack:
       # Closing waits for the last checkpoint, also when the run fails.
-      self.checkpointer = stack.enter_context(Checkpointer(directory, keep=config.keep_checkpoints))
+      self.checkpointer = stack.enter_context(
+        Checkpointer(directory, keep=config.keep_checkpoints, best=self.best_of)
+      )
       stack.enter_context(program.memory_in_words())
       stack.enter_context(contextlib.closing(self.job.batches))
       stack.enter_context(sharding.use_mesh(program.mesh))
@@ -216,6 +239,9 @@ class _Loop:
         _print(self.console, [f"resumed at step {start:,}"])
       else:
         self.state = program.init(self.parameter_key)
+        if self.source is not None:
+          self.state = self.source.into(self.state, program)
+          _print(self.console, [f"its {self.task.pretrained} starts with {self.source.folder}"])
         self.console.print(reporting.parameter_table(self.state.params))
       self.start = self.saved = start
       if self.is_first:
@@ -236,6 +262,13 @@ class _Loop:
           writes=self.is_first,
         )
       yield
+
+  def best_of(self, steps: list[int]) -> int | None:
+    """Of the checkpoints of these steps the one that is kept as the best."""
+    if not self.config.keep_best:
+      return None
+    found = runs.best(self.workdir, self.config.task, steps)
+    return found and found[0]
 
   def save(self, step: int) -> None:
     """A checkpoint, which is written while the next steps run."""
@@ -420,6 +453,9 @@ class _Loop:
     summary = {
       **{f"validation_{k}": v for k, v in scores.items()},
       "signatures": task.signatures(),
+      "scored_weights": f"{'params' if self.state.ema_params is None else 'ema_params'} of step"
+      f" {config.steps}",
+      **self.best(),
       "baselines": task.baselines(data),
       "bad_records": len(data.bad_records),
       **self.speed(),
@@ -444,6 +480,13 @@ class _Loop:
       summary["diagnostics"], lines = self.monitor.report()
       self.diagnosis = ["", *lines, f"diagnostics      {self.workdir / 'diagnostics.png'}"]
     return summary
+
+  def best(self) -> dict[str, float]:
+    """The step of the checkpoint that was kept as the best, and its metric."""
+    if not self.config.keep_best:
+      return {}
+    found = runs.best(self.workdir, self.config.task, self.checkpointer.steps)
+    return {} if found is None else {"best_step": found[0], f"best_{self.task.best[0]}": found[1]}
 
   def speed(self) -> dict[str, float | None]:
     """Units and FLOPs a second, and the share of waiting; None where no step was taken."""
@@ -491,6 +534,13 @@ def _closing(summary: dict, workdir: pathlib.Path) -> list[str]:
   # Summaries from before there were any have none.
   for metric, signature in summary.get("signatures", {}).items():
     lines.append(f"as measured      {reporting.words_of(metric)}: {signature}")
+  if "best_step" in summary:
+    best = {k.removeprefix("best_"): v for k, v in summary.items() if k.startswith("best_")}
+    step = best.pop("step")
+    lines.append(
+      f"best             {reporting.in_words(best)}, at step {step:,}:"
+      f" magneto_jax.load({str(workdir)!r}, step='best')"
+    )
   for metric, others in summary["baselines"].items():
     lines.append(f"for comparison   {reporting.words_of(metric)}: {reporting.in_words(others)}")
   if summary["flops_per_second"]:

@@ -13,8 +13,17 @@ import sys
 
 import pytest
 
-from benchmarks import attention, attention_gpu, breakdown, plans, tpu_static_cost, train_step_gpu
+from benchmarks import (
+  attention,
+  attention_gpu,
+  breakdown,
+  plans,
+  text_baselines,
+  tpu_static_cost,
+  train_step_gpu,
+)
 from benchmarks.shapes import Attention
+from magneto_jax.data.labelled import Row
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -304,3 +313,11 @@ def test_the_plans_of_the_docs_are_those_that_were_measured():
   assert plans.table(found) in page
   for each in found.values():
     assert each["fits"] and each["peak_bytes_per_chip"] < each["available_bytes_per_chip"]
+
+
+def test_baselines_of_labelled_texts_are_counted():
+  """Words that tell all, a commonest class of two thirds, three classes."""
+  rows = lambda *labels: [Row((f"the {label} thing",), label, "") for label in labels]
+  train = rows(*["red"] * 6, *["blue"] * 2, "green")
+  found = text_baselines.accuracies(train, rows("red", "red", "blue"))
+  assert found == {"majority_class": pytest.approx(2 / 3), "chance": 1 / 3, "bag_of_words": 1.0}

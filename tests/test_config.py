@@ -14,7 +14,7 @@ from magneto_jax import config as config_lib
 from magneto_jax import decoding, optimizers, tasks
 from magneto_jax.config import ConfigError, TrainConfig, default_config, from_config_dict
 from magneto_jax.layers import feed_forward, positions
-from magneto_jax.models import transformer
+from magneto_jax.models import classifier, transformer
 
 
 def changed(name, value):
@@ -37,7 +37,7 @@ def test_record_survives_json_like_values():
 
 
 def test_a_misspelt_field_names_the_right_one():
-  """Five typos of every field; only those of fields of two letters may mean another.
+  """Five typos of every field; only those of fields of two or three letters may mean another.
 
   In the wrong group, a field is as well another group's field of the same name.
   """
@@ -47,7 +47,7 @@ def test_a_misspelt_field_names_the_right_one():
       nearest, leaf = config_lib.nearest_field(typo), name.rpartition(".")[2]
       if nearest != name and not (kind == "group" and nearest.rpartition(".")[2] == leaf):
         wrong.add(name)
-  assert wrong <= {"optimizer.b1", "optimizer.b2"}
+  assert wrong <= {"optimizer.b1", "optimizer.b2", "ema"}
 
 
 def test_every_number_has_a_range_on_both_sides():
@@ -96,6 +96,12 @@ def test_every_number_has_a_range_on_both_sides():
     ("data.source_key", "fr", r"config.data.source_key is not read with config.task='causal_lm',"),
     ("data.too_long", "cut", r"config.data.too_long='cut' must be one of refuse, skip"),
     ("model", {"encoder_layers": 5, "unroll": 2}, r"unroll=2 must divide model.encoder_layers=5"),
+    ("model.pooling", "last", r"pooling='last' must be one of first, mean"),
+    ("model.pooling", "mean", r"pooling is not read with config.task='causal_lm', only with 'text"),
+    ("init_from", "runs/bert", r"init_from is not read with config.task='causal_lm', only with"),
+    ("data.too_long", "truncate", r"data.too_long is not read with config.task='causal_lm', only"),
+    ("data.too_long", "cut", r"data.too_long='cut' must be one of refuse, truncate"),
+    ("data.label_scale", 0.0, r"config.data.label_scale=0.0 must be above 0.0"),
     ("model.image_size", 32, r"image_size is not read with config.task='causal_lm', only with 'be"),
     ("model.patch_size", 15, r"patch_size=15 must divide model.image_size=224"),
     ("model.image_vocab_size", 0, r"config.model.image_vocab_size=0 must be at least 1"),
@@ -163,6 +169,7 @@ def test_choices_are_the_tables_they_stand_for():
   }
   assert set(choices["activation"]) == set(feed_forward.ACTIVATIONS)
   assert set(choices["positions"]) == set(positions.KINDS)
+  assert set(choices["pooling"]) == set(classifier.POOLINGS)
   assert set(choices["remat"]) == set(transformer.REMAT)
   assert set(choices["schedule"]) == set(optimizers.SCHEDULES)
   assert set(choices["task"]) == set(tasks.TASKS)
@@ -173,6 +180,12 @@ def test_choices_are_the_tables_they_stand_for():
 def test_what_is_no_group_of_fields_is_no_config(config):
   with pytest.raises(ConfigError, match="a config is a group of fields, not"):
     from_config_dict(config)
+
+
+def test_the_best_is_kept_only_where_every_evaluation_has_a_checkpoint():
+  from_config_dict({"keep_best": True, "eval_every": 30, "checkpoint_every": 15})
+  with pytest.raises(ConfigError, match="checkpoint_every=20 must divide eval_every=30"):
+    from_config_dict({"keep_best": True, "eval_every": 30, "checkpoint_every": 20})
 
 
 def test_a_record_made_directly_is_checked_too():
@@ -209,7 +222,7 @@ def test_ranges_of_batches_have_one_form(text, ranges):
 # What changes neither the numbers of a run nor what it has learned so far.
 MAY_DIFFER = {
   *("steps", "eval_every", "eval_batches", "log_every", "checkpoint_every", "keep_checkpoints"),
-  "on_damage",
+  *("keep_best", "on_damage"),
   "diagnostics_every",
   *("sample_prompt", "sample_tokens", "sample_temperature"),
   *("data.cache_dir", "data.data_dir", "data.workers", "data.train_files", "data.validation_files"),

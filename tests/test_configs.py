@@ -5,7 +5,7 @@ import math
 import jax
 import pytest
 
-from configs import beit3, bert, gpt, translation
+from configs import beit3, bert, gpt, text_classification, translation
 from magneto_jax import sharding
 from magneto_jax.config import ConfigError, flatten, from_config_dict
 from magneto_jax.tasks import TASKS
@@ -87,7 +87,13 @@ def test_normformers_masked_model_has_the_layers_of_its_code():
   assert layer.self_attention.skip is not None and layer.ffn.skip is not None
 
 
-FILES = {"gpt": gpt, "bert": bert, "translation": translation, "beit3": beit3}
+FILES = {
+  "gpt": gpt,
+  "bert": bert,
+  "text_classification": text_classification,
+  "translation": translation,
+  "beit3": beit3,
+}
 VARIANTS = [(file, variant) for file, module in FILES.items() for variant in module.VARIANTS]
 
 
@@ -95,6 +101,42 @@ VARIANTS = [(file, variant) for file, module in FILES.items() for variant in mod
 def test_every_variant_is_a_config(file, variant):
   from_config_dict(FILES[file].get_config(variant))
   assert f"\n{variant}" in FILES[file].__doc__ or f", {variant}" in FILES[file].__doc__
+
+
+# RoBERTa's fine-tuning (arXiv 1907.11692, its code's configs): batch, rate, updates, warm-up.
+ROBERTA = {
+  "mnli": (32, 1e-5, 123_873, 7_432),
+  "qnli": (32, 1e-5, 33_112, 1_986),
+  "qqp": (32, 1e-5, 113_272, 28_318),
+  "rte": (16, 2e-5, 2_036, 122),
+  "sst2": (32, 1e-5, 20_935, 1_256),
+  "mrpc": (16, 1e-5, 2_296, 137),
+  "cola": (16, 1e-5, 5_336, 320),
+  "stsb": (16, 2e-5, 3_598, 214),
+}
+
+
+@pytest.mark.parametrize("name", ROBERTA)
+def test_glue_is_tuned_as_the_papers_do(name):
+  """RoBERTa's figures; of Magneto's (arXiv 2210.06423, table 11) those that one run can have."""
+  batch_size, learning_rate, steps, warmup_steps = ROBERTA[name]
+  expected = {
+    **{"batch_size": batch_size, "optimizer.learning_rate": learning_rate, "steps": steps},
+    **{"optimizer.warmup_steps": warmup_steps, "optimizer.b2": 0.98, "optimizer.eps": 1e-6},
+    **{"optimizer.weight_decay": 0.1, "optimizer.clip_norm": 0.0, "optimizer.end_factor": 0.0},
+    **{"model.dropout": 0.1, "model.attention_dropout": 0.1, "data.name": f"glue/{name}"},
+    "data.label_scale": 5.0 if name == "stsb" else 1.0,
+  }
+  config = flatten(from_config_dict(text_classification.get_config(name)))
+  assert {field: config[field] for field in expected} == expected
+  # Ten epochs, but for what the last batch of each leaves.
+  assert config["steps"] / config["eval_every"] == pytest.approx(10, abs=0.15) or name == "rte"
+  if name != "rte":
+    config = flatten(from_config_dict(text_classification.get_config(f"magneto_{name}")))
+    assert 1e-5 <= config["optimizer.learning_rate"] <= 4e-4
+    assert config["steps"] // config["eval_every"] == (5 if name in ("cola", "mrpc", "stsb") else 3)
+    assert config["optimizer.warmup_steps"] == config["steps"] // 10
+    assert (config["batch_size"], config["optimizer.weight_decay"]) == (32, 0.01)
 
 
 # Made for 256 chips: parameters in billions, tokens of a step in thousands, and the papers' sizes.

@@ -25,6 +25,7 @@ from magneto_jax.models import (
   EncoderDecoder,
   MaskedBEiT3,
   MaskedLM,
+  TextClassifier,
   VisionEncoder,
 )
 from magneto_jax.theory import recipes, records
@@ -100,6 +101,10 @@ MODELS = {
     MaskedLM(
       encoder=encoder("normformer", vocab_size=64, positions="learned", max_length=8), tied=False
     ),
+    (TOKENS,),
+  ),
+  "TextClassifier": lambda: (
+    TextClassifier(encoder=encoder(vocab_size=64), classes=3),
     (TOKENS,),
   ),
   "EncoderDecoder": encoder_decoder,

@@ -46,6 +46,7 @@ LEVELS = {
   "monitor": 5,
   "runs": 5,
   "jobs": 6,
+  "pretrained": 6,
   "planning": 6,
   "evaluation": 6,
   "training": 7,

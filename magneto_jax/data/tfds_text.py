@@ -11,9 +11,13 @@ import os
 import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
 
 from magneto_jax.data import documents, files
+
+T = TypeVar("T")
 
 
 def tfds_text(
@@ -66,40 +70,17 @@ def texts_of(name: str, *, split: str, keys: Mapping[str, str], data_dir: str = 
     name, split, data_dir: see `tfds_text`.
     keys: the features that hold the texts, by what errors call the choice of each.
   """
-  builder = _prepared_builder(name, data_dir)
-  info = builder.info
-  try:
-    shards = info.splits[split].file_instructions
-  except (KeyError, ValueError):
-    raise ValueError(
-      f"{info.full_name} has no split {split!r}; it has {sorted(info.splits)}"
-    ) from None
+  prepared = _Split(name, split, data_dir)
+  info = prepared.info
   for choice, key in keys.items():
     if key not in (possible := _text_keys(info.features)):
       raise ValueError(f"{info.full_name} has no text feature {key!r}; {choice} can be {possible}")
-  examples = builder.as_data_source(split, file_format="array_record")
-  ends = list(itertools.accumulate(shard.take for shard in shards))
-
-  def place(index: int) -> tuple[str, int]:
-    shard = bisect.bisect_right(ends, index)
-    return shards[shard].filename, shards[shard].skip + index - (ends[shard] - shards[shard].take)
-
-  def read(index: int) -> tuple[str, ...]:
-    try:
-      example = examples[index]
-      texts = (example[key] for key in keys.values())
-      return tuple(text.decode() if isinstance(text, bytes) else str(text) for text in texts)
-    except (MemoryError, OSError):  # Of the machine; another day the record can be read.
-      raise
-    except Exception as error:  # ArrayRecord, protocol buffers and TFDS have no common one.
-      reason = " ".join(str(error).split())
-      raise documents.BadRecord(*place(index), f"{type(error).__name__}: {reason:.120}") from error
-
+  read = prepared.reader(lambda example: tuple(_as_text(example[key]) for key in keys.values()))
   # One name and version can be prepared again from changed downloads. Of all splits, because TFDS
   # does not know the bytes of a slice.
   split_bytes = {key: int(value.num_bytes) for key, value in info.splits.items()}
   identity = {"source": "tfds", "name": info.full_name, "split": split, "split_bytes": split_bytes}
-  return Examples(len(examples), read, place, identity)
+  return Examples(prepared.size, read, prepared.place, identity)
 
 
 def tfds_examples(
@@ -111,15 +92,95 @@ def tfds_examples(
     FileNotFoundError: the data set exists in TFDS but is not prepared under `data_dir`.
     ValueError: no such data set or split, or it cannot be read.
   """
-  builder = _prepared_builder(name, data_dir)
-  info = builder.info
-  try:
-    examples = builder.as_data_source(split, file_format="array_record")
-  except (KeyError, ValueError):
-    raise ValueError(
-      f"{info.full_name} has no split {split!r}; it has {sorted(info.splits)}"
-    ) from None
-  return dict(info.features.items()), examples
+  prepared = _Split(name, split, data_dir)
+  return dict(prepared.info.features.items()), prepared.examples
+
+
+class Columns(NamedTuple):
+  """Texts with a label each.
+
+  Attributes:
+    name: the data set's, and the split's.
+    size: number of examples.
+    read: index in [0, size) -> the texts, then the label: a class's number, -1 where it is not
+      known, or a float; BadRecord if the example is damaged.
+    classes: their names; none where labels are numbers.
+  """
+
+  name: str
+  size: int
+  read: Callable[[int], tuple]
+  classes: tuple[str, ...]
+
+
+def tfds_columns(
+  name: str, *, split: str, text_keys: Sequence[str], label_key: str, data_dir: str = ""
+) -> Columns:
+  """Labelled texts of one split of a prepared TFDS data set; see `tfds_text`.
+
+  Args:
+    name, split, data_dir: see `tfds_text`.
+    text_keys: the features that hold texts.
+    label_key: the feature that holds the label: of TFDS's ClassLabel, or a number.
+  """
+  import tensorflow_datasets as tfds
+
+  prepared = _Split(name, split, data_dir)
+  features, full_name = prepared.info.features, prepared.info.full_name
+  for key in text_keys:
+    if key not in (keys := _text_keys(features)):
+      raise ValueError(f"{full_name} has no text feature {key!r}; data.text_key can be {keys}")
+  if label_key not in (held := sorted(key for key in features if _is_number(features[key]))):
+    raise ValueError(f"{full_name} has no label {label_key!r}; data.label_key can be one of {held}")
+  label = features[label_key]
+  classes = tuple(label.names) if isinstance(label, tfds.features.ClassLabel) else ()
+  number = int if classes else float
+  read = prepared.reader(
+    lambda example: (*(_as_text(example[key]) for key in text_keys), number(example[label_key]))
+  )
+  return Columns(f"{full_name}, {split}", prepared.size, read, classes)
+
+
+class _Split:
+  """One split of a data set that is on disk: its info, its size, and how an example is read."""
+
+  def __init__(self, name: str, split: str, data_dir: str):
+    builder = _prepared_builder(name, data_dir)
+    self.info = info = builder.info
+    try:
+      self._shards = info.splits[split].file_instructions
+    except (KeyError, ValueError):
+      raise ValueError(
+        f"{info.full_name} has no split {split!r}; it has {sorted(info.splits)}"
+      ) from None
+    self.examples = builder.as_data_source(split, file_format="array_record")
+    self.size = len(self.examples)
+    self._ends = list(itertools.accumulate(shard.take for shard in self._shards))
+
+  def place(self, index: int) -> tuple[str, int]:
+    """The file that holds an example, and its index in there."""
+    shard = bisect.bisect_right(self._ends, index)
+    held = self._shards[shard]
+    return held.filename, held.skip + index - (self._ends[shard] - held.take)
+
+  def reader(self, convert: Callable[[dict[str, Any]], T]) -> Callable[[int], T]:
+    """`index -> convert(example)`; where that fails BadRecord, with the file and the place."""
+
+    def read(index: int) -> T:
+      try:
+        return convert(self.examples[index])
+      except (MemoryError, OSError):  # Of the machine; another day the record can be read.
+        raise
+      except Exception as error:  # ArrayRecord, protocol buffers and TFDS have no common one.
+        reason = " ".join(str(error).split())
+        what = f"{type(error).__name__}: {reason:.120}"
+        raise documents.BadRecord(*self.place(index), what) from error
+
+    return read
+
+
+def _as_text(value: bytes | str) -> str:
+  return value.decode() if isinstance(value, bytes) else str(value)
 
 
 def _text_keys(features: Any) -> list[str]:
@@ -127,6 +188,11 @@ def _text_keys(features: Any) -> list[str]:
   import tensorflow_datasets as tfds
 
   return sorted(k for k, feature in features.items() if isinstance(feature, tfds.features.Text))
+
+
+def _is_number(feature: Any) -> bool:
+  """Whether a feature holds one number an example, or a class."""
+  return feature.shape == () and np.issubdtype(feature.np_dtype, np.number)
 
 
 def _prepared_builder(name: str, data_dir: str) -> Any:

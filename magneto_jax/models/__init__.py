@@ -1,5 +1,6 @@
 """Whole models, built from a recipe and sizes."""
 
+from magneto_jax.models.classifier import TextClassifier
 from magneto_jax.models.encoder import Encoder
 from magneto_jax.models.encoder_decoder import EncoderDecoder
 from magneto_jax.models.language import CausalLM, DecodingState, MaskedLM
@@ -19,6 +20,7 @@ __all__ = [
   "MaskedLM",
   "Stack",
   "StackOutput",
+  "TextClassifier",
   "VisionEncoder",
   "init_caches",
 ]

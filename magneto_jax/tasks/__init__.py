@@ -4,12 +4,13 @@ from collections.abc import Sequence
 
 from magneto_jax import sharding
 from magneto_jax.config import TASK_NAMES
-from magneto_jax.tasks import beit3, causal_lm, masked_lm, translation
+from magneto_jax.tasks import beit3, causal_lm, masked_lm, text_classification, translation
 from magneto_jax.tasks.task import Task
 
 TASKS: dict[str, Task] = {
   "causal_lm": causal_lm.TASK,
   "masked_lm": masked_lm.TASK,
+  "text_classification": text_classification.TASK,
   "translation": translation.TASK,
   "beit3": beit3.TASK,
 }

@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from magneto_jax.config import OF_ONE_TASK, ConfigError, DataConfig, ModelConfig, TrainConfig
+from magneto_jax.config import OF_SOME_TASKS, ConfigError, DataConfig, ModelConfig, TrainConfig
 from magneto_jax.data import text
 from magneto_jax.data.tokenizers import ByteTokenizer
 from magneto_jax.layers.feed_forward import GATED
@@ -128,6 +128,19 @@ def backbone(config: TrainConfig) -> dict[str, Any]:
   }
 
 
+def data_options(config: DataConfig, task: str) -> dict[str, Any]:
+  """The fields of the data that a task reads, without the pipeline's; files as their patterns."""
+  others = {name for name, tasks in OF_SOME_TASKS.items() if task not in tasks}
+  values = {
+    field.name: getattr(config, field.name)
+    for field in dataclasses.fields(config)
+    if field.name not in ("workers", "prefetch") and f"data.{field.name}" not in others
+  }
+  for name in ("train_files", "validation_files", "test_files"):
+    values[name] = paths(values[name])
+  return values
+
+
 def scoring(config: TrainConfig) -> dict[str, Any]:
   """The keywords of a model that say how targets are scored."""
   return {"vocab_chunk": config.vocab_chunk, "label_smoothing": config.label_smoothing}
@@ -150,11 +163,8 @@ def load_text(
   config: DataConfig, directory: str | os.PathLike, expected: Mapping[str, Any] | None = None
 ) -> text.TextData:
   """Documents, tokenizer and token windows; what is derived is kept in `directory`."""
-  values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-  del values["workers"], values["prefetch"]  # The pipeline's, not the text's.
-  values = {name: value for name, value in values.items() if f"data.{name}" not in OF_ONE_TASK}
-  for name in ("train_files", "validation_files", "test_files"):
-    values[name] = paths(values[name])
+  # What language models alone read, masked or not.
+  values = data_options(config, "causal_lm")
   return text.load_text(workdir=directory, expected=expected, **values)
 
 

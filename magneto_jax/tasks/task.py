@@ -87,6 +87,8 @@ class Task(NamedTuple):
     best: the metric by which a model is chosen, and whether more is better.
     unit: what a sample is counted in; `size`: `config -> how many of them a sample has`.
     fact_kinds: the facts without which there is no model, and their types.
+    pretrained: the module, and so the part of the parameters, that `config.init_from` gives; empty
+      for none.
   """
 
   load_data: Callable[[DataConfig, pathlib.Path, Mapping[str, Any] | None], Data]
@@ -112,6 +114,7 @@ class Task(NamedTuple):
   unit: str = "tokens"
   size: Callable[[TrainConfig], int] = lambda config: config.data.seq_length
   fact_kinds: Mapping[str, type] = {"vocab_size": int}
+  pretrained: str = ""
 
   def loss(
     self, model: nn.Module, params, batch: Batch, dropout_key: jax.Array | None = None

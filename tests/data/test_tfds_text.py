@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from magneto_jax.data import documents, sources, tfds_text
+from magneto_jax.data import documents, sentences, sources, tfds_text
 
 
 class TinyText(tfds.core.GeneratorBasedBuilder):
@@ -30,6 +30,43 @@ class TinyText(tfds.core.GeneratorBasedBuilder):
   def _generate_examples(self, size):
     for i in range(size):
       yield i, {"text": f"döcument {i} of {size}", "title": f"title {i}", "number": i}
+
+
+with tfds.core.registered.skip_registration():
+
+  class Glue(tfds.core.GeneratorBasedBuilder):
+    """Two of GLUE's tasks under their names: four pairs to train on, two to test on."""
+
+    VERSION = tfds.core.Version("2.0.0")
+    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=name) for name in ("rte", "stsb")]
+
+    def _info(self):
+      label = tfds.features.ClassLabel(names=["entailment", "not_entailment"])
+      if self.builder_config.name == "stsb":
+        label = tfds.features.Scalar(np.float32)
+      features = {"sentence1": tfds.features.Text(), "sentence2": tfds.features.Text()}
+      features |= {"label": label, "idx": np.int32}
+      return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+      return {
+        "train": self._generate_examples([0, 1, 1, 0]),
+        "validation": self._generate_examples([1, 0]),
+        "test": self._generate_examples([-1, -1]),
+      }
+
+    def _generate_examples(self, labels):
+      for i, label in enumerate(labels):
+        yield i, {"sentence1": f"ä {i}", "sentence2": f"b {i}", "label": label, "idx": i}
+
+
+@pytest.fixture(scope="module")
+def glue(tmp_path_factory):
+  """A data_dir with that as ArrayRecord."""
+  data_dir = tmp_path_factory.mktemp("glue")
+  for name in ("rte", "stsb"):
+    Glue(config=name, data_dir=data_dir, file_format="array_record").download_and_prepare()
+  return str(data_dir)
 
 
 @pytest.fixture(scope="module")
@@ -211,3 +248,49 @@ def test_metadata_that_are_damaged_or_name_code_are_one_line(prepared, tmp_path,
         tfds_text.tfds_text("tiny_text", split="train", data_dir=data_dir)
       assert "\n" not in str(caught.value)
     (folder / name).write_text(whole)
+
+
+# ---------------------------------------------------------------------------------------------
+# Labelled texts
+# ---------------------------------------------------------------------------------------------
+
+
+def load(data_dir, name, tmp_path, **options):
+  given = {"tokenizer": "byte", "seq_length": 16, "data_dir": data_dir} | options
+  return sentences.load_sentences(workdir=tmp_path, name=name, **given)
+
+
+def test_glue_is_read_by_its_name(glue, tmp_path):
+  data = load(glue, "glue/rte", tmp_path)
+  assert data.classes == ("entailment", "not_entailment") and data.metrics == ("accuracy",)
+  shown = sorted(data.show(data.train[i]) for i in range(4))
+  assert shown == [
+    "'ä 0b 0' is 'entailment'",
+    "'ä 1b 1' is 'not_entailment'",
+    "'ä 2b 2' is 'not_entailment'",
+    "'ä 3b 3' is 'entailment'",
+  ]
+  assert data.train[0]["inputs"][0] == 1 and list(data.train[0]["inputs"]).count(2) == 3
+  data = load(glue, "glue/stsb", tmp_path)
+  assert data.classes == () and data.metrics == ("pearson", "spearman")
+  assert data.train.targets.dtype == np.float32
+
+
+def test_labels_that_are_not_public_are_not_read(glue, tmp_path):
+  with pytest.raises(
+    ValueError, match=r"glue/rte/2.0.0, test, example 0: it has no label \(label -1"
+  ):
+    load(glue, "glue/rte", tmp_path, validation_split="test")
+
+
+def test_columns_of_any_data_set_are_named(glue, prepared, tmp_path):
+  keys = {"text_key": "title", "second_text_key": "text", "label_key": "number"}
+  data = load(str(prepared), "tiny_text", tmp_path, regression=True, seq_length=64, **keys)
+  assert len(data.train) == 30 and data.metrics == ("pearson", "spearman")
+  for changed, message in (
+    ({"regression": False}, "the labels of tiny_text are numbers: set data.regression=True"),
+    ({"label_key": "lable"}, r"has no label 'lable'; data.label_key can be one of \['number'"),
+    ({"text_key": "titel"}, r"has no text feature 'titel'; data.text_key can be \['text', 'title'"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      load(str(prepared), "tiny_text", tmp_path, **{"regression": True} | keys | changed)

@@ -1,0 +1,238 @@
+"""A run that starts with the encoder of another model: its weights, and what must agree."""
+
+import dataclasses
+import functools
+import subprocess
+import sys
+import textwrap
+import types
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from magneto_jax import pretrained, program, runs, sharding
+from magneto_jax.checkpoints import Checkpointer
+from magneto_jax.config import ConfigError, from_config_dict
+from magneto_jax.convert import saved
+from magneto_jax.data.tokenizers import ByteTokenizer
+from magneto_jax.models.language import MaskedLM
+from magneto_jax.tasks import TASKS, text_classification
+from tests import reference, simulated
+from tests.models import common
+
+MODEL = {"layers": 2, "width": 8, "ffn_width": 16, "heads": 2, "positions": "learned"}
+BYTES = ByteTokenizer.identity
+FACTS = {"vocab_size": 260, "token_correlation": 0.05, "classes": 3}
+TOKENS = np.random.default_rng(0).integers(4, 260, (2, 5))
+
+
+def config_of(init_from, *, model=None, length=6, task="text_classification", **fields):
+  data = {"tokenizer": "byte", "seq_length": length}
+  given = {"task": task, "init_from": str(init_from), "batch_size": 4, "data": data}
+  return from_config_dict({**given, "model": MODEL | (model or {}), **fields})
+
+
+def causal_run(folder, *, length=9, ema=0.0, **fields):
+  """A run of a language model with random weights at its step 7; returns these."""
+  config = config_of("", task="causal_lm", length=length, ema=ema, **fields)
+  model = TASKS["causal_lm"].build_model(config, FACTS)
+  params = reference.random_params(model, TOKENS)
+  record = runs.Record(config, {"tokenizer": dict(BYTES)}, FACTS)
+  runs.write_record(folder, record)
+  trees = {"params": params} | (
+    {"ema_params": jax.tree.map(lambda x: 2 * x, params)} if ema else {}
+  )
+  with Checkpointer(runs.checkpoints_in(folder)) as checkpointer:
+    nowhere = types.SimpleNamespace(get_state=lambda: {})
+    checkpointer.save(7, jax.tree.map(jax.numpy.asarray, trees), nowhere, runs.as_json(record))
+  return model, params
+
+
+def masked_model(folder, *, rows=261, length=9, position_offset=0, **fields):
+  """A converted masked model, whose table has a row for the mask behind the bytes."""
+  config = config_of("", length=length, **fields)
+  encoder = text_classification.build_model(config, FACTS | {"vocab_size": rows}).encoder
+  model = MaskedLM(encoder=encoder.clone(position_offset=position_offset))
+  params = reference.random_params(model, TOKENS)
+  saved.save(folder, model, {"params": params})
+  return model, params
+
+
+def bare(config):
+  """What a start reads of a program, without lowering one; and the state before the first step."""
+  task = TASKS[config.task]
+  model = task.build_model(config, FACTS)
+  init = functools.partial(
+    program.init_state, model=model, inputs=(TOKENS,), optimizer=optax.sgd(1.0), ema=config.ema
+  )
+  state = jax.jit(init)(jax.random.key(0))
+  return types.SimpleNamespace(
+    config=config,
+    model=model,
+    task=task,
+    mesh=sharding.make_mesh({}, jax.devices()[:1]),
+    state=state,
+  )
+
+
+def started(config):
+  """The start of a run of the config, and what the run then has."""
+  start, run = pretrained.find(config), bare(config)
+  start.refuse_others(run, BYTES)
+  return start, run, start.into(run.state, run)
+
+
+def test_the_encoder_is_the_pretrained_one_and_the_head_is_drawn(tmp_path):
+  """Its outputs are; tables are cut to vocabulary and length, from its first position on."""
+  model, params = masked_model(tmp_path / "masked", position_offset=2)
+  _, run, state = started(config_of(tmp_path / "masked"))
+  fresh = run.state
+  jax.tree.map(
+    np.testing.assert_array_equal, state.params["head_dense"], fresh.params["head_dense"]
+  )
+  apply = lambda encoder, params: common.run(encoder, params, TOKENS)
+  found = apply(run.model.encoder, state.params["encoder"])
+  expected = apply(model.encoder, params["encoder"])
+  np.testing.assert_array_equal(found, expected)
+  shape = lambda name: state.params["encoder"][name]["embedding"].shape
+  assert (shape("token_embedding"), shape("position_embedding")) == ((260, 8), (6, 8))
+  jax.tree.map(np.testing.assert_array_equal, state.opt_state, fresh.opt_state)
+
+
+@pytest.mark.ci
+def test_a_language_models_stack_is_an_encoder_too(tmp_path):
+  """All its weights but the head's; of a run that averages them the average."""
+  for name, ema in (("run", 0.0), ("averaged", 0.9)):
+    _, params = causal_run(tmp_path / name, ema=ema, model={"tied_embeddings": False})
+    config = config_of(tmp_path / name, ema=ema)
+    start, _, state = started(config)
+    assert start.tokenizer == BYTES
+    factor = 2 if ema else 1
+    expected = jax.tree.map(lambda x, factor=factor: factor * np.asarray(x), params)
+    del expected["output_embedding"]
+    expected["position_embedding"]["embedding"] = expected["position_embedding"]["embedding"][:6]
+    jax.tree.map(np.testing.assert_array_equal, state.params["encoder"], expected)
+    if ema:
+      jax.tree.map(np.testing.assert_array_equal, state.ema_params, state.params)
+      mine = zip(*map(jax.tree.leaves, (state.ema_params, state.params)), strict=True)
+      assert all(a.unsafe_buffer_pointer() != b.unsafe_buffer_pointer() for a, b in mine)
+
+
+DISAGREEING = {
+  "layers": ({"model": {"layers": 3}}, "config.model.layers does not agree .* must be 2, not 3"),
+  "width": ({"model": {"width": 16}}, "config.model.width does not agree .* must be 8, not 16"),
+  "heads": ({"model": {"heads": 4}}, "config.model.heads does not agree .* must be 2, not 4"),
+  "ffn": ({"model": {"ffn_width": 8}}, "config.model.ffn_width does not .* must be 16, not 8"),
+  "activation": ({"model": {"activation": "relu"}}, "config.model.activation does not agree"),
+  "positions": ({"model": {"positions": "rotary"}}, "config.model.positions does not agree"),
+  "norm": ({"model": {"norm": "rms_norm"}}, "config.model.norm does not agree"),
+  "recipe": ({"recipe": "deepnet"}, "config.recipe does not agree with .*layer 0 .* it must be"),
+  "qk": ({"model": {"qk_norm": "head"}}, "config.recipe does not agree .*qk_norm: it must be None"),
+  "length": ({"length": 10}, "config.data.seq_length=10 is more than the 9 learned positions"),
+}
+
+
+@pytest.mark.parametrize("case", DISAGREEING)
+def test_what_does_not_agree_is_refused_with_its_field(case, tmp_path):
+  fields, message = DISAGREEING[case]
+  masked_model(tmp_path / "masked")
+  config = config_of(tmp_path / "masked", **fields)
+  task = TASKS[config.task]
+  run = types.SimpleNamespace(config=config, model=task.build_model(config, FACTS), task=task)
+  with pytest.raises(ConfigError, match=message) as error:
+    pretrained.find(config).refuse_others(run, BYTES)
+  assert "\n" not in str(error.value)
+
+
+def test_a_parameter_that_is_not_there_is_refused(tmp_path):
+  """Where only the weights tell two recipes apart: a norm of the embedding."""
+  masked_model(tmp_path / "masked", recipe="sandwich_ln")
+  with pytest.raises(ConfigError, match="encoder has no embedding_norm/bias"):
+    started(config_of(tmp_path / "masked", recipe="peri_ln"))
+
+
+@pytest.mark.parametrize("rows", (259, 262))
+def test_another_vocabulary_is_refused(rows, tmp_path):
+  masked_model(tmp_path / "masked", rows=rows)
+  config = config_of(tmp_path / "masked")
+  task = TASKS[config.task]
+  run = types.SimpleNamespace(config=config, model=task.build_model(config, FACTS), task=task)
+  with pytest.raises(
+    ConfigError, match=f"has {rows} tokens, and the run's 260: set config.data.to"
+  ):
+    pretrained.find(config).refuse_others(run, BYTES)
+
+
+def test_the_tokenizer_is_the_runs(tmp_path):
+  config = config_of(tmp_path / "run")
+  with pytest.raises(
+    ConfigError, match="holds neither a run with a checkpoint nor a converted mod"
+  ):
+    pretrained.find(config)
+  causal_run(tmp_path / "run")
+  pieces = {"tokenizer": "sentencepiece"}
+  with pytest.raises(
+    ConfigError, match=r"tokenizer='sentencepiece' is not that of .* set data.tok"
+  ):
+    pretrained.find(dataclasses.replace(config, data=dataclasses.replace(config.data, **pieces)))
+  start = pretrained.find(config)
+  task = TASKS[config.task]
+  run = types.SimpleNamespace(config=config, model=task.build_model(config, FACTS), task=task)
+  with pytest.raises(ConfigError, match="is not the tokenizer of .*: leave it empty to have that"):
+    start.refuse_others(run, {"kind": "byte", "vocab_size": 259})
+  record = runs.read_record(tmp_path / "run")
+  of_pieces = dataclasses.replace(record.config.data, tokenizer="sentencepiece", vocab_size=300)
+  runs.write_record(
+    tmp_path / "run",
+    record._replace(config=dataclasses.replace(record.config, data=of_pieces)),
+  )
+  config = dataclasses.replace(config, data=dataclasses.replace(config.data, **pieces))
+  assert pretrained.find(config).tokenizer_file == str(tmp_path / "run/data/tokenizer.model")
+
+
+@pytest.mark.ci
+def test_a_mesh_holds_the_same_weights_and_a_run_starts_with_them_once(tmp_path):
+  """On four devices, cut; then a whole run, resumed when what it started with is gone."""
+  masked_model(tmp_path / "masked", length=32, rows=261)
+  (tmp_path / "x.tsv").write_text(
+    "text\tlabel\n" + "\n".join(f"line {i}\t{i % 3}" for i in range(40))
+  )
+  code = f"""
+    import shutil
+    import jax, numpy as np
+    from magneto_jax import pretrained, program, runs, sharding, training
+    from tests import test_pretrained as tests
+
+    folder = {str(tmp_path)!r}
+    config = tests.config_of(folder + "/masked", mesh={{"fsdp": 2, "tensor": 2}})
+    mesh = sharding.make_mesh(config.mesh.sizes())
+    step = program.lower_step(config, tests.FACTS, mesh)
+    start = pretrained.find(config)
+    start.refuse_others(step, tests.BYTES)
+    state = start.into(step.init(jax.random.key(0)), step)
+    _, variables = runs.load(folder + "/masked")
+    wanted = variables["params"]["encoder"]
+    wanted["token_embedding"]["embedding"] = wanted["token_embedding"]["embedding"][:260]
+    wanted["position_embedding"]["embedding"] = wanted["position_embedding"]["embedding"][:6]
+    jax.tree.map(np.testing.assert_array_equal, state.params["encoder"], wanted)
+    places = jax.tree.map(lambda x: x.sharding, state.params)
+    assert places == jax.tree.map(lambda x: x.sharding, step.state.params)
+    assert not state.params["encoder"]["token_embedding"]["embedding"].is_fully_replicated
+    data = {{"name": "text_files", "tokenizer": "byte", "seq_length": 16}}
+    data |= {{"train_files": folder + "/x.tsv", "validation_fraction": 0.3}}
+    fields = {{"data": data, "mesh": {{"fsdp": 2, "tensor": 2}}, "checkpoint_every": 1}}
+    fields |= {{"optimizer": {{"learning_rate": 1e-6}}, "steps": 1, "eval_every": 1}}
+    training.train(tests.config_of(folder + "/masked", **fields), folder + "/run")
+    run = runs.load(folder + "/run").variables["params"]["encoder"]
+    np.testing.assert_allclose(
+      run["token_embedding"]["embedding"], wanted["token_embedding"]["embedding"], atol=1e-4
+    )
+    shutil.rmtree(folder + "/masked")
+    more = tests.config_of(folder + "/masked", **fields | {{"steps": 2}})
+    assert training.train(more, folder + "/run")["resumed_at_step"] == 1
+  """
+  command = [sys.executable, "-W", "error", "-c", textwrap.dedent(code)]
+  result = subprocess.run(command, env=simulated.devices(4), capture_output=True, text=True)
+  assert result.returncode == 0, result.stderr
