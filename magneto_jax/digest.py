@@ -12,7 +12,8 @@ would cancel, each of them being 2^31 times something odd. The digest finds dama
 protection from someone who wants two arrays to be alike.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,25 +23,36 @@ import numpy as np
 _SEEDS = (0x9E3779B9, 0x85EBCA6B)
 
 
-def dispatch(tree) -> dict[str, tuple[str, jax.Array]]:
+class Digests(NamedTuple):
+  """Of the arrays of a tree, on its devices.
+
+  Attributes:
+    kinds: {path: dtype and shape}.
+    lanes: [arrays, 2], uint32, in the order of the paths.
+  """
+
+  kinds: dict[str, str]
+  lanes: jax.Array
+
+
+def dispatch(tree) -> Digests:
   """Starts to digest the arrays of a tree, and does not wait: `read` does.
 
   The arrays may be donated as soon as this returns.
 
   Args:
     tree: arrays, also of PRNG keys, which may be cut over a mesh; all its processes must call this.
-
-  Returns:
-    {path: (dtype and shape, the lanes [2], on all devices)}.
   """
-  return {path: (_kind(leaf), _lanes(_keyless(leaf))) for path, leaf in _leaves(tree)}
+  return Digests(kinds(tree), _lanes([_keyless(leaf) for _, leaf in _leaves(tree)]))
 
 
-def read(digests: dict[str, tuple[str, jax.Array]]) -> dict[str, str]:
+def read(digests: Digests) -> dict[str, str]:
   """{path: `float32[2,3] 0123456789abcdef`} of what was dispatched."""
   return {
-    path: f"{kind} {''.join(f'{lane:08x}' for lane in np.asarray(lanes).tolist())}"
-    for path, (kind, lanes) in digests.items()
+    path: f"{kind} {''.join(f'{lane:08x}' for lane in lanes)}"
+    for (path, kind), lanes in zip(
+      digests.kinds.items(), np.asarray(digests.lanes).tolist(), strict=True
+    )
   }
 
 
@@ -64,8 +76,16 @@ def _keyless(leaf):
 
 
 @jax.jit
-def _lanes(x) -> jax.Array:
-  """Both lanes of an array, uint32[2]."""
+def _lanes(arrays: Sequence[jax.Array]) -> jax.Array:
+  """Both lanes of every array, uint32[arrays, 2].
+
+  One program for all of them: several processes whose devices are CPUs wait for each other for ever
+  where many programs that exchange data are under way at once.
+  """
+  return jnp.stack([_lanes_of(x) for x in arrays])
+
+
+def _lanes_of(x) -> jax.Array:
   words = _words(x)
   lanes = tuple(_mix(words ^ _mix(_places(words.shape, lane))) for lane in range(2))
   # One pass for both: on CPUs ten times as fast as two sums.

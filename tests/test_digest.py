@@ -111,9 +111,9 @@ for spec in (("a", "b"), (None, "b", "a"), (("a", "b"),), ()):
   for shape in ((8, 1), (4, 2), (2, 4), (1, 1)):
     mesh = Mesh(np.array(jax.devices()[: shape[0] * shape[1]]).reshape(shape), ("a", "b"))
     y = jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
-    lanes = digest.dispatch([y])["0"][1]
+    lanes = digest.dispatch([y]).lanes
     assert lanes.is_fully_replicated
-    text = digest._lanes.lower(y).compile().as_text()
+    text = digest._lanes.lower([y]).compile().as_text()
     sent = [line.split("=")[1] for line in text.splitlines() if " all-gather(" in line]
     print(digest.read(digest.dispatch([y]))["0"], *(shape.split("{")[0] for shape in sent))
 """
