@@ -13,7 +13,7 @@ PAIR = labelled.Table(("a", "b"), "y", False)
 
 def read(path, table=SINGLE, skip=0):
   bad = documents.BadRecords(skip)
-  rows, _ = labelled.labelled_files([str(path)], [], table, bad, fraction=0.0)
+  rows = labelled.labelled_files([str(path)], [], table, bad, fraction=0.0)["train"]
   return [(*row.texts, row.label) for row in rows], tuple(bad.found)
 
 
@@ -151,14 +151,19 @@ def test_what_is_held_out_is_decided_by_the_texts(tmp_path):
   lines = [f"line {i % 100}\t{i % 2}" for i in range(300)]
   (path := tmp_path / "x.tsv").write_text("text\tlabel\n" + "\n".join(lines))
   bad = documents.BadRecords()
-  train, validation = labelled.labelled_files([str(path)], [], SINGLE, bad, fraction=0.2)
+  held = labelled.labelled_files([str(path)], [], SINGLE, bad, fraction=0.2)
+  train, validation = held["train"], held["validation"]
   assert len(train) + len(validation) == 300 and 30 <= len(validation) <= 90
   assert not {row.texts for row in train} & {row.texts for row in validation}
   (path).write_text("text\tlabel\n" + "\n".join(reversed(lines)))
-  again = labelled.labelled_files([str(path)], [], SINGLE, bad, fraction=0.2)[1]
+  again = labelled.labelled_files([str(path)], [], SINGLE, bad, fraction=0.2)["validation"]
   assert {row.texts for row in again} == {row.texts for row in validation}
   with pytest.raises(ValueError, match="must not share files"):
     labelled.labelled_files([str(path)], [str(path)], SINGLE, bad, fraction=0.2)
+  (other := tmp_path / "test.tsv").write_text("text\tlabel\nanother text\tx\n")
+  options = {"fraction": 0.2, "test_files": [str(other)]}
+  held = labelled.labelled_files([str(path)], [], SINGLE, bad, **options)
+  assert [row.texts for row in held["test"]] == [("another text",)]
 
 
 def test_glue_is_known_by_name():

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.reliability import states
 from magneto_jax import training
-from magneto_jax.config import from_config_dict
+from magneto_jax.config import OF_SOME_TASKS, from_config_dict
 from magneto_jax.data import packing, pairs
 from magneto_jax.layers.cross_entropy import cross_entropy
 from magneto_jax.tasks import TASKS, translation
@@ -184,7 +184,8 @@ def test_every_field_of_the_data_that_pairs_read_reaches_them(loaded, monkeypatc
   monkeypatch.setattr(translation.pairs, "load_pairs", lambda **options: given.update(options))
   TASK.load_data(config.data, "a folder", {"of": "an earlier run"})
   fields = {field.name for field in dataclasses.fields(config.data)}
-  of_texts = {"document_separator", "text_key", "mask_rate", "mask_keep", "mask_random"}
+  others = {n for n, tasks in OF_SOME_TASKS.items() if "translation" not in tasks}
+  of_texts = {"document_separator", "text_key", *(n.removeprefix("data.") for n in others)}
   of_pipelines = {"workers", "prefetch"}
   assert given.keys() - {"workdir", "expected"} == fields - of_texts - of_pipelines
   assert given["train_files"] == (config.data.train_files.strip(" ,"),)
