@@ -248,7 +248,7 @@ def dead_hosts(
   """
   draw = random.Random(seed)
   every = 3
-  steps = 2 + 6 * kills
+  steps = 2 + 30 * kills  # It must not be over while a checkpoint is waited for.
   workdir = folder / f"dead_{processes}"
   flags = [f"--config.steps={steps}", f"--config.checkpoint_every={every}"]
   seen = []
@@ -259,6 +259,9 @@ def dead_hosts(
     start = runs.last_step(workdir)
     with Hosts(workdir, processes, *flags, f"--heartbeat_timeout={heartbeat}") as hosts:
       hosts.wait_for(f"step {start + every + draw.randint(1, 2)}/")
+      # Steps are faster than the disk: there must be something to go on from.
+      while runs.last_step(workdir) <= start and hosts.processes[0].poll() is None:
+        time.sleep(0.01)
       began = time.monotonic()
       hosts.processes[victim].send_signal(signum)
       codes = hosts.codes(others)
