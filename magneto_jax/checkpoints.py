@@ -129,6 +129,14 @@ class Checkpointer:
       raise self._not_saved(step, error) from error
     self._saving = step, self._thread.submit(self._finish)
 
+  def prepare(self, trees: dict[str, Any]) -> None:
+    """Compiles what the first `save` of these parts would else stand still for.
+
+    All processes call this together, as they do `save`.
+    """
+    for tree in trees.values():
+      digest.dispatch(tree)
+
   def wait(self) -> None:
     """Waits until what was saved is on the disk.
 

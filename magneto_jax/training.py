@@ -201,6 +201,8 @@ class _Loop:
     self.evaluator = evaluation.Evaluator(
       functools.partial(self.task.measured, program.model), program.mesh, rows
     )
+    self.learning_rate = jax.jit(program.schedule)
+    self.learning_rate(0)  # Compiled before the steps begin.
     self.watch = Watch(self.config.spike.factor, self.config.spike.window)
     self.monitor: Monitor | None = None
     self.scores: dict[str, float] = {}  # Of the last step's evaluation.
@@ -239,6 +241,7 @@ class _Loop:
         _print(self.console, [f"resumed at step {start:,}"])
       else:
         self.state = program.init(self.parameter_key)
+        self.checkpointer.prepare(self.state.parts())
         if self.source is not None:
           self.state = self.source.into(self.state, program)
           _print(self.console, [f"its {self.task.pretrained} starts with {self.source.folder}"])
@@ -354,7 +357,7 @@ class _Loop:
     waiting = max(distributed.everywhere(self.job.batches.waited()))
     # A step that was skipped has no numbers that JSON knows.
     taken = {} if in_a_row else {"train/loss": loss, "train/gradient_norm": gradient_norm}
-    rate_now = 0.0 if in_a_row else float(self.program.schedule(step - 1 - skipped))
+    rate_now = 0.0 if in_a_row else float(self.learning_rate(step - 1 - skipped))
     self.waited += waiting
     row = {
       **taken,
