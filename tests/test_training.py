@@ -498,6 +498,7 @@ def test_a_spike_before_the_first_checkpoint_is_gone_back_from_to_the_start(bigr
   assert rows == pytest.approx([values["loss"] for values in metrics], rel=1e-5)  # float32
 
 
+@pytest.mark.ci
 def test_a_run_that_is_stopped_between_spike_and_rewind_goes_on_as_if_it_had_not_been(
   bigrams, tmp_path, monkeypatch
 ):
@@ -535,6 +536,7 @@ def test_a_run_that_is_refused_has_taken_nothing_back(bigrams, tmp_path):
   assert (runs.last_step(tmp_path), runs.read_record(tmp_path).rewinds) == (4, ())
 
 
+@pytest.mark.ci
 def test_a_run_goes_on_with_another_number_of_workers(bigrams, tmp_path):
   training.train(tiny(steps=2, sample_tokens=0), tmp_path)
   config = tiny(steps=4, sample_tokens=0, data={**TINY["data"], "workers": 1})
@@ -660,6 +662,7 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused(bigrams, tmp_path, m
   assert runs.last_step(tmp_path) == 0
 
 
+@pytest.mark.ci
 def test_the_sample_ends_where_the_table_of_positions_does(tmp_path):
   """Learned positions of 32 rows, and a sample of 128 tokens: the run's figures come first."""
   model = {**TINY["model"], "positions": "learned", "layers": 1}
