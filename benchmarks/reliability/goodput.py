@@ -1,6 +1,7 @@
 """What reliability costs: saving, the loop around the step, and work that is done twice.
 
-Steps are waited for and not computed, as on an accelerator: on a CPU what runs beside a step takes
+Steps take time and compute nothing, as an accelerator's do beside the host: one is asked for while
+the last is under way, and what it has found is waited for. On a CPU what runs beside a step takes
 its cores, so that nothing would be measured but that.
 """
 
@@ -16,7 +17,6 @@ from collections.abc import Iterator
 from unittest import mock
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.reliability.rows import Row
@@ -69,6 +69,18 @@ def stall(mebibytes: int, saves: int, interval: float, folder: pathlib.Path) -> 
   )
 
 
+class _Late:
+  """A number that can be read from a time on."""
+
+  def __init__(self, value: float, at: float):
+    self._value, self._at = value, at
+
+  def __array__(self, dtype=None, copy=None) -> np.ndarray:
+    del copy
+    time.sleep(max(0.0, self._at - time.perf_counter()))
+    return np.asarray(self._value, dtype)
+
+
 @contextlib.contextmanager
 def waiting_steps(seconds: float) -> Iterator[list[float]]:
   """Within, a run's steps take that long and compute nothing; yields seconds between them."""
@@ -77,18 +89,17 @@ def waiting_steps(seconds: float) -> Iterator[list[float]]:
   def compiled(self):
     found = compile_program(self)
     values = {"loss": 1.0, "gradient_norm": 1.0, "skipped": 0, "skipped_in_a_row": 0}
-    metrics = {name: jnp.asarray(value) for name, value in values.items()}
     advance = jax.jit(lambda state: dataclasses.replace(state, step=state.step + 1))
     advance = advance.lower(self.state).compile()
 
     def step(state, batch, key):
       del batch, key
-      begin = time.perf_counter()
+      state = advance(state)
+      # It begins when it is asked for, or when the last one is over.
+      begin = max([time.perf_counter(), *ended])
       between.extend(begin - end for end in ended)
-      result = advance(state), metrics
-      time.sleep(begin + seconds - time.perf_counter())  # What its dispatch leaves.
-      ended[:] = [time.perf_counter()]
-      return result
+      ended[:] = [begin + seconds]
+      return state, {name: _Late(value, ended[0]) for name, value in values.items()}
 
     # What is asked of a compiled program beside being called.
     step.memory_analysis, step.as_text = found.step.memory_analysis, found.step.as_text
@@ -109,7 +120,7 @@ def overhead(steps: int, folder: pathlib.Path) -> Row:
   added = float(np.mean(between))
   return Row(
     "R14",
-    "the loop adds at most 1 % to a step of 100 ms",
+    "the loop adds at most 1 % to steps of 100 ms, which run beside it",
     f"{1e3 * added:.2f} ms ({added / 0.1:.2%}), mean of {len(between)} steps",
     added <= 0.001,
     {"added_seconds": between},
