@@ -242,14 +242,11 @@ def _encoded(
       raise ValueError(f"{name} has no {part} rows")
   classes = () if table.regression else source.classes or _classes(source.train)
   identities = {part: _identity(rows, classes) for part, rows in parts.items()}
-  for part, identity in identities.items():
-    if expected is None or (part == "validation" and part not in expected):
-      continue  # Of a new run, or of another split than it validates on.
-    if expected.get(part) != identity:
-      raise ValueError(
-        f"the {part} rows are not those that this run was started with: bring them back, or use"
-        " another workdir"
-      )
+  if part := text.changed_part(identities, expected):
+    raise ValueError(
+      f"the {part} rows are not those that this run was started with: bring them back, or use"
+      " another workdir"
+    )
   train_texts = documents.Documents(
     size=len(source.train),
     read=lambda index: "\n".join(source.train[index].texts),

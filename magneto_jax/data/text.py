@@ -140,18 +140,27 @@ def load_text(
 def refuse_others(
   identities: Mapping[str, Mapping[str, Any]], expected: Mapping[str, Any] | None
 ) -> None:
-  """Raises ValueError if a run had other texts before.
+  """Raises ValueError if a run had other texts before; see `changed_part`."""
+  if part := changed_part(identities, expected):
+    raise ValueError(
+      f"the {part} text is not the one that this run was started with: bring that back, or use"
+      " another workdir"
+    )
 
-  Of a new one nothing is expected; and nothing of the validation text where that is another split.
+
+def changed_part(
+  identities: Mapping[str, Mapping[str, Any]], expected: Mapping[str, Any] | None
+) -> str | None:
+  """The first part that is not what a run had before; None if there is none.
+
+  Of a new one nothing is expected; and nothing of the validation part where that is another split.
   """
   for part, identity in identities.items():
     if expected is None or (part == "validation" and part not in expected):
       continue
     if files.digest(expected.get(part)) != files.digest(dict(identity)):
-      raise ValueError(
-        f"the {part} text is not the one that this run was started with: bring that back, or use"
-        " another workdir"
-      )
+      return part
+  return None
 
 
 def _kept(

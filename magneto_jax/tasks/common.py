@@ -16,7 +16,7 @@ from magneto_jax.tasks.task import Facts, Task, mean_nats, weighted_sums
 from magneto_jax.theory import recipes, records
 
 # So many are counted in a tenth of a second, and settle the frequencies.
-_COUNTED_TOKENS = 10_000_000
+COUNTED_TOKENS = 10_000_000
 
 # The recipes whose formulae are of a text; no other is given its correlation, so that a run whose
 # tokens were never counted can still be read.
@@ -170,7 +170,7 @@ def load_text(
 
 def token_counts(data: text.TextData) -> np.ndarray:
   """[V], how often each id occurs in the training text's first ten million tokens."""
-  return np.bincount(data.train.tokens[:_COUNTED_TOKENS], minlength=data.tokenizer.vocab_size)
+  return np.bincount(data.train.tokens[:COUNTED_TOKENS], minlength=data.tokenizer.vocab_size)
 
 
 def paths(files: str) -> tuple[str, ...]:

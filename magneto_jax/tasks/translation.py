@@ -27,8 +27,6 @@ from magneto_jax.tasks.task import Batch, Facts, Task, Totals, mean_nats, weight
 from magneto_jax.theory import flops as theory_flops
 from magneto_jax.theory import records
 
-# So many are counted in a tenth of a second, and settle the frequencies.
-_COUNTED_TOKENS = 10_000_000
 # The fields that pairs are read by, but for the lists of files.
 _READ = (
   *("name", "tokenizer", "vocab_size", "tokenizer_file", "seq_length", "cache_dir", "skip_bad"),
@@ -53,7 +51,7 @@ def facts(data: pairs.PairData) -> Facts:
   The correlation is that of what both stacks read, sources and targets counted together.
   """
   tokens, offsets = data.train.tokens, data.train.offsets
-  middle, most = offsets[len(offsets) // 2], _COUNTED_TOKENS // 2
+  middle, most = offsets[len(offsets) // 2], common.COUNTED_TOKENS // 2
   size = data.tokenizer.vocab_size
   sides = (tokens[:middle][:most], tokens[middle:][:most])
   counts = sum(np.bincount(side, minlength=size) for side in sides)

@@ -128,7 +128,7 @@ def agreeing_pairs(tokens) -> float:
 @pytest.mark.parametrize("counted", (10**7, 50))
 def test_the_correlation_is_counted_in_the_training_text(counted, tmp_path, monkeypatch):
   """By brute force over all pairs of it, document marks too; of a long text, of its start."""
-  monkeypatch.setattr(common, "_COUNTED_TOKENS", counted)
+  monkeypatch.setattr(common, "COUNTED_TOKENS", counted)
   (tmp_path / "a.txt").write_text("to be or not to be, that is the question. " * 5)
   (tmp_path / "b.txt").write_text("zzz " * 40)
   files = {"train_files": f"{tmp_path}/a.txt", "validation_files": f"{tmp_path}/b.txt"}
