@@ -8,6 +8,7 @@
 
 import concurrent.futures
 import contextlib
+import copy
 import errno
 import math
 import os
@@ -59,10 +60,11 @@ class Checkpointer:
   reader of the weights needs to know nothing of the optimizer. All hosts save and restore together;
   the place counts batches and is the same on all, however many there are.
 
-  Saving is asynchronous: `save` returns when the arrays are copied. In the background their files
-  are written and made durable, the step is sealed and then gets its name; only then are old steps
-  deleted. So a step is there if and only if all of it has reached the disk, whatever happens when.
-  The next `save` and `close` wait for it, and raise what has gone wrong.
+  Saving is asynchronous: `save` asks the devices for copies in the hosts' memory, and returns. In
+  the background their files are written and made durable, the step is sealed and then gets its
+  name; only then are old steps deleted. So a step is there if and only if all of it has reached the
+  disk, whatever happens when. The next `save` and `close` wait for it, and raise what has gone
+  wrong.
   """
 
   def __init__(
@@ -90,6 +92,11 @@ class Checkpointer:
     self._orbax = ocp.AsyncCheckpointer(
       ocp.CompositeCheckpointHandler(),
       async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal),
+      # Named, so that they do not wait for each other on their devices, as they do by default: a
+      # thread's programs would come between the steps' in another order on each.
+      multiprocessing_options=ocp.options.MultiprocessingOptions(
+        active_processes=set(range(jax.process_count()))
+      ),
     )
     self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
     self._saving: tuple[int, concurrent.futures.Future] | None = None
@@ -117,17 +124,13 @@ class Checkpointer:
     if self._read_only:
       raise ValueError(f"{self._directory} was opened to be read only")
     self.wait()
-    items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
-    items["data"] = ocp.args.JsonSave(data.get_state())
-    items["config"] = ocp.args.JsonSave(config)
     self._bytes = size_of(trees)
     # Before the arrays are donated; their values are read in the background.
     self._unsealed = step, {name: digest.dispatch(tree) for name, tree in trees.items()}
-    try:
-      self._orbax.save(self._folder(step), args=ocp.args.Composite(**items))
-    except Exception as error:  # Orbax and TensorStore have no common one.
-      raise self._not_saved(step, error) from error
-    self._saving = step, self._thread.submit(self._finish)
+    in_host_memory = jax.tree.map(lambda x: x.sharding.with_memory_kind("pinned_host"), trees)
+    copies = jax.device_put(trees, in_host_memory)
+    json_parts = copy.deepcopy({"data": data.get_state(), "config": config})
+    self._saving = step, self._thread.submit(self._write, step, copies, json_parts)
 
   def prepare(self, trees: dict[str, Any]) -> None:
     """Compiles what the first `save` of these parts would else stand still for.
@@ -157,8 +160,11 @@ class Checkpointer:
     (folder,) = self._directory.glob(f"{step}{_UNFINISHED}*")
     seals.write(folder, step, {part: digest.read(of_part) for part, of_part in digests.items()})
 
-  def _finish(self) -> None:
-    """Waits for Orbax, then deletes what is not to be kept."""
+  def _write(self, step: int, trees: dict[str, Any], json_parts: dict[str, Any]) -> None:
+    """Writes a step, then deletes what is not to be kept."""
+    items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+    items |= {name: ocp.args.JsonSave(values) for name, values in json_parts.items()}
+    self._orbax.save(self._folder(step), args=ocp.args.Composite(**items))
     self._orbax.wait_until_finished()
     if distributed.is_first():
       files.sync(self._directory)  # Its name is on the disk before another is taken away.
