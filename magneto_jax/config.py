@@ -432,6 +432,11 @@ class TrainConfig(_Checked):
     False,
     "whether kernels are cast to model.dtype once a step, and not where each is used",
   )
+  deterministic: bool = _field(
+    True,
+    "whether a GPU's steps give the same bits each time: if not, XLA may add in any order, which"
+    " takes less time",
+  )
   ema: float = _rate(0.0, "decay of an average of the weights that evaluation uses; 0: none")
   eval_every: int = _positive(250, "steps between evaluations")
   eval_batches: int = _field(0, "batches an evaluation reads; 0: the whole validation set", min=0)

@@ -238,7 +238,8 @@ class Program(NamedTuple):
   def compile(self) -> "Program":
     """What runs. On a machine that it does not fit XLA may say so instead."""
     begin = time.perf_counter()
-    compiled = self.step.compile()
+    options = compiler_options(self.device.platform, deterministic=self.config.deterministic)
+    compiled = self.step.compile(compiler_options=options)
     return self._replace(step=compiled, compile_seconds=time.perf_counter() - begin)
 
   @property
@@ -288,6 +289,13 @@ class Program(NamedTuple):
       name: jax.make_array_from_process_local_data(spec.sharding, rows[name], spec.shape)
       for name, spec in self.batch.items()
     }
+
+
+def compiler_options(platform: str, *, deterministic: bool) -> dict[str, bool]:
+  """What XLA is asked for: on a GPU it else adds up gradients of tables in the order they come."""
+  if platform != "gpu" or not deterministic:
+    return {}
+  return {"xla_gpu_exclude_nondeterministic_ops": True}
 
 
 def compile_step(config: TrainConfig, facts: Facts, mesh: jax.sharding.Mesh) -> Program:

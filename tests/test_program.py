@@ -236,6 +236,27 @@ def test_a_compiled_step_is_the_step_and_its_state_is_where_it_says():
   )
 
 
+def test_a_gpu_is_asked_for_the_same_bits_each_time_by_default():
+  asked = {
+    (platform, deterministic): program.compiler_options(platform, deterministic=deterministic)
+    for platform in ("cpu", "gpu", "tpu")
+    for deterministic in (True, False)
+  }
+  options = asked.pop(("gpu", TrainConfig().deterministic))
+  assert options and not any(asked.values())
+  # XLA refuses names that it does not know, here also those of other platforms.
+  jax.jit(jnp.sin).lower(1.0).compile(compiler_options=options)
+
+
+def test_a_program_is_compiled_with_its_options(monkeypatch):
+  lowered = program.lower_step(tiny(), FACTS, sharding.make_mesh({"data": 1}, jax.devices()[:1]))
+  options = {("cpu", True): {"of_no_compiler": True}}
+  find = lambda platform, deterministic: options[platform, deterministic]
+  monkeypatch.setattr(program, "compiler_options", find)
+  with pytest.raises(jax.errors.JaxRuntimeError, match="of_no_compiler"):
+    lowered.compile()
+
+
 def test_cast_weights_casts_whole_stacks_of_kernels():
   """Before the scan over layers, not each layer's in it."""
   mesh = sharding.make_mesh({"data": 1}, jax.devices()[:1])

@@ -38,7 +38,10 @@ class Recorded:
 
 # To add an entry, run the command on the device; its last line says what to write here. No TPU has
 # one so far: there, the first use checks itself. (What runs everywhere is never checked.)
-RECORDED: tuple[Recorded, ...] = ()
+RECORDED: tuple[Recorded, ...] = (
+  Recorded("pallas_gpu", "NVIDIA H200", "0.11.2", "2026-11-28"),
+  Recorded("cudnn", "NVIDIA H200", "0.11.2", "2026-11-28"),
+)
 
 
 def doubt(implementation, platform: str) -> str | None:
