@@ -117,7 +117,7 @@ def test_a_model_is_sharded_as_written():
   assert [axis for _, axis in axes] == list(sharding.MESH_AXES)
   assert [field for field, _ in axes] == list(dataclasses.asdict(MeshConfig()))
   knobs = re.findall(r"^\| `([\w.]+)` \| (?!`)", page.split("## Knobs")[1], re.M)
-  assert len(knobs) == 5 and set(knobs) <= set(field_names())
+  assert len(knobs) == 6 and set(knobs) <= set(field_names())
 
 
 @pytest.mark.ci
