@@ -179,9 +179,14 @@ class ModelConfig(_Checked):
       )
 
 
-# Fields that some tasks alone read, and which.
+_LANGUAGE_MODELS = ("causal_lm", "masked_lm")
+
+# Fields, or groups of them, that some tasks alone read, and which.
 OF_SOME_TASKS: dict[str, tuple[str, ...]] = {
   "init_from": ("text_classification",),
+  "sample_prompt": ("causal_lm",),
+  "sample_temperature": ("causal_lm",),
+  "beam": ("translation",),
   "model.encoder_layers": ("translation",),
   "model.image_size": ("beit3",),
   "model.patch_size": ("beit3",),
@@ -190,6 +195,9 @@ OF_SOME_TASKS: dict[str, tuple[str, ...]] = {
   "data.mask_rate": ("masked_lm",),
   "data.mask_keep": ("masked_lm",),
   "data.mask_random": ("masked_lm",),
+  "data.document_separator": _LANGUAGE_MODELS,
+  "data.cache_dir": (*_LANGUAGE_MODELS, "translation"),
+  "data.text_key": (*_LANGUAGE_MODELS, "text_classification"),
   "data.source_key": ("translation",),
   "data.target_key": ("translation",),
   "data.second_text_key": ("text_classification",),
@@ -198,8 +206,13 @@ OF_SOME_TASKS: dict[str, tuple[str, ...]] = {
   "data.regression": ("text_classification",),
   "data.too_long": ("text_classification", "translation"),
 }
-# Groups of fields that one task alone reads.
-GROUPS_OF_ONE_TASK = {"beam": "translation"}
+
+
+def tasks_reading(name: str) -> tuple[str, ...] | None:
+  """The tasks that alone read a field; None if all do."""
+  return OF_SOME_TASKS.get(name, OF_SOME_TASKS.get(name.partition(".")[0]))
+
+
 # Names of data that are the user's own files.
 OWN_FILES = ("text_files", "pair_files")
 
@@ -377,6 +390,8 @@ class SpikeConfig(_Checked):
 
 # What `task` may be: the keys of `tasks.TASKS`, to which `tasks.register` adds.
 TASK_NAMES = ["causal_lm", "masked_lm", "text_classification", "translation", "beit3"]
+# Of which it is known what they read.
+_SHIPPED_TASKS = tuple(TASK_NAMES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -490,19 +505,15 @@ class TrainConfig(_Checked):
         f" tokens a step, which must be at most {_LARGEST[int]:,}"
       )
     values, defaults = flatten(self), defaults_by_name()
-    for name, tasks in OF_SOME_TASKS.items():
-      if self.task not in tasks and values[name] != defaults[name]:
+    for name, value in values.items():
+      tasks = tasks_reading(name)
+      if tasks is None or self.task in tasks or self.task not in _SHIPPED_TASKS:
+        continue
+      if value != defaults[name]:
         raise ConfigError(
           f"config.{name} is not read with config.task={self.task!r}, only with"
           f" {' and '.join(map(repr, tasks))}"
         )
-    for group, task in GROUPS_OF_ONE_TASK.items():
-      group_values = getattr(self, group)
-      for name, value in flatten(group_values).items():
-        if self.task != task and value != flatten(type(group_values)())[name]:
-          raise ConfigError(
-            f"config.{group}.{name} is not read with config.task={self.task!r}, only with {task!r}"
-          )
     if self.keep_best and self.eval_every % self.checkpoint_every:
       raise ConfigError(
         "keep_best needs a checkpoint of every evaluation:"

@@ -169,9 +169,7 @@ def labelled_files(
   train = [row for path in train_paths for row in _read_file(path, table, bad)]
 
   def others(patterns: Sequence[str], argument: str) -> list[Row]:
-    paths = text_files.expand(patterns, argument)
-    if shared := sorted(set(train_paths) & set(paths)):
-      raise ValueError(f"train_files and {argument} must not share files: {shared}")
+    paths = text_files.expand(patterns, argument, apart_from=train_paths)
     return [row for path in paths for row in _read_file(path, table, bad)]
 
   if validation_files:

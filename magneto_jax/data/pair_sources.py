@@ -153,9 +153,9 @@ def pair_files(
     ValueError: a file is empty or in both parts, or no pair is left for one of them.
   """
   paths = text_files.expand(train_files, "train_files")
-  held_out = text_files.expand(validation_files, "validation_files") if validation_files else []
-  if shared := sorted({*paths} & {*held_out}):
-    raise ValueError(f"train_files and validation_files must not share files: {shared}")
+  held_out = []
+  if validation_files:
+    held_out = text_files.expand(validation_files, "validation_files", apart_from=paths)
   train = [_lines(path) for path in paths]
   validation = [_lines(path) for path in held_out]
   if not held_out:
@@ -167,9 +167,7 @@ def pair_files(
       validation.append(whole.part(cut, len(whole)))
   held = {"train": train, "validation": validation}
   if validation_split == "test":
-    tests = text_files.expand(test_files, "test_files")
-    if shared := sorted({*paths} & {*tests}):
-      raise ValueError(f"train_files and test_files must not share files: {shared}")
+    tests = text_files.expand(test_files, "test_files", apart_from=paths)
     held["test"] = [_lines(path) for path in tests]
   if validation_split not in held:
     raise ValueError(

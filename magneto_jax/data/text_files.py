@@ -55,9 +55,7 @@ def text_files(
   train_paths = expand(train_files, "train_files")
   separator = document_separator.encode()
   if validation_files:
-    validation_paths = expand(validation_files, "validation_files")
-    if shared := sorted(set(train_paths) & set(validation_paths)):
-      raise ValueError(f"train_files and validation_files must not share files: {shared}")
+    validation_paths = expand(validation_files, "validation_files", apart_from=train_paths)
     train = [span for path in train_paths for span in _spans(path, _read(path), separator)]
     validation = [s for path in validation_paths for s in _spans(path, _read(path), separator)]
   else:
@@ -72,9 +70,7 @@ def text_files(
       validation += _spans(path, content, separator, start=cut, index=len(kept))
   held = {"train": train, "validation": validation}
   if validation_split == "test":
-    test_paths = expand(test_files, "test_files")
-    if shared := sorted(set(train_paths) & set(test_paths)):
-      raise ValueError(f"train_files and test_files must not share files: {shared}")
+    test_paths = expand(test_files, "test_files", apart_from=train_paths)
     held["test"] = [span for path in test_paths for span in _spans(path, _read(path), separator)]
   if validation_split not in held:
     raise ValueError(
@@ -83,8 +79,14 @@ def text_files(
   return _documents(train, "train"), _documents(held[validation_split], validation_split)
 
 
-def expand(patterns: Sequence[str], argument: str) -> list[str]:
-  """Absolute paths of the files that patterns name, in order, each once."""
+def expand(patterns: Sequence[str], argument: str, *, apart_from: Sequence[str] = ()) -> list[str]:
+  """Absolute paths of the files that patterns name, in order, each once.
+
+  Args:
+    patterns: paths or glob patterns; the files of a pattern come in sorted order.
+    argument: what they were given as, for messages.
+    apart_from: the expanded `train_files`, none of which may be among them.
+  """
   if isinstance(patterns, str):  # its letters would be taken for patterns
     raise TypeError(f"{argument} must be a sequence of paths, got the string {patterns!r}")
   if not patterns:
@@ -99,6 +101,8 @@ def expand(patterns: Sequence[str], argument: str) -> list[str]:
       hint = f"; for the files of a folder give {pattern}/*" if os.path.isdir(expanded) else ""
       raise FileNotFoundError(f"{argument}: no file matches {pattern!r} (in {os.getcwd()}){hint}")
     paths.update(dict.fromkeys(files))
+  if shared := sorted(paths.keys() & {*apart_from}):
+    raise ValueError(f"train_files and {argument} must not share files: {shared}")
   return list(paths)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from magneto_jax.config import OF_SOME_TASKS, ConfigError, DataConfig, ModelConfig, TrainConfig
+from magneto_jax.config import ConfigError, DataConfig, ModelConfig, TrainConfig, tasks_reading
 from magneto_jax.data import text
 from magneto_jax.data.tokenizers import ByteTokenizer
 from magneto_jax.layers.feed_forward import GATED
@@ -130,11 +130,11 @@ def backbone(config: TrainConfig) -> dict[str, Any]:
 
 def data_options(config: DataConfig, task: str) -> dict[str, Any]:
   """The fields of the data that a task reads, without the pipeline's; files as their patterns."""
-  others = {name for name, tasks in OF_SOME_TASKS.items() if task not in tasks}
   values = {
     field.name: getattr(config, field.name)
     for field in dataclasses.fields(config)
-    if field.name not in ("workers", "prefetch") and f"data.{field.name}" not in others
+    if field.name not in ("workers", "prefetch")
+    and task in (tasks_reading(f"data.{field.name}") or (task,))
   }
   for name in ("train_files", "validation_files", "test_files"):
     values[name] = paths(values[name])

@@ -209,8 +209,6 @@ def load_data(
 ) -> sentences.SentenceData:
   """Rows of tokens and labels; the tokenizer is kept in `directory`."""
   values = common.data_options(config, "text_classification")
-  for name in ("cache_dir", "document_separator"):
-    del values[name]  # Of texts without labels.
   return sentences.load_sentences(workdir=directory, expected=expected, **values)
 
 

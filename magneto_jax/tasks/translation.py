@@ -8,6 +8,8 @@ of an end, and what it writes ends with one.
 Reference: Attention Is All You Need, arXiv 1706.03762; DeepNet, arXiv 2203.00555.
 """
 
+import dataclasses
+import itertools
 import math
 import os
 from collections.abc import Mapping
@@ -16,32 +18,30 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from magneto_jax import sharding
 from magneto_jax.config import DataConfig, TrainConfig
 from magneto_jax.data import pairs, scores
+from magneto_jax.data.tokenizers import Tokenizer
+from magneto_jax.decoding import Translator
 from magneto_jax.models.encoder import Encoder
 from magneto_jax.models.encoder_decoder import EncoderDecoder
 from magneto_jax.models.language import CausalLM
-from magneto_jax.tasks import common, translations
+from magneto_jax.tasks import common
 from magneto_jax.tasks.task import Batch, Facts, Task, Totals, mean_nats, weighted_sums
 from magneto_jax.theory import flops as theory_flops
 from magneto_jax.theory import records
 
-# The fields that pairs are read by, but for the lists of files.
-_READ = (
-  *("name", "tokenizer", "vocab_size", "tokenizer_file", "seq_length", "cache_dir", "skip_bad"),
-  *("too_long", "source_key", "target_key", "validation_fraction"),
-  *("data_dir", "train_split", "validation_split"),
-)
+# Of the validation set's pairs, how many a sample shows.
+_SHOWN = 3
 
 
 def load_data(
   config: DataConfig, directory: str | os.PathLike, expected: Mapping[str, Any] | None = None
 ) -> pairs.PairData:
   """Pairs, tokenizer and packed rows; what is derived is kept in `directory`."""
-  values = {name: getattr(config, name) for name in _READ}
-  for name in ("train_files", "validation_files", "test_files"):
-    values[name] = common.paths(getattr(config, name))
+  values = common.data_options(config, "translation")
   return pairs.load_pairs(workdir=directory, expected=expected, **values)
 
 
@@ -159,6 +159,45 @@ def dummy_inputs(config: TrainConfig) -> tuple:
   return (jnp.zeros((1, config.data.seq_length), jnp.int32),) * 2
 
 
+def translator(
+  config: TrainConfig, model: EncoderDecoder, variables, tokenizer: Tokenizer
+) -> Translator:
+  """What translates as `config.beam` says, texts of at most as many tokens as the model learned."""
+  return Translator(
+    model, variables, tokenizer, longest=config.data.seq_length, **dataclasses.asdict(config.beam)
+  )
+
+
+def sample(
+  config: TrainConfig, model: EncoderDecoder, variables, data: pairs.PairData, key: jax.Array
+) -> str | None:
+  """Some of the validation set's sources, translated, and what they should be."""
+  del key  # The best are written.
+  if not config.sample_tokens:
+    return None
+  translate = translator(config, model, variables, data.tokenizer)
+  texts, references = zip(*itertools.islice(data.validation_pairs, _SHOWN), strict=True)
+  found = translate.translate([translate.cut(source) for source in translate.encode(texts)])
+  return "\n".join(
+    f"{text}\n  {best.text}\n  (reference: {reference})"
+    for text, (best, *_), reference in zip(texts, found, references, strict=True)
+  )
+
+
+def judge(
+  config: TrainConfig, model: EncoderDecoder, variables, data: pairs.PairData, mesh: Mesh | None
+) -> dict[str, float]:
+  """BLEU and chrF of the validation set's translations; of sources that are too long, cut.
+
+  See `data.scores.signatures` for how they are computed.
+  """
+  translate = translator(config, model, variables, data.tokenizer)
+  texts, references = zip(*data.validation_pairs, strict=True)
+  with sharding.use_mesh(mesh):
+    found = translate.translate([translate.cut(source) for source in translate.encode(texts)])
+  return scores.corpus_scores([best.text for best, *_ in found], references)
+
+
 TASK = Task(
   load_data=load_data,
   facts=facts,
@@ -173,8 +212,8 @@ TASK = Task(
   flops=flops,
   planned_facts=common.planned_facts,
   batch_spec=batch_spec,
-  sample=translations.sample,
-  judge=translations.judge,
-  translator=translations.translator,
+  sample=sample,
+  judge=judge,
+  translator=translator,
   signatures=scores.signatures,
 )

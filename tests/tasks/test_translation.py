@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import types
 
 import chex
 import jax
@@ -13,7 +14,9 @@ import pytest
 from benchmarks.reliability import states
 from magneto_jax import training
 from magneto_jax.config import OF_SOME_TASKS, from_config_dict
-from magneto_jax.data import packing, pairs
+from magneto_jax.data import packing, pairs, scores
+from magneto_jax.data.tokenizers import ByteTokenizer
+from magneto_jax.decoding import Translation, Translator
 from magneto_jax.layers.cross_entropy import cross_entropy
 from magneto_jax.tasks import TASKS, translation
 from tests import reference
@@ -185,7 +188,7 @@ def test_every_field_of_the_data_that_pairs_read_reaches_them(loaded, monkeypatc
   TASK.load_data(config.data, "a folder", {"of": "an earlier run"})
   fields = {field.name for field in dataclasses.fields(config.data)}
   others = {n for n, tasks in OF_SOME_TASKS.items() if "translation" not in tasks}
-  of_texts = {"document_separator", "text_key", *(n.removeprefix("data.") for n in others)}
+  of_texts = {name.removeprefix("data.") for name in others}
   of_pipelines = {"workers", "prefetch"}
   assert given.keys() - {"workdir", "expected"} == fields - of_texts - of_pipelines
   assert given["train_files"] == (config.data.train_files.strip(" ,"),)
@@ -272,3 +275,56 @@ def test_a_run_learns_to_translate_and_resumes_to_the_bit(tmp_path):
   training.train(dataclasses.replace(config, steps=20), parts)
   training.train(config, parts)
   chex.assert_trees_all_equal(states.arrays(parts, 40), states.arrays(whole, 40))
+
+
+# ---------------------------------------------------------------------------------------------
+# What it writes
+# ---------------------------------------------------------------------------------------------
+
+JUDGED = from_config_dict(
+  {
+    "task": "translation",
+    "data": {"seq_length": 12},
+    "beam": {
+      "size": 3,
+      "length_penalty": 0.6,
+      "penalty": "gnmt",
+      "min_length": 2,
+      "max_ratio": 1.5,
+      "max_extra": 4,
+      "rows": 7,
+    },
+  }
+)
+
+
+def test_the_config_reaches_the_translator():
+  found = TASK.translator(JUDGED, "model", "variables", "tokenizer")
+  assert found == Translator(
+    "model",
+    "variables",
+    "tokenizer",
+    longest=12,
+    size=3,
+    length_penalty=0.6,
+    penalty="gnmt",
+    min_length=2,
+    max_ratio=1.5,
+    max_extra=4,
+    rows=7,
+  )
+
+
+def test_the_judge_scores_the_best_of_each_source(monkeypatch):
+  """Against the raw references; a source that is too long is cut, and counts."""
+
+  def translate(self, sources):
+    texts = [self.tokenizer.decode(source).upper() for source in sources]
+    return [[Translation(text, -1.0), Translation("worse", -2.0)] for text in texts]
+
+  monkeypatch.setattr(Translator, "translate", translate)
+  pairs = [("a b c d e", "A B C D E"), ("f g h i j k l", "F G H I J K L")]
+  data = types.SimpleNamespace(validation_pairs=pairs, tokenizer=ByteTokenizer())
+  found = translation.judge(JUDGED, None, {}, data, None)
+  assert found == scores.corpus_scores(["A B C D E", "F G H I J K"], [right for _, right in pairs])
+  assert found["bleu"] < 100
