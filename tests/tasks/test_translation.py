@@ -350,15 +350,12 @@ def test_an_evaluation_says_what_it_is_of(tmp_path, monkeypatch, capsys):
   runs.write_record(tmp_path / "run", record)
   model = TASK.build_model(config, record.facts)
   variables = jax.jit(model.init)(jax.random.key(0), *TASK.dummy_inputs(config))
-  mesh = sharding.make_mesh(config.mesh.sizes())
-
-  def evaluated(**changes):
-    found = evaluation.changed(config, changes)
-    run, held = runs.Run(model, variables), record._replace(config=found)
-    opened = evaluation.Opened(str(tmp_path / "run"), held, 1, run, mesh, 2, "")
-    return evaluation.evaluate(opened)
-
-  result = evaluated(**{"beam.size": 2, "beam.length_penalty": 0.5})
+  mesh, run = sharding.make_mesh(config.mesh.sizes()), runs.Run(model, variables)
+  other = evaluation.changed(config, {"beam.size": 2, "beam.length_penalty": 0.5})
+  held = record._replace(config=other)
+  result = evaluation.evaluate(
+    evaluation.Opened(str(tmp_path / "run"), held, 1, run, mesh, 2, "a digest")
+  )
   assert result["counts"] == {"pairs": 5, "too_long": 2, "judged": 7}
   sources, references = zip(*loaded.validation_pairs, strict=True)
   assert len(sources[5]) == 40 and len(references[6]) == 30
@@ -370,4 +367,3 @@ def test_an_evaluation_says_what_it_is_of(tmp_path, monkeypatch, capsys):
   told = capsys.readouterr().out
   assert "on the split 'validation': 5 pairs, 2 too long, 7 judged, in" in told
   assert all(f"{name}: {signed}\n" in told for name, signed in scores.signatures().items())
-  assert evaluated(**{"beam.judged": 4})["counts"]["judged"] == 4
