@@ -89,6 +89,21 @@ def define_workdir_flag(doc: str) -> flags.FlagHolder:
   return holder
 
 
+class _StepParser(flags.ArgumentParser):
+  """A number, or `best`."""
+
+  def parse(self, argument: str) -> int | str:
+    if argument != "best" and not argument.isdecimal():
+      raise ValueError("it must be the number of a step, or best")
+    return argument if argument == "best" else int(argument)
+
+
+def define_step_flag() -> flags.FlagHolder:
+  """Defines `--step=N`, or `best`: which of a run's checkpoints is read."""
+  doc = "The checkpoint's step, or best (of a run with keep_best); by default the newest."
+  return flags.DEFINE(_StepParser(), "step", None, doc)
+
+
 def define_hosts_flags() -> Callable[[], None]:
   """Defines the flags that name the processes of a run; returns what joins this one to them.
 

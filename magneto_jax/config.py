@@ -409,6 +409,9 @@ class BeamConfig(_Checked):
   max_ratio: float = _field(1.2, "the same at most, for each token of the source", min=0.0, max=1e3)
   max_extra: int = _field(10, "what is added to that", min=0, max=_LONGEST)
   rows: int = _positive(32, "sources that are searched together", 2**16)
+  judged: int = _field(
+    0, "how many of a split's pairs, the first, BLEU and chrF are of; 0: all", min=0
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -605,6 +608,7 @@ RESUMABLE = (
   "beam.max_ratio",
   "beam.max_extra",
   "beam.rows",
+  "beam.judged",
 )
 
 

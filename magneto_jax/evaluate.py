@@ -21,7 +21,7 @@ def main() -> None:
   workdir = cli.define_workdir_flag("A workdir that train has filled, or is filling.")
   split = flags.DEFINE_string("split", "validation", "What to evaluate on: test, train, ...")
   asked = flags.DEFINE_string("choices", "", "A JSONL file of questions, or a TFDS data set.")
-  step = flags.DEFINE_integer("step", None, "The checkpoint's step; by default the newest.")
+  step = cli.define_step_flag()
   rows = flags.DEFINE_integer(
     "batch_size", None, "Rows at a time; by default as many as a train step holds.", lower_bound=1
   )
@@ -79,23 +79,21 @@ def _error(name: str) -> bool:
 
 def title(result: dict[str, Any]) -> str:
   """What was evaluated, in a line."""
-  if "choices" in result:
-    cut = f", {result['truncated']:,} of their contexts cut" if result["truncated"] else ""
-    what = f"{result['questions']:,} questions, {result['options']:,} options{cut}"
-    where = result["choices"]
-  else:
-    what, where = f"{result['samples']:,} samples", f"the split {result['split']!r}"
-    if result["bad_records"]:
-      what += f", {result['bad_records']:,} damaged documents left out"
+  where = result.get("choices") or f"the split {result['split']!r}"
+  counts = result["counts"] | {"bad_records": result.get("bad_records", 0)}
+  what = ", ".join(f"{n:,} {reporting.words_of(name)}" for name, n in counts.items() if n)
   return f"{result['workdir']}, step {result['step']:,}, on {where}: {what}"
 
 
 def report(result: dict[str, Any]) -> None:
-  """Prints what was evaluated, what that took, and the table."""
+  """Prints what was evaluated, what that took, the table, and how what is in it is computed."""
   console = reporting.make_console()
   took = f"{reporting.duration(result['seconds'])} on {result['devices']} x {result['device']}"
   console.print(f"{title(result)}, in {took}\n", highlight=False, soft_wrap=True, markup=False)
   console.print(table(result))
+  for metric, signature in result.get("signatures", {}).items():
+    line = f"{reporting.words_of(metric)}: {signature}"
+    console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 if __name__ == "__main__":

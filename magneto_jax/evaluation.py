@@ -12,7 +12,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -31,8 +31,9 @@ from magneto_jax.data import files, pipelines
 from magneto_jax.tasks import TASKS
 from magneto_jax.tasks.task import Data, Sample, Totals
 
-# Fields of a run's config that an evaluation may change: where its data lie, and the devices.
-CHANGEABLE = tuple(name for name in RESUMABLE if name.startswith(("data.", "mesh.")))
+# Fields of a run's config that an evaluation may change: where its data lie, the devices, and how
+# translations are searched.
+CHANGEABLE = tuple(name for name in RESUMABLE if name.startswith(("beam.", "data.", "mesh.")))
 
 # What a metric is in other words, that do not depend on the tokenizer or are those of papers.
 _IN_OTHER_WORDS: dict[str, tuple[str, Callable[[float], float]]] = {
@@ -176,7 +177,7 @@ class Opened:
 def open_run(
   workdir: str | os.PathLike[str],
   *,
-  step: int | None = None,
+  step: int | Literal["best"] | None = None,
   batch_size: int | None = None,
   changes: Mapping[str, Any] | None = None,
 ) -> Opened:
@@ -184,7 +185,7 @@ def open_run(
 
   Args:
     workdir: of the run.
-    step: of the checkpoint; the newest complete one by default.
+    step: of the checkpoint; the newest complete one by default; "best": see `runs.load`.
     batch_size: rows that are evaluated at a time; by default as many as a train step holds.
     changes: values of CHANGEABLE fields, by dotted name, in place of the run's.
 
@@ -204,8 +205,7 @@ def open_run(
     mesh = sharding.make_mesh(config.mesh.sizes())
     sharding.rows_of_process(mesh, rows)
   # The first host's newest: another may see one more.
-  newest = runs.last_step(workdir) or None
-  step = distributed.everywhere(newest)[0] if step is None else step
+  step = distributed.everywhere(runs.chosen_step(workdir, record, step))[0]
   run = runs.load(workdir, step=step, place=functools.partial(_placed, mesh))
   digest = files.digest(runs.as_json(record))
   return Opened(str(workdir), record._replace(config=config), step, run, mesh, rows, digest)
@@ -230,7 +230,8 @@ def changed(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
     if name in flatten(config) and name not in CHANGEABLE:
       raise ConfigError(
         f"config.{name} is the run's own and cannot be changed in an evaluation, only where its"
-        f" data lie and how many devices share it: {', '.join(CHANGEABLE)}"
+        " data lie, how many devices share it and how translations are searched:"
+        f" {', '.join(CHANGEABLE)}"
       )
     *groups, leaf = name.split(".")
     inner = values
@@ -278,8 +279,9 @@ def evaluate(opened: Opened, split: str = "validation") -> dict[str, Any]:
   """A run's metrics on a split, with those of what the model writes by itself.
 
   Returns:
-    JSON-able: `metrics` and what they are of (workdir, step, task, split, samples, bad_records),
-    `seconds`, devices, versions, and a digest of the run's record.
+    JSON-able: `metrics`, the `signatures` of some and, where the model translates, the `beam`; what
+    they are of (workdir, step, task, split, counts, bad_records); `seconds`, devices, versions, and
+    a digest of the run's record.
 
   Raises:
     ConfigError: see `load_split`.
@@ -292,16 +294,19 @@ def evaluate(opened: Opened, split: str = "validation") -> dict[str, Any]:
     evaluator = Evaluator(functools.partial(task.measured, model), opened.mesh, opened.rows)
     totals = evaluator.totals(variables["params"], data.validation)
     refuse_unless_finite(totals["loss"], f"the loss of the split {split!r}", opened)
-    scores = task.metrics(totals, data, whole=True)
+    scores, counts = task.metrics(totals, data, whole=True), task.counts(data)
     if task.judge is not None:
-      scores = scores | task.judge(config, model, variables, data, opened.mesh)
+      judged, texts = task.judge(config, model, variables, data, opened.mesh)
+      scores, counts = scores | judged, counts | {"judged": texts}
   for name, value in scores.items():
     refuse_unless_finite(value, f"{name} of the split {split!r}", opened)
   return opened.result(
     started,
     split=split,
     metrics=in_other_words(scores),
-    samples=len(data.validation),
+    signatures=task.signatures(),
+    **({} if task.translator is None else {"beam": dataclasses.asdict(config.beam)}),
+    counts=counts,
     bad_records=len(data.bad_records),
   )
 

@@ -8,6 +8,7 @@ parts, so that a file of any size passes.
 import dataclasses
 import itertools
 import sys
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -35,7 +36,7 @@ _SEARCHES = 16
 def main() -> None:
   """Defines the flags and runs the command."""
   cli.define_workdir_flag("A workdir that train has filled.")
-  flags.DEFINE_integer("step", None, "The checkpoint's step; by default the newest.")
+  cli.define_step_flag()
   flags.DEFINE_string("prompt", "", "The text to continue.")
   flags.DEFINE_integer("tokens", 128, "How many tokens to add at most.", lower_bound=1)
   flags.DEFINE_integer("samples", 1, "How many continuations.", lower_bound=1)
@@ -56,11 +57,13 @@ def main() -> None:
   flags.DEFINE_enum(
     "too_long", "refuse", ["refuse", "cut"], "What to do with a line the model cannot hold."
   )
-  cli.run(lambda: run(flags.FLAGS))
+  run_task_file = cli.define_task_file_flag()
+  cli.run(lambda: run(flags.FLAGS, run_task_file))
 
 
-def run(args) -> None:
+def run(args, run_task_file: Callable[[], None]) -> None:
   """Prints what the flags ask for."""
+  run_task_file()
   if args.top_p == 0:
     raise ConfigError("--top_p must be above 0; for the best token each time set --temperature=0")
   tokenizer = runs.load_tokenizer(args.workdir)

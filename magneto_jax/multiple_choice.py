@@ -218,5 +218,5 @@ def evaluate(opened: Opened, name: str, split: str = "validation") -> dict[str, 
     choices=name,
     split=None if choices.is_file(name) else split,
     metrics=accuracies(asked, scored),
-    **counts,
+    counts=counts,
   )

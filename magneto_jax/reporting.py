@@ -214,16 +214,18 @@ def spread(summaries: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
   """What the metrics of several runs come to.
 
   Args:
-    summaries: of the runs; metrics are what they call `validation_...` and `best_...`.
+    summaries: of the runs; metrics are what all of them call `validation_...` and `best_...`, but
+      for `best_step`.
 
   Returns:
     {metric: {"mean", "std", "median", "values"}}; std is that of a sample, its square a sum over
     n - 1, and None for one run.
   """
-  first = summaries[0]
-  names = [name for name in first if name.startswith(("validation_", "best_"))]
   found = {}
-  for name in names:
+  for name in summaries[0]:
+    is_metric = name.startswith(("validation_", "best_")) and name != "best_step"
+    if not is_metric or not all(name in summary for summary in summaries):
+      continue
     values = [summary[name] for summary in summaries]
     found[name] = {
       "mean": statistics.fmean(values),

@@ -376,7 +376,7 @@ def load(
     model = model_of(record)
   with Checkpointer(checkpoints_in(workdir), read_only=True) as checkpointer:
     steps = checkpointer.steps
-    step = _chosen(workdir, record, step, steps)
+    step = chosen_step(workdir, record, step, steps)
     if step not in steps:
       held = f"no step {step}, only {steps}" if steps else "no complete checkpoint yet"
       raise FileNotFoundError(f"{checkpoints_in(workdir)} has {held}")
@@ -387,12 +387,24 @@ def load(
   return Run(model, {"params": params})
 
 
-def _chosen(workdir, record: Record, step: int | str | None, steps: Sequence[int]) -> int | None:
-  """The step that is meant."""
+def chosen_step(
+  workdir: str | pathlib.Path,
+  record: Record,
+  step: int | Literal["best"] | None,
+  steps: Sequence[int] | None = None,
+) -> int | None:
+  """The step that `load` is asked for; None if there is no checkpoint.
+
+  Args:
+    workdir, step: see `load`.
+    record: of the run.
+    steps: with a complete checkpoint; by default those that the workdir has now.
+  """
+  if step not in (None, "best"):
+    return step
+  steps = _steps(workdir) if steps is None else steps
   if step is None:
     return max(steps, default=None)
-  if step != "best":
-    return step
   if not record.config.keep_best:
     raise FileNotFoundError(f"{workdir} kept no best checkpoint: train with config.keep_best=True")
   found = best(workdir, record.config.task, steps)

@@ -449,12 +449,14 @@ class _Loop:
     config, program, task, data = self.config, self.program, self.task, self.job.data
     variables = {"params": self.state.eval_params}
     with sharding.use_mesh(program.mesh), program.memory_in_words():
-      scores = self.scores or self.validate()
+      scores, judged = self.scores or self.validate(), {}
       if task.judge is not None:
-        scores = scores | task.judge(config, program.model, variables, data, program.mesh)
+        written, texts = task.judge(config, program.model, variables, data, program.mesh)
+        scores, judged = scores | written, {"judged": texts}
       sample = task.sample(config, program.model, variables, data, self.sample_key)
     summary = {
       **{f"validation_{k}": v for k, v in scores.items()},
+      **judged,
       "signatures": task.signatures(),
       "scored_weights": f"{'params' if self.state.ema_params is None else 'ema_params'} of step"
       f" {config.steps}",
@@ -535,6 +537,8 @@ def _closing(summary: dict, workdir: pathlib.Path) -> list[str]:
   }
   lines.append(f"validation       {reporting.in_words(scores)}")
   # Summaries from before there were any have none.
+  if "judged" in summary:
+    lines.append(f"judged           {summary['judged']:,} texts that the model wrote")
   for metric, signature in summary.get("signatures", {}).items():
     lines.append(f"as measured      {reporting.words_of(metric)}: {signature}")
   if "best_step" in summary:

@@ -97,7 +97,7 @@ def test_a_split_is_scored_as_by_hand(split, step, workdir):
     rel=1e-5,  # float32
   )
   assert (result["split"], result["step"]) == (split, step or 5)
-  assert result["samples"] == -(-tokens // T)
+  assert result["counts"] == {"samples": -(-tokens // T)}
   json.dumps(result, allow_nan=False)
 
 
@@ -118,6 +118,18 @@ def test_a_converted_model_and_no_run_are_refused(tmp_path, workdir):
   (tmp_path / saved.MODEL).touch()
   with pytest.raises(ConfigError, match="is a converted model, which has neither a tokenizer nor"):
     evaluation.open_run(tmp_path)
+
+
+def test_the_best_checkpoint_can_be_asked_for(tmp_path):
+  """By name, and the result has its number."""
+  write_run(tmp_path / "run", TEXTS, scales=(1.0, 2.0))
+  record = runs.held_record(tmp_path / "run")
+  config = dataclasses.replace(record.config, keep_best=True)
+  runs.write_record(tmp_path / "run", record._replace(config=config))
+  rows = [{"step": step, "validation/loss_nats_per_token": nats} for step, nats in ((4, 1), (5, 2))]
+  (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+  assert evaluation.open_run(tmp_path / "run", step="best").step == 4
+  assert evaluation.open_run(tmp_path / "run").step == 5
 
 
 def test_another_text_is_refused_before_anything_is_computed(tmp_path, workdir):
@@ -165,13 +177,13 @@ def test_files_have_no_split_but_those_that_are_named(workdir):
 def test_what_a_model_writes_by_itself_is_judged_too(workdir, monkeypatch):
   """And a loss that is not finite ends in a line, before that is done."""
   task, opened = TASKS["causal_lm"], evaluation.open_run(workdir)
-  judge = lambda config, model, variables, data, mesh: {"bleu": float(len(data.validation))}
+  judge = lambda config, model, variables, data, mesh: ({"bleu": float(len(data.validation))}, 7)
   measure = lambda model, params, batch: {"loss": jnp.sum(batch["weights"]) * loss, "weight": 1.0}
   task = task._replace(judge=judge, measure=measure)
   monkeypatch.setitem(TASKS, "causal_lm", task)
   loss = 1.0
   found = evaluation.evaluate(opened, "test")
-  assert found["metrics"]["bleu"] == found["samples"]
+  assert found["counts"] == {"samples": found["metrics"]["bleu"], "judged": 7}
   loss = math.nan
   with pytest.raises(FloatingPointError, match="'test' is nan with the weights of step 5"):
     evaluation.evaluate(opened, "test")
@@ -238,6 +250,8 @@ def test_the_command_tells_and_writes_the_same(tmp_path, workdir):
     (["--config.modle.width=2"], "did you mean config.model.width?"),
     (["--config.model.width=2"], "config.model.width is the run's own"),
     (["--output=."], "--output=. is a folder: name a file"),
+    (["--step=last"], "flag --step=last: it must be the number of a step, or best"),
+    (["--step=best"], "kept no best checkpoint: train with config.keep_best=True"),
   ],
 )
 def test_a_mistake_ends_in_one_line(flags, message, workdir):

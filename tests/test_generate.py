@@ -1,6 +1,8 @@
 """The command that continues a prompt or translates lines, against the library."""
 
+import dataclasses
 import io
+import json
 import re
 import subprocess
 import sys
@@ -105,6 +107,33 @@ def test_the_command_translates_lines_up_to_a_bad_one(tmp_path):
   for (score, text), (best, *_) in zip([written[0], *written[2:4]], found, strict=True):
     assert text == best.text.replace("\n", " ").replace("\r", " ")
     assert float(score) == np.float64(f"{best.score:.4f}")
+
+
+@pytest.mark.ci
+def test_a_task_of_ones_own_translates_and_the_best_can_be_asked_for(tmp_path):
+  """A run names its task, and the file that registers it is a flag."""
+  name = "of_this_test"
+  file = tmp_path / "own.py"
+  file.write_text(
+    "from magneto_jax import tasks\n"
+    f"tasks.register({name!r}, tasks.TASKS['translation']._replace(unit='words'))\n"
+  )
+  values = {name: value for name, value in TRANSLATING.items() if name != "beam"}
+  config, model, variables = leave_run(tmp_path / "run", values)
+  config = dataclasses.replace(config, keep_best=True)
+  held = runs.as_json(runs.Record(config, {}, {"vocab_size": 260}))
+  held["config"]["task"] = name
+  runs.write_json(tmp_path / "run" / "config.json", held)
+  row = {"step": 1, f"validation/{TASKS['translation'].best[0]}": 3.0}
+  (tmp_path / "run" / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+  command = [sys.executable, "-m", "magneto_jax.generate", f"--workdir={tmp_path / 'run'}"]
+  command += ["--beam_size=2", f"--task_file={file}", "--step=best"]
+  result = subprocess.run(command, input=b"a line\n", capture_output=True, cwd=tmp_path)
+  assert result.returncode == 0 and not result.stderr, result.stderr
+  ((best, _),) = decoding.Translator(
+    model, variables, tokenizers.ByteTokenizer(), config.data.seq_length, size=2
+  )(["a line"])
+  assert result.stdout.decode() == best.text.replace("\n", " ").replace("\r", " ") + "\n"
 
 
 @pytest.mark.ci

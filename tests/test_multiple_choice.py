@@ -163,10 +163,10 @@ def test_a_file_is_evaluated_and_told(opened, together, tmp_path, capsys):
   chosen = multiple_choice.choose(together[0][3])
   for name, index in chosen.items():
     assert result["metrics"][f"accuracy_{name}"] == float(index == 0)
-  assert (result["questions"], result["truncated"], result["step"]) == (1, 2, 4)
+  assert result["counts"] == {"questions": 1, "options": 2, "truncated": 2} and result["step"] == 4
   assert result["split"] is None  # A file has none.
   json.dumps(result, allow_nan=False)
   evaluate.report(result)
   told = capsys.readouterr().out
-  assert f"on {path}: 1 questions, 2 options, 2 of their contexts cut, in" in told
+  assert f"on {path}: 1 questions, 2 options, 2 truncated, in" in told
   assert "accuracy a byte" in told and "standard error" in told

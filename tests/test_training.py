@@ -334,6 +334,9 @@ def test_what_scores_are_computed_by_is_quoted_with_them(tmp_path):
   lines = training._closing(summary | {"signatures": {"bleu": "nrefs:1|tok:13a"}}, tmp_path)
   assert lines.pop(1) == "as measured      bleu: nrefs:1|tok:13a"
   assert lines == without
+  lines = training._closing(summary | {"judged": 1300}, tmp_path)
+  assert lines.pop(1) == "judged           1,300 texts that the model wrote"
+  assert lines == without
 
 
 @pytest.mark.parametrize(

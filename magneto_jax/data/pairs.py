@@ -126,9 +126,9 @@ class PairData:
     train: rows of the training pairs.
     validation: rows of the validation pairs.
     tokenizer: of both languages, trained on the training pairs only, or loaded.
-    train_pairs, validation_pairs: the texts of the pairs that the rows hold.
+    train_pairs, validation_pairs: the texts of all pairs but the damaged ones.
     padding: the share of both rows' tokens that is padding.
-    too_long: how many training and validation pairs were skipped as too long.
+    too_long: how many of the training and of the validation pairs are too long for a row.
     bad_records: the damaged pairs that were left out: file, line in it, and what is wrong.
     identity: see `text.TextData`.
     augment: nothing: a row is read as it is.
@@ -264,7 +264,7 @@ def load_pairs(
 
 
 class _Part(NamedTuple):
-  """The rows of a part, the pairs in them, the padding, and how many pairs were too long."""
+  """The rows of a part, its readable pairs, the padding, and how many pairs no row can hold."""
 
   rows: PackedPairs
   pairs: pair_sources.Chosen
@@ -293,4 +293,4 @@ class _Part(NamedTuple):
     rows = [[int(short[i]) for i in row] for row in pack(lengths_P2[short], seq_length)]
     padding = 1 - int(lengths_P2[short].sum()) / (2 * seq_length * len(rows))
     packed = PackedPairs(stream.tokens, stream.offsets, rows, seq_length)
-    return cls(packed, pair_sources.Chosen(pairs, kept[short].tolist()), padding, int(long.size))
+    return cls(packed, pair_sources.Chosen(pairs, kept.tolist()), padding, int(long.size))

@@ -67,7 +67,7 @@ class SentenceData:
     classes: their names, by number; none for a regression.
     label_scale: what a regression's targets were divided by.
     metrics: names in `tasks.text_classification.METRICS`.
-    truncated: how many rows of both parts were too long, and are cut.
+    truncated: how many of the training and of the validation rows were too long, and are cut.
     shared: how many validation samples are, text by text, in the training set too.
     bad_records: the rows that were left out: file, line, and what is wrong.
     identity: JSON-able values that name all of this exactly.
@@ -80,7 +80,7 @@ class SentenceData:
   classes: tuple[str, ...]
   label_scale: float
   metrics: tuple[str, ...]
-  truncated: int
+  truncated: tuple[int, int]
   shared: int
   bad_records: tuple[str, ...]
   identity: Mapping[str, Any]
@@ -95,8 +95,8 @@ class SentenceData:
       f"{rows:,} training and {len(self.validation):,} validation samples of {length} tokens"
       f" ({padding:.0%} padding), {kinds}, {self.tokenizer.vocab_size:,} in the vocabulary"
     )
-    if self.truncated:
-      words += f"; {self.truncated:,} were longer, and are cut"
+    if any(self.truncated):
+      words += f"; {sum(self.truncated):,} were longer, and are cut"
     if self.shared:
       words += f"; {self.shared:,} of the validation samples are in the training set too"
     return words
@@ -262,10 +262,11 @@ def _encoded(
   )
   numbers = {label: number for number, label in enumerate(classes)}
   encoder = _Encoder(made, seq_length, too_long == "truncate", len(table.columns), bad)
-  encoded = {}
+  encoded, truncated = {}, []
   for part, rows in parts.items():
     known = rows if table.regression else list(_of_known_classes(rows, numbers, bad))
-    kept, tokens = encoder(known)
+    kept, tokens, cut_rows = encoder(known)
+    truncated.append(cut_rows)
     if not kept:
       raise ValueError(f"{name} has no {part} rows that are left")
     if table.regression:
@@ -282,7 +283,7 @@ def _encoded(
     classes=classes,
     label_scale=label_scale,
     metrics=source.metrics,
-    truncated=encoder.truncated,
+    truncated=tuple(truncated),
     shared=sum(row.texts in seen for row in source.validation),
     bad_records=tuple(bad.found),
     identity={
@@ -326,11 +327,7 @@ def _of_known_classes(
 
 
 class _Encoder:
-  """From texts to rows of tokens with their marks, none longer than the model's length.
-
-  Attributes:
-    truncated: how many were cut.
-  """
+  """From texts to rows of tokens with their marks, none longer than the model's length."""
 
   def __init__(
     self,
@@ -343,14 +340,15 @@ class _Encoder:
     self._tokenizer, self._truncate, self._bad = tokenizer, truncate, bad
     # <s> and </s> of each text, but that of a second one begins with </s>.
     self._room, self._length, self._texts = seq_length - 2 * texts, seq_length, texts
-    self.truncated = 0
     if self._room < texts:
       raise ValueError(f"data.seq_length={seq_length} leaves no room for {texts} texts: set more")
 
-  def __call__(self, rows: Sequence[labelled.Row]) -> tuple[list[labelled.Row], list[np.ndarray]]:
-    """The rows that are kept, and their tokens."""
+  def __call__(
+    self, rows: Sequence[labelled.Row]
+  ) -> tuple[list[labelled.Row], list[np.ndarray], int]:
+    """The rows that are kept, their tokens, and how many of them were cut."""
     every = self._tokenizer.encode_all([text for row in rows for text in row.texts])
-    kept, tokens, each = [], [], self._texts
+    kept, tokens, truncated, each = [], [], 0, self._texts
     for number, row in enumerate(rows):
       parts = every[number * each : (number + 1) * each]
       if sum(map(len, parts)) > self._room:
@@ -361,11 +359,11 @@ class _Encoder:
             " (data.too_long='truncate' cuts such rows)"
           )
           continue
-        self.truncated += 1
+        truncated += 1
         parts = cut(parts, self._room)
       kept.append(row)
       tokens.append(self._marked(parts))
-    return kept, tokens
+    return kept, tokens, truncated
 
   def _marked(self, parts: Sequence[np.ndarray]) -> np.ndarray:
     bos, eos = self._tokenizer.bos_id, self._tokenizer.eos_id

@@ -78,8 +78,10 @@ class Task(NamedTuple):
       over batches is taken, and arrays [batch, ...], which are joined in the samples' order; `loss`
       and `weight` are among the numbers. None: these two, of `score`.
     sample: `(config, model, variables, data, key) -> text` that shows what the model does, or None.
-    judge: `(config, model, variables, data, mesh) -> {name: value}`: further metrics, of what the
-      model writes by itself, at the end of a run; None: there are none.
+    counts: `data -> {name: number}`: how much there is of the validation set, and what of it the
+      metrics leave out or see changed.
+    judge: `(config, model, variables, data, mesh) -> ({name: value}, number of texts)`: further
+      metrics, of what the model writes by itself, at the end of a run; None: there are none.
     signatures: `() -> {name: text}`: how those of them that are computed in several ways are.
     translator: `(config, model, variables, tokenizer) -> decoding.Translator`: what answers texts
       with texts; None: the model does not.
@@ -106,7 +108,8 @@ class Task(NamedTuple):
   batch_spec: Callable[[TrainConfig], dict[str, jax.ShapeDtypeStruct]]
   measure: Callable[[nn.Module, Any, Batch], dict[str, jax.Array]] | None = None
   sample: Callable[..., str | None] = lambda config, model, variables, data, key: None
-  judge: Callable[..., dict[str, float]] | None = None
+  counts: Callable[[Data], dict[str, int]] = lambda data: {"samples": len(data.validation)}
+  judge: Callable[..., tuple[dict[str, float], int]] | None = None
   signatures: Callable[[], dict[str, str]] = dict
   translator: Callable[..., Translator] | None = None
   loss_name: str = "loss_nats_per_token"

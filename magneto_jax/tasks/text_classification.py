@@ -233,4 +233,5 @@ TASK = Task(
   size=lambda config: 1,
   fact_kinds={"vocab_size": int, "classes": int},
   pretrained="encoder",
+  counts=lambda data: {"samples": len(data.validation), "truncated": data.truncated[1]},
 )

@@ -163,9 +163,9 @@ def translator(
   config: TrainConfig, model: EncoderDecoder, variables, tokenizer: Tokenizer
 ) -> Translator:
   """What translates as `config.beam` says, texts of at most as many tokens as the model learned."""
-  return Translator(
-    model, variables, tokenizer, longest=config.data.seq_length, **dataclasses.asdict(config.beam)
-  )
+  search = dataclasses.asdict(config.beam)
+  del search["judged"]
+  return Translator(model, variables, tokenizer, longest=config.data.seq_length, **search)
 
 
 def sample(
@@ -186,16 +186,23 @@ def sample(
 
 def judge(
   config: TrainConfig, model: EncoderDecoder, variables, data: pairs.PairData, mesh: Mesh | None
-) -> dict[str, float]:
-  """BLEU and chrF of the validation set's translations; of sources that are too long, cut.
+) -> tuple[dict[str, float], int]:
+  """BLEU and chrF of translations of the validation set, and of how many pairs they are.
 
-  See `data.scores.signatures` for how they are computed.
+  Of all that can be read, or of the first `config.beam.judged`. A source that is too long is cut,
+  its reference is not. See `data.scores.signatures` for how they are computed.
   """
   translate = translator(config, model, variables, data.tokenizer)
-  texts, references = zip(*data.validation_pairs, strict=True)
+  first = itertools.islice(data.validation_pairs, config.beam.judged or None)
+  texts, references = zip(*first, strict=True)
   with sharding.use_mesh(mesh):
     found = translate.translate([translate.cut(source) for source in translate.encode(texts)])
-  return scores.corpus_scores([best.text for best, *_ in found], references)
+  return scores.corpus_scores([best.text for best, *_ in found], references), len(texts)
+
+
+def counts(data: pairs.PairData) -> dict[str, int]:
+  """Pairs that the loss is of, and those that are too long for it."""
+  return {"pairs": len(data.validation.pairs), "too_long": data.too_long[1]}
 
 
 TASK = Task(
@@ -213,6 +220,7 @@ TASK = Task(
   planned_facts=common.planned_facts,
   batch_spec=batch_spec,
   sample=sample,
+  counts=counts,
   judge=judge,
   translator=translator,
   signatures=scores.signatures,

@@ -243,13 +243,15 @@ def test_a_pair_longer_than_a_row_is_named_or_skipped_and_told(own, tmp_path):
     f"{tmp_path / 'train.tsv'}: line 4 has 129 tokens on a side, more than seq_length=128, as 2 of"
     " 11 pairs do: set data.seq_length to at least 141, or data.too_long=skip"
   )
-  data = own(lines, skip_bad=1, too_long="skip")
-  assert list(data.train_pairs) == [*good, fits] and data.too_long == (2, 0)
-  assert "; 2 pairs of more than 128 tokens skipped" in data.describe()
+  readable = [line for line in lines if line != "one column"]
+  data = own(lines, [*corpus(3, seed=9), *long], skip_bad=1, too_long="skip")
+  assert len(data.train.pairs) == len(good) + 1 and data.too_long == (2, 2)
+  # What is judged by its text has no length.
+  assert list(data.train_pairs) == readable
+  assert list(data.validation_pairs) == [*corpus(3, seed=9), *long]
+  assert "; 4 pairs of more than 128 tokens skipped" in data.describe()
   same_rows(data.train, own([*good, fits], workdir="others").train)
-  assert list(own(lines, seq_length=141, skip_bad=1).train_pairs) == [
-    line for line in lines if line != "one column"
-  ]
+  assert len(own(lines, seq_length=141, skip_bad=1).train.pairs) == len(readable)
   with pytest.raises(ValueError, match="all pairs have more than seq_length=4 tokens"):
     own(good, seq_length=4, too_long="skip")
 

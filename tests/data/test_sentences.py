@@ -74,10 +74,10 @@ def test_what_is_too_long_is_refused_skipped_or_cut_and_counted(tmp_path):
     load(tmp_path, rows, rows[1:])
   assert "\n" not in str(error.value)
   data = load(tmp_path, rows, rows[1:], skip_bad=1)
-  assert len(data.train) == 2 and len(data.bad_records) == 1 and data.truncated == 0
-  data = load(tmp_path, rows, rows[1:], too_long="truncate")
+  assert len(data.train) == 2 and len(data.bad_records) == 1 and data.truncated == (0, 0)
+  data = load(tmp_path, rows, [*rows[1:], ("x" * 11, 0), ("y" * 20, 1)], too_long="truncate")
   assert data.train[0]["inputs"].tolist() == [1, *ids("abcdefghij"), 2]
-  assert data.truncated == 1 and "1 were longer, and are cut" in data.describe()
+  assert data.truncated == (1, 2) and "3 were longer, and are cut" in data.describe()
   with pytest.raises(ValueError, match="seq_length=4 leaves no room for 2 texts"):
     load(tmp_path, rows, text_key="text", second_text_key="label", label_key="label", seq_length=4)
 

@@ -233,7 +233,7 @@ def test_seeds_are_runs_of_their_own_and_come_to_mean_and_spread(bags, tmp_path,
   assert found["seeds"] == [3, 1]
   summaries = [json.loads((workdir / f"seed_{s}" / "summary.json").read_text()) for s in (3, 1)]
   assert [summary["seed"] for summary in summaries] == [3, 1]
-  assert "validation_score" in found["metrics"] and "best_step" in found["metrics"]
+  assert found["metrics"].keys() >= {"validation_score", "best_score"}
   for name, figures in found["metrics"].items():
     values = np.array([summary[name] for summary in summaries])
     assert figures["values"] == values.tolist()
@@ -246,6 +246,21 @@ def test_seeds_are_runs_of_their_own_and_come_to_mean_and_spread(bags, tmp_path,
   assert train.train_seeds(config, workdir, [3, 1]) == found
   after = {p: p.stat().st_mtime_ns for p in workdir.glob("seed_*/**/*") if p.is_file()}
   assert after == before
+
+
+def test_what_was_cut_of_the_validation_set_is_counted():
+  data = types.SimpleNamespace(validation=[0, 1, 2], truncated=(5, 2))
+  assert TASK.counts(data) == {"samples": 3, "truncated": 2}
+
+
+def test_what_a_seed_lacks_and_what_is_no_metric_has_no_mean():
+  """A perplexity beyond float64, say; and the step of the best."""
+  first = {"validation_loss": 1.0, "validation_perplexity": 3.0, "best_loss": 0.5, "best_step": 4}
+  found = reporting.spread([first, {"validation_loss": 2.0, "best_loss": 0.5, "best_step": 8}])
+  assert {name: figures["mean"] for name, figures in found.items()} == {
+    "validation_loss": 1.5,
+    "best_loss": 0.5,
+  }
 
 
 def test_one_seed_has_no_spread():

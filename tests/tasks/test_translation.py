@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from benchmarks.reliability import states
-from magneto_jax import training
+from magneto_jax import evaluate, evaluation, runs, sharding, training
 from magneto_jax.config import OF_SOME_TASKS, from_config_dict
 from magneto_jax.data import packing, pairs, scores
 from magneto_jax.data.tokenizers import ByteTokenizer
@@ -30,7 +30,7 @@ PAIRS = [([5, 6, 7], [8, 9]), ([10, 11], [12, 13, 14, 15]), ([16, 17, 18], [19, 
 
 def config_of(**fields):
   model = {"layers": 1, "width": 16, "ffn_width": 16, "heads": 2} | fields.pop("model", {})
-  data = {"seq_length": LENGTH}
+  data = {"seq_length": LENGTH} | fields.pop("data", {})
   return from_config_dict({"task": "translation", "model": model, "data": data} | fields)
 
 
@@ -293,6 +293,7 @@ JUDGED = from_config_dict(
       "max_ratio": 1.5,
       "max_extra": 4,
       "rows": 7,
+      "judged": 0,
     },
   }
 )
@@ -315,16 +316,54 @@ def test_the_config_reaches_the_translator():
   )
 
 
+def loud(self, sources):
+  """Each source in capitals, as a translation."""
+  texts = [self.tokenizer.decode(source).upper() for source in sources]
+  return [[Translation(text, -1.0), Translation("worse", -2.0)] for text in texts]
+
+
 def test_the_judge_scores_the_best_of_each_source(monkeypatch):
   """Against the raw references; a source that is too long is cut, and counts."""
-
-  def translate(self, sources):
-    texts = [self.tokenizer.decode(source).upper() for source in sources]
-    return [[Translation(text, -1.0), Translation("worse", -2.0)] for text in texts]
-
-  monkeypatch.setattr(Translator, "translate", translate)
-  pairs = [("a b c d e", "A B C D E"), ("f g h i j k l", "F G H I J K L")]
+  monkeypatch.setattr(Translator, "translate", loud)
+  pairs = [("a b c d e", "A B C D E"), ("f g h i j k l", "F G H I J K L"), ("m", "N")]
+  references = [right for _, right in pairs]
   data = types.SimpleNamespace(validation_pairs=pairs, tokenizer=ByteTokenizer())
   found = translation.judge(JUDGED, None, {}, data, None)
-  assert found == scores.corpus_scores(["A B C D E", "F G H I J K"], [right for _, right in pairs])
-  assert found["bleu"] < 100
+  assert found == (scores.corpus_scores(["A B C D E", "F G H I J K", "M"], references), 3)
+  assert found[0]["bleu"] < 100
+  first = dataclasses.replace(JUDGED, beam=dataclasses.replace(JUDGED.beam, judged=2))
+  expected = scores.corpus_scores(["A B C D E", "F G H I J K"], references[:2])
+  assert translation.judge(first, None, {}, data, None) == (expected, 2)
+
+
+def test_an_evaluation_says_what_it_is_of(tmp_path, monkeypatch, capsys):
+  """The loss of the pairs that fit, the rest of all; the beam may be another than the run's."""
+  monkeypatch.setattr(Translator, "translate", loud)
+  for name, count in (("train", 9), ("validation", 5)):
+    lines = [f"{name} {i}\t{name} {i}".upper() for i in range(count)]
+    (tmp_path / f"{name}.tsv").write_text("\n".join([*lines, "X" * 40 + "\tx", "x\t" + "y" * 30]))
+  data = {f"{name}_files": f"{tmp_path}/{name}.tsv" for name in ("train", "validation")}
+  data |= {"name": "pair_files", "tokenizer": "byte", "seq_length": 20, "too_long": "skip"}
+  config = config_of(data=data, batch_size=2, beam={"size": 3})
+  loaded = TASK.load_data(config.data, runs.data_in(tmp_path / "run"))
+  record = runs.Record(config, dict(loaded.identity), TASK.facts(loaded))
+  runs.write_record(tmp_path / "run", record)
+  model = TASK.build_model(config, record.facts)
+  variables = jax.jit(model.init)(jax.random.key(0), *TASK.dummy_inputs(config))
+  mesh, run = sharding.make_mesh(config.mesh.sizes()), runs.Run(model, variables)
+  other = evaluation.changed(config, {"beam.size": 2, "beam.length_penalty": 0.5})
+  held = record._replace(config=other)
+  result = evaluation.evaluate(
+    evaluation.Opened(str(tmp_path / "run"), held, 1, run, mesh, 2, "a digest")
+  )
+  assert result["counts"] == {"pairs": 5, "too_long": 2, "judged": 7}
+  sources, references = zip(*loaded.validation_pairs, strict=True)
+  assert len(sources[5]) == 40 and len(references[6]) == 30
+  expected = scores.corpus_scores([source.upper()[:19] for source in sources], references)
+  assert {name: result["metrics"][name] for name in expected} == expected
+  assert (result["beam"]["size"], result["beam"]["length_penalty"]) == (2, 0.5)
+  assert result["signatures"] == scores.signatures()
+  evaluate.report(result)
+  told = capsys.readouterr().out
+  assert "on the split 'validation': 5 pairs, 2 too long, 7 judged, in" in told
+  assert all(f"{name}: {signed}\n" in told for name, signed in scores.signatures().items())
