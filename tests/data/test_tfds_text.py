@@ -166,9 +166,11 @@ def test_the_command_of_the_message_runs(prepared):
   subprocess.run([sys.executable, "-c", command], check=True)
 
 
-@pytest.mark.parametrize("name", ["embeded", "lm1bb", "wikipedi/en"])
+@pytest.mark.parametrize("name", ["embeded", "lm1bb", "wikipedi/en", "pair_files"])
 def test_unknown_name_lists_the_nearest(tmp_path, name):
-  nearest = {"embeded": "embedded", "lm1bb": "lm1b", "wikipedi/en": "wikipedia"}[name]
+  nearest = {"embeded": "embedded", "lm1bb": "lm1b", "wikipedi/en": "wikipedia"}.get(
+    name, "text_files"
+  )
   with pytest.raises(ValueError, match=f"no data set is called '{name}'; nearest .*'{nearest}'"):
     sources.load_documents(name, data_dir=str(tmp_path))
 
