@@ -96,7 +96,9 @@ def of_parts(
     split: what is evaluated on: `train`, `validation` or `test`.
   """
   if split not in ("train", "validation", "test"):
-    raise ValueError(f"files have no split {split!r}, only train, validation and test (test_files)")
+    raise ValueError(
+      f"text files have no split {split!r}, only train, validation and test (test_files)"
+    )
   named = {"train": train_files}
   if validation_files:
     named["validation"] = validation_files

@@ -150,7 +150,9 @@ def test_a_file_in_two_parts_is_refused(tmp_path):
       ValueError, match=rf"{first}_files and {second}_files must not share files: \['.*\.txt'\]"
     ):
       text_files.of_parts([path], [validation], [test], "test")
-  with pytest.raises(ValueError, match="files have no split 'dev', only train, validation and t"):
+  with pytest.raises(
+    ValueError, match="text files have no split 'dev', only train, validation and t"
+  ):
     text_files.of_parts([path], [], [], "dev")
 
 
