@@ -192,6 +192,7 @@ OF_SOME_TASKS: dict[str, tuple[str, ...]] = {
   "model.patch_size": ("beit3",),
   "model.image_vocab_size": ("beit3",),
   "model.pooling": ("text_classification",),
+  "model.tied_embeddings": (*_LANGUAGE_MODELS, "translation", "beit3"),
   "data.mask_rate": ("masked_lm",),
   "data.mask_keep": ("masked_lm",),
   "data.mask_random": ("masked_lm",),
@@ -213,8 +214,11 @@ def tasks_reading(name: str) -> tuple[str, ...] | None:
   return OF_SOME_TASKS.get(name, OF_SOME_TASKS.get(name.partition(".")[0]))
 
 
-# Names of data that are the user's own files.
-OWN_FILES = ("text_files", "pair_files")
+# Names of data that are the user's own files, and the tasks that read such.
+OWN_FILES = {
+  "text_files": (*_LANGUAGE_MODELS, "text_classification"),
+  "pair_files": ("translation",),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -317,6 +321,16 @@ class DataConfig(_Checked):
       )
 
 
+# What follows the warm-up, and which fields of the optimizer it reads.
+SCHEDULES: dict[str, tuple[str, ...]] = {
+  "cosine": ("decay_steps", "end_factor"),
+  "linear": ("decay_steps", "end_factor"),
+  "polynomial": ("decay_steps", "end_factor", "power"),
+  "inverse_sqrt": (),
+  "constant": (),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig(_Checked):
   """AdamW and its learning-rate schedule."""
@@ -334,15 +348,22 @@ class OptimizerConfig(_Checked):
     choices=("matrices", "all"),
   )
   clip_norm: float = _field(0.0, "global gradient norm to clip at; 0: no clipping", min=0.0)
-  schedule: str = _field(
-    "cosine",
-    "after the warm-up",
-    choices=("cosine", "linear", "polynomial", "inverse_sqrt", "constant"),
-  )
+  schedule: str = _field("cosine", "after the warm-up", choices=tuple(SCHEDULES))
   power: float = _field(1.0, "exponent of the polynomial schedule", above=0.0)
   warmup_steps: int = _field(0, "steps of linear warm-up", min=0)
   decay_steps: int = _field(0, "step at which the schedule ends; 0: the run's steps", min=0)
   end_factor: float = _field(0.0, "last learning rate over the peak", min=0.0, max=1.0)
+
+  def __post_init__(self):
+    super().__post_init__()
+    for field in dataclasses.fields(self):
+      reading = [schedule for schedule, names in SCHEDULES.items() if field.name in names]
+      if reading and self.schedule not in reading and getattr(self, field.name) != field.default:
+        raise ConfigError(
+          f"config.optimizer.{field.name} is not read with"
+          f" config.optimizer.schedule={self.schedule!r}, only with"
+          f" {' and '.join(map(repr, reading))}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -517,6 +538,13 @@ class TrainConfig(_Checked):
           f"config.{name} is not read with config.task={self.task!r}, only with"
           f" {' and '.join(map(repr, tasks))}"
         )
+    reading = OWN_FILES.get(self.data.name, TASK_NAMES)
+    if self.task in _SHIPPED_TASKS and self.task not in reading:
+      own = [name for name, tasks in OWN_FILES.items() if self.task in tasks]
+      raise ConfigError(
+        f"config.data.name={self.data.name!r} is not read with config.task={self.task!r}, only with"
+        f" {' and '.join(map(repr, reading))}" + "".join(f": set data.name={name}" for name in own)
+      )
     if self.keep_best and self.eval_every % self.checkpoint_every:
       raise ConfigError(
         "keep_best needs a checkpoint of every evaluation:"

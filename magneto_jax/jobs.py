@@ -9,8 +9,8 @@ import grain
 import jax
 import numpy as np
 
-from magneto_jax import distributed, hardware, optimizers, reporting, runs, sharding
-from magneto_jax.config import TrainConfig, batch_ranges, config_errors
+from magneto_jax import distributed, hardware, reporting, runs, sharding
+from magneto_jax.config import SCHEDULES, TrainConfig, batch_ranges, config_errors
 from magneto_jax.data import feed, pipelines
 from magneto_jax.memory import held
 from magneto_jax.program import Program, lower_step
@@ -158,7 +158,7 @@ def schedule_notes(config: TrainConfig, earlier: TrainConfig | None) -> list[str
   end = config.optimizer.decay_steps or config.steps
   if warmup >= min(end, config.steps):
     notes.append(f"note: the warm-up of {warmup:,} steps does not end within the run")
-  if earlier and schedule not in optimizers.ENDLESS and not config.optimizer.decay_steps:
+  if earlier and "decay_steps" in SCHEDULES[schedule] and not config.optimizer.decay_steps:
     if (before := earlier.steps) != end:
       notes.append(
         f"note: the {schedule} schedule now ends at step {end:,}, not {before:,}, so the rest runs"

@@ -8,7 +8,6 @@ import optax
 # not say. Biases, norm gains, head scales and residual scales are left alone.
 DECAYED = ("kernel", "embedding")
 SCHEDULES = ("cosine", "linear", "polynomial", "inverse_sqrt", "constant")
-ENDLESS = ("inverse_sqrt", "constant")  # They read no `decay_steps`.
 
 
 def decay_mask(params) -> dict:

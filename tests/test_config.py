@@ -88,6 +88,12 @@ def test_every_number_has_a_range_on_both_sides():
     ("data.mask_rate", 0.0, r"config.data.mask_rate=0.0 must be above 0.0"),
     ("data.mask_rate", 0.2, r"data.mask_rate is not read with config.task='causal_lm', only with"),
     ("data", {"mask_keep": 0.6, "mask_random": 0.5}, r"mask_random=0.5 are shares of the same"),
+    ("data.name", "pair_files", r"only with 'translation': set data.name=text_files$"),
+    (
+      "optimizer.power",
+      2.0,
+      r"config.optimizer.power is not read with config.optimizer.schedule='c",
+    ),
     ("optimizer.schedule", "inverse_square", r"must be one of .*did you mean inverse_sqrt\?"),
     ("label_smoothing", 1.0, r"config.label_smoothing=1.0 must be below 1.0"),
     ("model.encoder_layers", -1, r"config.model.encoder_layers=-1 must be at least 0"),
@@ -174,6 +180,44 @@ def test_choices_are_the_tables_they_stand_for():
   assert set(choices["schedule"]) == set(optimizers.SCHEDULES)
   assert set(choices["task"]) == set(tasks.TASKS)
   assert set(choices["penalty"]) == set(decoding.PENALTIES)
+
+
+@pytest.mark.parametrize("name", optimizers.SCHEDULES)
+def test_a_schedule_reads_the_fields_that_it_is_said_to(name):
+  """Others are refused: with another value the rates are the same, or the field is in the table."""
+  given = {"peak": 1.0, "warmup_steps": 2, "decay_steps": 9, "power": 1.0, "end_factor": 0.0}
+  rates = lambda **fields: [optimizers.schedule(name, **given | fields)(i).item() for i in (4, 8)]
+  for field, value in {"decay_steps": 7, "power": 2.0, "end_factor": 0.5}.items():
+    read = field in config_lib.SCHEDULES[name]
+    assert read == (rates() != rates(**{field: value}))
+    group = {"schedule": name, field: value}
+    if read:
+      from_config_dict({"optimizer": group})
+    else:
+      with pytest.raises(
+        ConfigError, match=f"optimizer.{field} is not read with .*='{name}', only"
+      ):
+        from_config_dict({"optimizer": group})
+
+
+@pytest.mark.parametrize("task", config_lib.TASK_NAMES)
+def test_each_task_reads_files_of_its_kind_only(task):
+  kinds = {name for name, tasks in config_lib.OWN_FILES.items() if task in tasks}
+  for name in config_lib.OWN_FILES:
+    group = {"task": task, "data": {"name": name}}
+    if name in kinds:
+      from_config_dict(group)
+    else:
+      right = "".join(f": set data.name={kind}" for kind in kinds)
+      with pytest.raises(
+        ConfigError, match=f"data.name='{name}' is not read with .*{task}.*{right}$"
+      ):
+        from_config_dict(group)
+
+
+def test_a_classifier_has_no_table_to_tie():
+  with pytest.raises(ConfigError, match="tied_embeddings is not read with config.task='text_class"):
+    from_config_dict({"task": "text_classification", "model": {"tied_embeddings": False}})
 
 
 @pytest.mark.parametrize("config", [[], ["model"], "model", 3, None])

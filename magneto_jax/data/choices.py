@@ -6,13 +6,12 @@ Winograd schemas) it is the other way about: each option is put into the text, a
 text, the same for all, is scored after it.
 """
 
-import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from magneto_jax.data import tfds_text
+from magneto_jax.data import text_files, tfds_text
 
 
 class Option(NamedTuple):
@@ -87,7 +86,8 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[Question]:
     ValueError: with the file and the line's number, what is wrong with it.
   """
   with open(path, "rb") as file:
-    lines = file.read().rstrip().split(b"\n")
+    content = file.read()
+  lines = content[text_files.text_begin(content) :].rstrip().split(b"\n")
   if lines == [b""]:
     raise ValueError(f"{path} is empty: it must hold a question a line, {_FORMS}")
   return [_of_line(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
@@ -95,16 +95,13 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[Question]:
 
 def _of_line(line: bytes, where: str) -> Question:
   try:
-    values = json.loads(line.decode())
+    values = text_files.json_object(line.decode())
   except UnicodeDecodeError as error:
     raise ValueError(
       f"{where}: not UTF-8: byte {line[error.start]:#04x}, the line's {error.start + 1}th"
     ) from None
-  except (ValueError, RecursionError) as error:
-    what = "the line is empty" if not line.strip() else f"not JSON ({error})"
-    raise ValueError(f"{where}: {what}; it must be {_FORMS}") from None
-  if not isinstance(values, dict):
-    raise ValueError(f"{where}: not an object; it must be {_FORMS}")
+  except ValueError as error:
+    raise ValueError(f"{where}: {error}; it must be {_FORMS}") from None
   for name, kind in _KINDS.items():
     value = values.get(name)
     if name not in values:

@@ -2,12 +2,13 @@
 
 import collections
 import csv
-import json
 import math
 import pathlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from magneto_jax.data import documents, sources, text_files, tfds_text
 
@@ -42,7 +43,7 @@ GLUE: Mapping[str, GlueTask] = {
   ),
   "qnli": GlueTask(("question", "sentence"), _ENTAILED, ("accuracy",)),
   "rte": GlueTask(_BOTH, _ENTAILED, ("accuracy",)),
-  "wnli": GlueTask(_BOTH, _SAME[::-1], ("accuracy",)),
+  "wnli": GlueTask(_BOTH, _ENTAILED[::-1], ("accuracy",)),
 }
 
 
@@ -95,18 +96,20 @@ class Table(NamedTuple):
       if not value.strip():
         raise ValueError(f"{column} is empty")
     label = values[self.label_key]
-    if isinstance(label, bool) or not isinstance(label, str | int | float):
+    if isinstance(label, bool) or not isinstance(label, str | int | float) or label != label:
       raise ValueError(f"{self.label_key} is {label!r:.40}, neither a name nor a number")
     if not self.regression:
+      if isinstance(label, float) and label.is_integer():
+        label = int(label)
       if not (label := str(label).strip()):
         raise ValueError(f"{self.label_key} is empty")
       return Row(texts, label, where)
     try:
       number = float(label)
-    except ValueError:
-      raise ValueError(f"{self.label_key} is {label!r:.40}, not a number") from None
-    if not math.isfinite(number):
-      raise ValueError(f"{self.label_key} is {number}")
+    except (ValueError, OverflowError):
+      number = math.nan
+    if not abs(number) <= float(np.finfo(np.float32).max):
+      raise ValueError(f"{self.label_key} is {label!r:.40}, not a number that float32 holds")
     return Row(texts, number, where)
 
 
@@ -162,25 +165,21 @@ def labelled_files(
   bad: documents.BadRecords,
   *,
   fraction: float,
-  test_files: Sequence[str] | None = None,
-) -> dict[str, list[Row]]:
-  """Rows by split, of `test` only where its files are asked for; see `sentences.load_sentences`."""
-  train_paths = text_files.expand(train_files, "train_files")
-  train = [row for path in train_paths for row in _read_file(path, table, bad)]
-
-  def others(patterns: Sequence[str], argument: str) -> list[Row]:
-    paths = text_files.expand(patterns, argument, apart_from=train_paths)
-    return [row for path in paths for row in _read_file(path, table, bad)]
-
-  if validation_files:
-    held = {"train": train, "validation": others(validation_files, "validation_files")}
-  else:
-    held = {"train": [], "validation": []}
-    for row in train:
+  test_files: Sequence[str] = (),
+  split: str = "validation",
+) -> tuple[list[Row], list[Row]]:
+  """Training rows, and those of the split; see `sentences.load_sentences`."""
+  paths = text_files.of_parts(train_files, validation_files, test_files, split)
+  held = {
+    part: [row for path in paths[part] for row in _read_file(path, table, bad)]
+    for part in paths
+    if part in ("train", split)
+  }
+  if "validation" not in paths:
+    whole, held["train"], held["validation"] = held["train"], [], []
+    for row in whole:
       held["validation" if _share(row) < fraction else "train"].append(row)
-  if test_files is not None:
-    held["test"] = others(test_files, "test_files")
-  return held
+  return held["train"], held[split]
 
 
 def _share(row: Row) -> float:
@@ -196,6 +195,7 @@ def _read_file(path: str, table: Table, bad: documents.BadRecords) -> Iterator[R
     raise ValueError(f"{path} is not one of {', '.join(_READERS)}: rename it after what it is")
   with open(path, "rb") as f:
     content = f.read()
+  content = content[text_files.text_begin(content) :]
   if not content.strip():
     raise ValueError(f"{path} is empty: remove it from the list of files")
   wanted = (*table.columns, table.label_key)
@@ -220,7 +220,7 @@ class _Line(NamedTuple):
 
 
 def _decoded(content: bytes) -> list[_Line]:
-  lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+  lines = content.split(b"\n")
   if not lines[-1]:
     lines.pop()
   found = []
@@ -284,20 +284,14 @@ def _csv(path: str, lines: list[_Line], wanted: Sequence[str]) -> _Numbered:
 def _jsonl(path: str, lines: list[_Line], wanted: Sequence[str]) -> _Numbered:
   """A JSON object a line."""
   for number, line in enumerate(lines, 1):
-    if line.wrong or not line.text.strip():
-      yield number, line.wrong or "the line is empty"
-      continue
     try:
-      values = json.loads(line.text)
-    except (ValueError, RecursionError) as error:
-      yield number, f"not JSON: {error}"
-      continue
-    if not isinstance(values, dict):
-      yield number, f"{values!r:.40} is not a JSON object"
-    elif missing := [name for name in wanted if name not in values]:
-      yield number, f"it has no {missing[0]!r:.80}, only {', '.join(map(repr, values)):.200}"
-    else:
-      yield number, values
+      values = line.wrong or text_files.json_object(line.text)
+    except ValueError as error:
+      values = str(error)
+    missing = [name for name in wanted if name not in values] if isinstance(values, dict) else []
+    if missing:
+      values = f"it has no {missing[0]!r:.80}, only {', '.join(map(repr, values)):.200}"
+    yield number, values
 
 
 _READERS: Mapping[str, Callable[[str, list[_Line], Sequence[str]], _Numbered]] = {

@@ -189,20 +189,16 @@ def load_sentences(
       train, validation, tuple(sorted({row.label for row in train})), ("accuracy",)
     )
   elif name == "text_files":
-    fraction = validation_fraction
-    held = labelled.labelled_files(
+    parts = labelled.labelled_files(
       train_files,
       validation_files,
       table,
       bad,
-      fraction=fraction,
-      test_files=test_files if validation_split == "test" else None,
+      fraction=validation_fraction,
+      test_files=test_files,
+      split=validation_split,
     )
-    if validation_split not in held:
-      raise ValueError(
-        f"text_files have no split {validation_split!r}, only train, validation and test"
-      )
-    source = labelled.Source(held["train"], held[validation_split], None, table.metrics)
+    source = labelled.Source(*parts, None, table.metrics)
   else:
     source = labelled.tfds_rows(name, splits, data_dir, table, glue, bad)
   return _encoded(

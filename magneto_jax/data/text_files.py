@@ -1,9 +1,16 @@
-"""Documents from the user's own UTF-8 text files, indexed by byte range and read on demand."""
+"""Documents from the user's own UTF-8 text files, indexed by byte range and read on demand.
 
+With what every source of one's own files shares: which files are meant, and how they begin.
+"""
+
+import codecs
 import glob
+import json
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from magneto_jax.data import documents
 
@@ -49,44 +56,66 @@ def text_files(
   Raises:
     FileNotFoundError: a pattern matches no file.
     TypeError: the files are one string, not a sequence of them.
-    ValueError: a file is empty or in both parts, a part has no document, there is no such split,
+    ValueError: a file is empty or in two parts, a part has no document, there is no such split,
       or `validation_fraction` is out of range.
   """
-  train_paths = expand(train_files, "train_files")
+  paths = of_parts(train_files, validation_files, test_files, validation_split)
   separator = document_separator.encode()
-  if validation_files:
-    validation_paths = expand(validation_files, "validation_files", apart_from=train_paths)
-    train = [span for path in train_paths for span in _spans(path, _read(path), separator)]
-    validation = [s for path in validation_paths for s in _spans(path, _read(path), separator)]
-  else:
+  held: dict[str, list[_Span]] = {"train": [], "validation": []}
+  if "validation" not in paths:
     if not 0 < validation_fraction < 1:
       raise ValueError(f"{validation_fraction=} must lie in (0, 1); or name validation_files")
-    train, validation = [], []
-    for path in train_paths:
+    for path in paths.pop("train"):
       content = _read(path)
       cut = _cut(content, separator, 1 - validation_fraction)
       kept = _spans(path, content, separator, stop=cut)
-      train += kept
-      validation += _spans(path, content, separator, start=cut, index=len(kept))
-  held = {"train": train, "validation": validation}
-  if validation_split == "test":
-    test_paths = expand(test_files, "test_files", apart_from=train_paths)
-    held["test"] = [span for path in test_paths for span in _spans(path, _read(path), separator)]
-  if validation_split not in held:
-    raise ValueError(
-      f"text files have no split {validation_split!r}, only train, validation and test (test_files)"
-    )
-  return _documents(train, "train"), _documents(held[validation_split], validation_split)
+      held["train"] += kept
+      held["validation"] += _spans(path, content, separator, start=cut, index=len(kept))
+  for part in paths:
+    held[part] = [s for path in paths[part] for s in _spans(path, _read(path), separator)]
+  return _documents(held["train"], "train"), _documents(held[validation_split], validation_split)
 
 
-def expand(patterns: Sequence[str], argument: str, *, apart_from: Sequence[str] = ()) -> list[str]:
-  """Absolute paths of the files that patterns name, in order, each once.
+# ---------------------------------------------------------------------------------------------
+# Files of one's own
+# ---------------------------------------------------------------------------------------------
+
+
+def of_parts(
+  train_files: Sequence[str],
+  validation_files: Sequence[str],
+  test_files: Sequence[str],
+  split: str,
+) -> dict[str, list[str]]:
+  """Absolute paths by part, each once and in one part: `train`, and those that are named.
 
   Args:
-    patterns: paths or glob patterns; the files of a pattern come in sorted order.
-    argument: what they were given as, for messages.
-    apart_from: the expanded `train_files`, none of which may be among them.
+    train_files: paths or glob patterns; the files of a pattern come in sorted order.
+    validation_files: the same; empty: there is no such part here.
+    test_files: the same of the part `test`, which is there if it is the split.
+    split: what is evaluated on: `train`, `validation` or `test`.
   """
+  if split not in ("train", "validation", "test"):
+    raise ValueError(
+      f"text files have no split {split!r}, only train, validation and test (test_files)"
+    )
+  named = {"train": train_files}
+  if validation_files:
+    named["validation"] = validation_files
+  if split == "test":
+    named["test"] = test_files
+  parts: dict[str, list[str]] = {}
+  for part, patterns in named.items():
+    found = _expand(patterns, f"{part}_files")
+    for other, paths in parts.items():
+      if shared := sorted({*paths} & {*found}):
+        raise ValueError(f"{other}_files and {part}_files must not share files: {shared}")
+    parts[part] = found
+  return parts
+
+
+def _expand(patterns: Sequence[str], argument: str) -> list[str]:
+  """Absolute paths of the files that patterns name, given as `argument`, in order, each once."""
   if isinstance(patterns, str):  # its letters would be taken for patterns
     raise TypeError(f"{argument} must be a sequence of paths, got the string {patterns!r}")
   if not patterns:
@@ -101,23 +130,48 @@ def expand(patterns: Sequence[str], argument: str, *, apart_from: Sequence[str] 
       hint = f"; for the files of a folder give {pattern}/*" if os.path.isdir(expanded) else ""
       raise FileNotFoundError(f"{argument}: no file matches {pattern!r} (in {os.getcwd()}){hint}")
     paths.update(dict.fromkeys(files))
-  if shared := sorted(paths.keys() & {*apart_from}):
-    raise ValueError(f"train_files and {argument} must not share files: {shared}")
   return list(paths)
+
+
+def text_begin(content: bytes | np.ndarray) -> int:
+  """Where a file's text begins: behind its mark of byte order, if it has one."""
+  mark = codecs.BOM_UTF8
+  return len(mark) if bytes(content[: len(mark)]) == mark else 0
+
+
+def json_object(line: str) -> dict[str, Any]:
+  """The object that a line of JSON is; ValueError with what is wrong with it."""
+  if not line.strip():
+    raise ValueError("the line is empty")
+  try:
+    values = json.loads(line)
+    json.dumps(values, ensure_ascii=False).encode()
+  except UnicodeEncodeError as error:  # JSON's escapes can say what is no text.
+    half = error.object[error.start]
+    raise ValueError(f"not text: it holds {half!r}, which is half a character") from None
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f"not JSON: {error}") from None
+  if not isinstance(values, dict):
+    raise ValueError(f"{values!r:.40} is not a JSON object")
+  return values
+
+
+# ---------------------------------------------------------------------------------------------
 
 
 def _read(path: str) -> bytes:
   """The bytes of a text file, which must hold any text."""
   with open(path, "rb") as f:
     content = f.read()
-  if not content.strip():
+  if not content[text_begin(content) :].strip():
     raise ValueError(f"{path} holds no text: remove it from the list of files")
   return content
 
 
 def _cut(content: bytes, separator: bytes, fraction: float) -> int:
   """Offset that splits a file: see the rule in `text_files`."""
-  target = int(fraction * len(content))
+  begin = text_begin(content)
+  target = begin + int(fraction * (len(content) - begin))
   for boundary in filter(None, (separator, b"\n")):
     found = content.find(boundary, max(0, target - len(boundary)))
     if 0 <= found < len(content) - len(boundary):
@@ -136,6 +190,7 @@ def _spans(
   index: int = 0,
 ) -> list[_Span]:
   """The documents of `content[start:stop]`, counted from `index`, but those without text."""
+  start = max(start, text_begin(content))
   stop = len(content) if stop is None else stop
   spans = []
   while start < stop:
@@ -179,9 +234,12 @@ def _text(span: _Span) -> str:
   try:
     return content.decode()
   except UnicodeDecodeError as error:
+    offset = span.start + error.start
+    with open(span.path, "rb") as f:
+      line = f.read(offset).count(b"\n") + 1
     raise documents.BadRecord(
       span.path,
       span.index,
-      f"not UTF-8: byte {content[error.start]:#04x} at offset {span.start + error.start}; convert"
-      " it, for example with iconv -f latin1 -t utf-8",
+      f"not UTF-8: byte {content[error.start]:#04x} in line {line}, at offset {offset}; convert it,"
+      " for example with iconv -f latin1 -t utf-8",
     ) from None

@@ -251,7 +251,8 @@ def _not_prepared(name: str, directory: str) -> Exception:
   known = tfds.list_builders(with_community_datasets=False)
   dataset = name.split("/")[0].split(":")[0]
   if dataset not in known:
-    nearest = difflib.get_close_matches(dataset, ["embedded", "text_files", *known], n=3)
+    others = {"embedded", "text_files", "pair_files", *known} - {dataset}
+    nearest = difflib.get_close_matches(dataset, others, n=3)
     return ValueError(
       f"no data set is called {name!r}; nearest names: {nearest}. "
       "data.name=embedded needs no download"

@@ -122,30 +122,33 @@ def measure(model: TextClassifier, params, batch: Batch) -> dict[str, jax.Array]
 # ---------------------------------------------------------------------------------------------
 
 
-def _accuracy(targets: np.ndarray, predictions: np.ndarray) -> float:
+def _accuracy(targets: np.ndarray, predictions: np.ndarray, classes: int) -> float:
+  del classes
   return np.mean(targets == predictions)
 
 
-def _f1(targets: np.ndarray, predictions: np.ndarray) -> float:
-  """Of two classes that of the second, 1; of more the mean of each class's."""
+def _f1(targets: np.ndarray, predictions: np.ndarray, classes: int) -> float:
+  """Of two classes that of the second; of more the mean of each class's, 0 for one without rows."""
   from sklearn import metrics  # Takes a second, and is needed at an evaluation alone.
 
-  average = "binary" if max(targets.max(), predictions.max()) < 2 else "macro"
-  return metrics.f1_score(targets, predictions, average=average, zero_division=0.0)
+  labels = [1] if classes == 2 else range(classes)
+  return metrics.f1_score(targets, predictions, labels=labels, average="macro", zero_division=0.0)
 
 
-def _matthews_correlation(targets: np.ndarray, predictions: np.ndarray) -> float:
+def _matthews_correlation(targets: np.ndarray, predictions: np.ndarray, classes: int) -> float:
   """0 where all predictions are the same."""
   from sklearn import metrics
 
+  del classes
   return metrics.matthews_corrcoef(targets, predictions)
 
 
-def _correlation(name: str) -> Callable[[np.ndarray, np.ndarray], float]:
-  def correlation(targets: np.ndarray, predictions: np.ndarray) -> float:
+def _correlation(name: str) -> Callable[[np.ndarray, np.ndarray, int], float]:
+  def correlation(targets: np.ndarray, predictions: np.ndarray, classes: int) -> float:
     """0 where all predictions, or all targets, are the same: there it is not defined."""
     from scipy import stats
 
+    del classes
     if np.ptp(targets) == 0 or np.ptp(predictions) == 0:
       return 0.0
     return getattr(stats, name)(targets.astype(np.float64), predictions.astype(np.float64))[0]
@@ -153,7 +156,8 @@ def _correlation(name: str) -> Callable[[np.ndarray, np.ndarray], float]:
   return correlation
 
 
-METRICS: Mapping[str, Callable[[np.ndarray, np.ndarray], float]] = {
+# Of targets, predictions, and how many classes the data have.
+METRICS: Mapping[str, Callable[[np.ndarray, np.ndarray, int], float]] = {
   "accuracy": _accuracy,
   "f1": _f1,
   "matthews_correlation": _matthews_correlation,
@@ -164,9 +168,8 @@ METRICS: Mapping[str, Callable[[np.ndarray, np.ndarray], float]] = {
 
 def metrics(totals: Totals, data: sentences.SentenceData, *, whole: bool) -> dict[str, float]:
   """The mean loss, the metrics that the data ask for, and as `score` their mean, as GLUE has it."""
-  found = {
-    name: float(METRICS[name](totals["targets"], totals["predictions"])) for name in data.metrics
-  }
+  given = totals["targets"], totals["predictions"], len(data.classes)
+  found = {name: float(METRICS[name](*given)) for name in data.metrics}
   loss = totals["loss"] / totals["weight"]
   return {"loss_per_sample": loss, **found, "score": float(np.mean(list(found.values())))}
 

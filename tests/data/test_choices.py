@@ -1,5 +1,6 @@
 """Questions from lines and from data sets: what is read, what is scored, and what is refused."""
 
+import codecs
 import json
 
 import numpy as np
@@ -20,10 +21,14 @@ def write(path, *lines):
 
 
 def test_both_forms_are_read_in_order(tmp_path):
-  """One space joins a choice, unless there is one; partial evaluation takes texts as they are."""
+  """One space joins a choice, unless there is one; partial evaluation takes texts as they are.
+
+  The file's mark of byte order is not of the first line.
+  """
   ends = {"context": "Once. ", "choices": ["A", "B", "C"], "label": 2, "id": 7}
   empty = {"context": "", "choices": ["A", "B"], "label": 0}
   path = write(tmp_path / "q.jsonl", LINE, PARTIAL, ends, empty, "", "")
+  path.write_bytes(codecs.BOM_UTF8 + path.read_bytes())
   first, second, third, fourth = choices.read(str(path))
   assert first.options == (Option(LINE["context"], " be"), Option(LINE["context"], " fly\taway"))
   assert (first.label, first.where) == (1, f"{path}:1")
@@ -36,9 +41,13 @@ def test_both_forms_are_read_in_order(tmp_path):
   "line, message",
   [
     ("", "the line is empty; it must be {"),
-    ("{'context'", r"not JSON \(Expecting property name"),
+    ("{'context'", "not JSON: Expecting property name"),
     (b'{"context": "\xff"}', "not UTF-8: byte 0xff, the line's 14th"),
-    ("[1]", "not an object; it must be {"),
+    ("[1]", r"\[1\] is not a JSON object; it must be {"),
+    (
+      LINE | {"context": "\ud800"},
+      r"not text: it holds '\\ud800', which is half a character; it m",
+    ),
     (LINE | {"label": 2}, "label=2 must be the index of the right choice, from 0 to 1$"),
     (LINE | {"label": -1}, r"label=-1 must .* \(a split without labels cannot be scored\)"),
     (LINE | {"label": "1"}, "label='1' must be of type int"),
@@ -50,7 +59,7 @@ def test_both_forms_are_read_in_order(tmp_path):
     (LINE | {"context": None}, "context=None must be of type str"),
     (PARTIAL | {"continuation": ""}, "what is scored is empty"),
     ({"question": "?", "label": 0}, "its fields are question, label; they must be {"),
-    ("[" * 100_000, r"not JSON \("),
+    ("[" * 100_000, "not JSON: maximum recursion"),
   ],
 )
 def test_a_bad_line_is_named(line, message, tmp_path):

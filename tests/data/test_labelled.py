@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+from tensorflow_datasets.text import glue
 
 from magneto_jax.data import documents, labelled, sources
 
@@ -13,7 +14,7 @@ PAIR = labelled.Table(("a", "b"), "y", False)
 
 def read(path, table=SINGLE, skip=0):
   bad = documents.BadRecords(skip)
-  rows = labelled.labelled_files([str(path)], [], table, bad, fraction=0.0)["train"]
+  rows = labelled.labelled_files([str(path)], [], table, bad, fraction=0.0)[0]
   return [(*row.texts, row.label) for row in rows], tuple(bad.found)
 
 
@@ -68,8 +69,11 @@ def test_the_same_rows_are_read_from_each_kind_of_file(tmp_path):
 
 
 def test_labels_are_names_or_numbers(tmp_path):
-  (tmp_path / "x.jsonl").write_text('{"text": "p", "label": 1}\n{"text": "q", "label": "1"}\n')
-  assert read(tmp_path / "x.jsonl")[0] == [("p", "1"), ("q", "1")]
+  """As classes, numbers that are equal have one name."""
+  labels = ("1", '"1"', "1.0", "1.5", '"1.0"')
+  lines = (f'{{"text": "p", "label": {label}}}\n' for label in labels)
+  (tmp_path / "x.jsonl").write_text("".join(lines))
+  assert [label for _, label in read(tmp_path / "x.jsonl")[0]] == ["1", "1", "1", "1.5", "1.0"]
   table = labelled.Table(("text",), "label", True)
   (tmp_path / "y.tsv").write_text("text\tlabel\np\t2.5\nq\t-1e1\n")
   assert read(tmp_path / "y.tsv", table)[0] == [("p", 2.5), ("q", -10.0)]
@@ -99,6 +103,9 @@ BAD = {
     "label is [1], neither a name",
   ),
   "deep json": (0, "jsonl", b"[" * 100_000 + b"\n", 1, "not JSON: maximum recursion"),
+  "half a text": (0, "jsonl", rb'{"text":"p\ud800","label":1}', 1, r"not text: it holds '\ud800'"),
+  "half a label": (0, "jsonl", rb'{"text":"p","label":"\udfff"}', 1, r"not text: it holds '\udff"),
+  "no number": (0, "jsonl", b'{"text":"p","label":NaN}', 1, "label is nan, neither a name nor a"),
 }
 
 
@@ -140,10 +147,15 @@ def test_a_file_that_is_none_is_refused_whatever_may_be_skipped(case, tmp_path):
 
 def test_numbers_must_be_numbers(tmp_path):
   table = labelled.Table(("text",), "label", True)
-  (path := tmp_path / "x.tsv").write_text("text\tlabel\np\tone\nq\tnan\nr\t2\n")
-  rows, found = read(path, table, skip=2)
+  (path := tmp_path / "x.tsv").write_text("text\tlabel\np\tone\nq\tnan\nr\t2\ns\t1e39\n")
+  rows, found = read(path, table, skip=3)
   assert rows == [("r", 2.0)]
-  assert found == (f"{path}:2: label is 'one', not a number", f"{path}:3: label is nan")
+  said = "not a number that float32 holds"
+  assert found == tuple(
+    f"{path}:{n}: label is {x!r}, {said}" for n, x in ((2, "one"), (3, "nan"), (5, "1e39"))
+  )
+  (path := tmp_path / "x.jsonl").write_text(f'{{"text": "p", "label": 1{"0" * 400}}}')
+  assert read(path, table, skip=1)[1] == (f"{path}:1: label is 1{'0' * 39}, {said}",)
 
 
 def test_what_is_held_out_is_decided_by_the_texts(tmp_path):
@@ -151,27 +163,26 @@ def test_what_is_held_out_is_decided_by_the_texts(tmp_path):
   lines = [f"line {i % 100}\t{i % 2}" for i in range(300)]
   (path := tmp_path / "x.tsv").write_text("text\tlabel\n" + "\n".join(lines))
   bad = documents.BadRecords()
-  held = labelled.labelled_files([str(path)], [], SINGLE, bad, fraction=0.2)
-  train, validation = held["train"], held["validation"]
+  train, validation = labelled.labelled_files([str(path)], [], SINGLE, bad, fraction=0.2)
   assert len(train) + len(validation) == 300 and 30 <= len(validation) <= 90
   assert not {row.texts for row in train} & {row.texts for row in validation}
   (path).write_text("text\tlabel\n" + "\n".join(reversed(lines)))
-  again = labelled.labelled_files([str(path)], [], SINGLE, bad, fraction=0.2)["validation"]
+  again = labelled.labelled_files([str(path)], [], SINGLE, bad, fraction=0.2)[1]
   assert {row.texts for row in again} == {row.texts for row in validation}
   with pytest.raises(ValueError, match="must not share files"):
     labelled.labelled_files([str(path)], [str(path)], SINGLE, bad, fraction=0.2)
   (other := tmp_path / "test.tsv").write_text("text\tlabel\nanother text\tx\n")
-  options = {"fraction": 0.2, "test_files": [str(other)]}
-  held = labelled.labelled_files([str(path)], [], SINGLE, bad, **options)
-  assert [row.texts for row in held["test"]] == [("another text",)]
+  options = {"fraction": 0.2, "test_files": [str(other)], "split": "test"}
+  again, test = labelled.labelled_files([str(path)], [], SINGLE, bad, **options)
+  assert [row.texts for row in test] == [("another text",)]
+  assert {row.texts for row in again} == {row.texts for row in train}
 
 
 def test_glue_is_known_by_name():
-  """Arities, classes and metrics as GLUE's page has them."""
+  """Texts and classes as TFDS has them, in its order."""
   assert labelled.glue_task("glue/rte:2.0.0") == labelled.glue_task("glue/rte")
   assert labelled.glue_task("glue") is labelled.glue_task("imdb_reviews") is None
-  counts = {name: (len(t.columns), len(t.classes)) for name, t in labelled.GLUE.items()}
-  assert counts == {
-    **{"cola": (1, 2), "sst2": (1, 2), "mrpc": (2, 2), "qqp": (2, 2), "stsb": (2, 0)},
-    **{"mnli": (2, 3), "qnli": (2, 2), "rte": (2, 2), "wnli": (2, 2)},
-  }
+  theirs = {config.name: config for config in glue.Glue.BUILDER_CONFIGS}
+  for name, task in labelled.GLUE.items():
+    assert task.columns == tuple(theirs[name].text_features)
+    assert task.classes == tuple(theirs[name].label_classes or ())

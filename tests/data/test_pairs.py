@@ -1,5 +1,6 @@
 """Sentence pairs: their sources, what is wrong with them, and the rows that they share."""
 
+import codecs
 import copy
 import gzip
 import json
@@ -102,6 +103,39 @@ def test_own_files_are_read_whatever_their_ends_and_compression(tmp_path, opened
   moved = path.rename(tmp_path / "moved" / path.name)
   again = pair_sources.pair_files(train_files=(str(moved),), validation_files=plain[1:])
   assert again[0].identity == found[0].identity != found[1].identity
+
+
+@pytest.mark.parametrize("opened", (None, gzip.compress))
+def test_a_mark_of_byte_order_is_no_text(tmp_path, opened):
+  plain = write(tmp_path / "plain.tsv", corpus(20))
+  content = codecs.BOM_UTF8 + (tmp_path / "plain.tsv").read_bytes()
+  (path := tmp_path / f"marked.tsv{'.gz' * bool(opened)}").write_bytes(
+    opened(content) if opened else content
+  )
+  parts = [pair_sources.pair_files(train_files=(str(file),)) for file in (plain, path)]
+  assert [list(part) for part in parts[0]] == [list(part) for part in parts[1]]
+  assert [part.identity for part in parts[0]] == [part.identity for part in parts[1]]
+  (path := tmp_path / "mark.tsv").write_bytes(codecs.BOM_UTF8)
+  with pytest.raises(ValueError, match="mark.tsv is empty"):
+    pair_sources.pair_files(train_files=(str(path),))
+
+
+def test_pairs_of_both_parts_are_told(tmp_path, caplog):
+  """However often they occur, and whatever ends their lines."""
+  train, validation = corpus(9), corpus(3, seed=1)
+  files = {
+    "train_files": (write(tmp_path / "t.tsv", [*train, train[0]]),),
+    "validation_files": (write(tmp_path / "v.tsv", [train[0], *validation, *train[:2]], "\r\n"),),
+  }
+  pair_sources.pair_files(**files)
+  assert "3 of the 6 validation pairs are in the training files too" in caplog.text
+  caplog.clear()
+  pair_sources.pair_files(train_files=files["train_files"], validation_fraction=0.4)
+  assert "1 of the 4 validation pairs are in the training files too" in caplog.text
+  caplog.clear()
+  pair_sources.pair_files(**files, validation_split="train")
+  pair_sources.pair_files(train_files=(write(tmp_path / "u.tsv", train),))
+  assert not caplog.text
 
 
 def test_the_last_lines_of_every_file_are_held_out(tmp_path):

@@ -1,5 +1,6 @@
 """Text files: splitting into documents, holding out, and errors that name the file."""
 
+import codecs
 import pathlib
 
 import pytest
@@ -116,14 +117,14 @@ def test_empty_file_is_named(tmp_path, text):
     text_files.text_files(train_files=[_write(tmp_path / "empty.txt", text)])
 
 
-def test_a_document_that_is_not_utf8_is_named_with_the_offset_when_it_is_read(tmp_path):
+def test_a_document_that_is_not_utf8_is_named_with_its_line_when_it_is_read(tmp_path):
   """The others, before it and behind it, can be read."""
-  path = _write(tmp_path / "latin.txt", "caf\xe9|noir|th\xe9|s", "latin1")
+  path = _write(tmp_path / "latin.txt", "caf\xe9|noir|\nth\xe9|s", "latin1")
   parts = text_files.text_files(train_files=[path], document_separator="|", validation_fraction=0.3)
   bad = documents.BadRecords(2)
   assert [list(bad.readable(part)) for part in parts] == [["noir"], ["s"]]
-  for record, (index, offset) in zip(bad.found, [(0, 3), (2, 12)], strict=True):
-    reason = f"not UTF-8: byte 0xe9 at offset {offset}; convert it, for example with iconv"
+  for record, (index, line, offset) in zip(bad.found, [(0, 1, 3), (2, 2, 13)], strict=True):
+    reason = f"not UTF-8: byte 0xe9 in line {line}, at offset {offset}; convert it, for example"
     assert record.startswith(f"{path}: record {index} cannot be read ({reason}")
 
 
@@ -136,10 +137,41 @@ def test_a_file_that_has_become_shorter_is_a_bad_record(tmp_path):
     train[1]
 
 
-def test_file_in_both_parts_is_refused(tmp_path):
-  path = _write(tmp_path / "a.txt", "a")
-  with pytest.raises(ValueError, match=r"must not share files: \['.*a\.txt'\]"):
-    text_files.text_files(train_files=[path], validation_files=[path])
+def test_a_file_in_two_parts_is_refused(tmp_path):
+  path, other = (_write(tmp_path / f"{name}.txt", "a") for name in "ab")
+  parts = text_files.of_parts([path], [other], [path], "validation")
+  assert parts == {"train": [path], "validation": [other]}
+  for validation, test, first, second in (
+    (path, other, "train", "validation"),
+    (other, path, "train", "test"),
+    (other, other, "validation", "test"),
+  ):
+    with pytest.raises(
+      ValueError, match=rf"{first}_files and {second}_files must not share files: \['.*\.txt'\]"
+    ):
+      text_files.of_parts([path], [validation], [test], "test")
+  with pytest.raises(
+    ValueError, match="text files have no split 'dev', only train, validation and t"
+  ):
+    text_files.of_parts([path], [], [], "dev")
+
+
+@pytest.mark.parametrize("separator", ["", "|"])
+def test_a_mark_of_byte_order_is_no_text(tmp_path, separator):
+  """Nor is a file that holds nothing else; the documents are those of a file without it."""
+  text, mark = "one|two\nthree|four\n", codecs.BOM_UTF8.decode()
+  parts = [
+    text_files.text_files(
+      train_files=[_write(tmp_path / f"{len(begin)}.txt", begin + text)],
+      document_separator=separator,
+      validation_fraction=0.4,
+    )
+    for begin in ("", mark)
+  ]
+  assert [list(part) for part in parts[0]] == [list(part) for part in parts[1]]
+  assert [part.identity for part in parts[0]] == [part.identity for part in parts[1]]
+  with pytest.raises(ValueError, match="holds no text"):
+    text_files.text_files(train_files=[_write(tmp_path / "mark.txt", mark + "\n")])
 
 
 def test_nothing_left_to_train_on_is_refused(tmp_path):

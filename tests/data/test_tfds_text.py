@@ -166,11 +166,21 @@ def test_the_command_of_the_message_runs(prepared):
   subprocess.run([sys.executable, "-c", command], check=True)
 
 
-@pytest.mark.parametrize("name", ["embeded", "lm1bb", "wikipedi/en"])
-def test_unknown_name_lists_the_nearest(tmp_path, name):
-  nearest = {"embeded": "embedded", "lm1bb": "lm1b", "wikipedi/en": "wikipedia"}[name]
-  with pytest.raises(ValueError, match=f"no data set is called '{name}'; nearest .*'{nearest}'"):
+NEAREST = {
+  "embeded": "embedded",
+  "lm1bb": "lm1b",
+  "wikipedi/en": "wikipedia",
+  "pair_file": "pair_files",
+  "pair_files": "text_files",
+}
+
+
+@pytest.mark.parametrize("name, nearest", NEAREST.items())
+def test_unknown_name_lists_the_nearest_others(tmp_path, name, nearest):
+  """Also one that is known where texts are of another kind."""
+  with pytest.raises(ValueError, match=f"no data set is called '{name}'; .*'{nearest}'") as error:
     sources.load_documents(name, data_dir=str(tmp_path))
+  assert str(error.value).count(f"'{name}'") == 1
 
 
 def test_other_formats_say_how_to_convert(prepared, tmp_path):

@@ -46,33 +46,41 @@ def test_the_loss_of_classes_is_their_nats_and_of_numbers_the_squared_error():
 
 
 def test_metrics_are_the_known_values():
-  metric = lambda name: text_classification.METRICS[name](TARGETS, PREDICTIONS)
+  metric = lambda name: text_classification.METRICS[name](TARGETS, PREDICTIONS, 2)
   assert metric("matthews_correlation") == pytest.approx(0.478091, abs=1e-6)
   assert metric("f1") == pytest.approx(0.8)
   assert metric("accuracy") == pytest.approx(0.75)
   three = np.array([0, 1, 2, 2]), np.array([0, 2, 2, 1])
   # Of the classes 1, 0 and 1/2.
-  assert text_classification.METRICS["f1"](*three) == pytest.approx(0.5)
+  assert text_classification.METRICS["f1"](*three, 3) == pytest.approx(0.5)
   x, y = np.array([0.0, 1.0, 2.0, 3.0]), np.array([0.0, 1.0, 4.0, 9.0])
   by_hand = np.mean((x - 1.5) * (y - 3.5)) / (x.std() * y.std())
-  assert text_classification.METRICS["pearson"](x, y) == pytest.approx(by_hand)
-  assert text_classification.METRICS["spearman"](x, y) == pytest.approx(1.0)
-  assert text_classification.METRICS["spearman"](x, -y) == pytest.approx(-1.0)
+  assert text_classification.METRICS["pearson"](x, y, 0) == pytest.approx(by_hand)
+  assert text_classification.METRICS["spearman"](x, y, 0) == pytest.approx(1.0)
+  assert text_classification.METRICS["spearman"](x, -y, 0) == pytest.approx(-1.0)
 
 
 def test_a_constant_prediction_correlates_with_nothing():
   constant = np.ones(4, np.float32)
   for name in ("pearson", "spearman"):
-    assert text_classification.METRICS[name](np.arange(4.0), constant) == 0
+    assert text_classification.METRICS[name](np.arange(4.0), constant, 0) == 0
   ones = np.ones(12, int)
-  assert text_classification.METRICS["matthews_correlation"](TARGETS, ones) == 0
-  assert text_classification.METRICS["f1"](TARGETS, 0 * ones) == 0
+  assert text_classification.METRICS["matthews_correlation"](TARGETS, ones, 2) == 0
+  assert text_classification.METRICS["f1"](TARGETS, 0 * ones, 2) == 0
+
+
+def test_f1_is_of_the_datas_classes_whichever_occur():
+  """Of 2/3 and 4/5, and of 0 for each class without rows."""
+  targets, predictions = np.array([0, 0, 1, 1]), np.array([0, 1, 1, 1])
+  f1 = lambda classes: text_classification.METRICS["f1"](targets, predictions, classes)
+  mean = (2 / 3 + 4 / 5) / 3
+  assert [f1(2), f1(3), f1(4)] == pytest.approx([4 / 5, mean, 3 / 4 * mean])
 
 
 @pytest.mark.parametrize("name", labelled.GLUE)
 def test_the_score_is_the_mean_of_glues_metrics(name):
   metrics = labelled.GLUE[name].metrics
-  data = types.SimpleNamespace(metrics=metrics)
+  data = types.SimpleNamespace(metrics=metrics, classes=labelled.GLUE[name].classes)
   totals = {"loss": 6.0, "weight": 12.0, "targets": TARGETS, "predictions": PREDICTIONS}
   found = TASK.metrics(totals, data, whole=True)
   assert found.keys() == {"loss_per_sample", *metrics, "score"}
