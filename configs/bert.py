@@ -2,9 +2,7 @@
 
 tiny
   Ten plays of Shakespeare that ship with the package: eight to train on, one (The Tempest) to
-  validate on. To reach: a masked accuracy of 0.20, where always the commonest token has 0.087, and
-  a unigram costs 5.721 nats a token. Of its 1,600 steps, the first 600 come to 0.208 and 4.715
-  nats (jax 0.10.2, on two CPU cores that others used).
+  validate on, in 8,000 pieces, so that most words are one. Target: a masked accuracy of 0.15.
 
 base
   Foundation Transformers (arXiv 2210.06423), section 4.2 and table 10: 12 layers of width 768, FFN
@@ -30,16 +28,17 @@ from magneto_jax.config import config_of_variant
 
 
 def tiny(config):
-  """A million parameters, a few minutes on two CPU cores."""
+  """1.5 million parameters, some minutes on two CPU cores."""
   config.task = "masked_lm"
   config.steps = 1600
   config.batch_size = 16
   config.eval_every = 200
   config.checkpoint_every = 400
   config.log_every = 25
-  config.model.layers = 4
+  config.model.layers = 2
   config.model.width = 128
   config.model.positions = "rotary"
+  config.data.vocab_size = 8000
   config.data.seq_length = 128
   config.optimizer.learning_rate = 4e-3
   config.optimizer.warmup_steps = 100

@@ -235,3 +235,17 @@ def test_a_config_at_scale_has_its_papers_sizes_and_can_be_cut_for_256_chips(fil
 def test_no_other_variant():
   with pytest.raises(ConfigError, match="has no 'huge', only tiny, magneto_24"):
     gpt.get_config("huge")
+
+
+@pytest.mark.parametrize(
+  "variant, start", [("tiny", "tiny"), ("mrpc", "base"), ("magneto_cola", "base")]
+)
+def test_a_classifier_has_the_sizes_of_the_model_that_it_starts_with(variant, start):
+  ours, theirs = (
+    from_config_dict(module.get_config(name))
+    for module, name in ((text_classification, variant), (bert, start))
+  )
+  for name in ("layers", "width", "ffn_width", "heads", "norm", "activation", "positions"):
+    assert getattr(ours.model, name) == getattr(theirs.model, name), name
+  assert (ours.recipe, ours.data.vocab_size) == (theirs.recipe, theirs.data.vocab_size)
+  assert ours.data.seq_length <= theirs.data.seq_length
