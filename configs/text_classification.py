@@ -54,16 +54,17 @@ def tiny(config):
   config.batch_size = 64
   config.eval_every = config.checkpoint_every = 125
   config.keep_best = True
+  config.ema = 0.98
   config.log_every = 25
   config.model.layers = 2
   config.model.width = 128
   config.model.positions = "rotary"
   config.model.pooling = "mean"
-  config.model.dropout = 0.2
+  config.model.dropout = 0.35
   config.data.vocab_size = 8000
   config.data.seq_length = 24
   config.data.too_long = "truncate"
-  config.optimizer.learning_rate = 1e-3
+  config.optimizer.learning_rate = 3e-3
   config.optimizer.schedule = "linear"
   config.optimizer.warmup_steps = 60
   config.optimizer.weight_decay = 0.1
