@@ -116,7 +116,7 @@ class Checkpointer:
   # ------------------------------------------------------------------------------------ Saving
 
   def save(self, step: int, trees: dict[str, Any], data, config: dict[str, Any]) -> None:
-    """Starts to save pytrees by part name, a Grain iterator's place and a JSON-able config.
+    """Starts to save trees of jax.Arrays by part name, a Grain iterator's place and a JSON config.
 
     Raises:
       CheckpointError: if it cannot, or could not save the step before.

@@ -128,7 +128,8 @@ def test_a_trained_run_is_exported(tmp_path):
   iterator = pipelines.train_iterator([{"x": np.zeros(1)}], batch_size=1, seed=0)
   with Checkpointer(runs.checkpoints_in(workdir)) as checkpointer:
     for step, variables in drawn.items():
-      checkpointer.save(step, {"params": variables["params"]}, iterator, {})
+      params = jax.tree.map(jax.numpy.asarray, variables["params"])
+      checkpointer.save(step, {"params": params}, iterator, {})
   tokens = np.arange(8)[None]
   apply = functools.cache(lambda model: jax.jit(model.apply))
   for step, flag in ((2, {}), (1, {"step": 1})):
