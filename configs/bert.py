@@ -3,6 +3,8 @@
 tiny
   Ten plays of Shakespeare that ship with the package: eight to train on, one (The Tempest) to
   validate on, in 8,000 pieces, so that most words are one. Target: a masked accuracy of 0.15.
+  Reached: 0.337, and 4.592 nats a token, after 5 min of training on two cores of an Intel Xeon
+  (2.8 GHz), otherwise idle, 28 November 2026, jax 0.10.2. Always the commonest token has 0.113.
 
 base
   Foundation Transformers (arXiv 2210.06423), section 4.2 and table 10: 12 layers of width 768, FFN

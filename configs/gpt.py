@@ -3,6 +3,8 @@
 tiny
   Ten plays of Shakespeare that ship with the package: eight to train on, one (The Tempest) to
   validate on. The command at the top of the README. Target: 2.456 bits a byte.
+  Reached: that, and 3.708 nats a token, after 4 min 15 s of training on two cores of an AMD EPYC
+  (AVX-512), otherwise idle, 25 November 2026, jax 0.10.2.
 
 magneto_24, magneto_48, magneto_72
   Foundation Transformers (arXiv 2210.06423), section 4.1 and table 9: width 1024, FFN 3072 (as
