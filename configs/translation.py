@@ -2,7 +2,9 @@
 
 tiny
   The 5,265 English-German pairs that ship with the package (Debian Administrator's Handbook), 300
-  others to validate on. Target: 2.8 nats a token.
+  others to validate on. Target: 2.8 nats a token. Reached: 2.825, which misses it, a perplexity of
+  16.9, after 15 min 10 s of training on two cores of an Intel Xeon (2.8 GHz), otherwise idle, 28
+  November 2026, jax 0.10.2. With a beam of 5 it writes validation sources at BLEU 7.5, chrF 29.8.
   Baselines, of `python -m benchmarks.translation_baselines`: 6.372 nats a token by the counts of
   the training targets' tokens, 5.245 by a dictionary learnt with IBM model 1 from the same pairs.
   What that dictionary writes word for word scores BLEU 15.4 and chrF 49.7 (copying the source 8.8
