@@ -54,7 +54,7 @@ from magneto_jax.config import config_of_variant
 def tiny(config):
   """1.2 million parameters, a quarter of an hour on two CPU cores."""
   config.task = "translation"
-  config.steps = 2500
+  config.steps = 3000
   config.batch_size = 16
   config.label_smoothing = 0.1
   config.eval_every = config.checkpoint_every = 250
