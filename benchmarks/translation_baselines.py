@@ -168,7 +168,7 @@ def nats_per_token(
 def tiny_data(folder: pathlib.Path) -> pairs.PairData:
   """The tiny config's data, from a run's folder of data or a new one."""
   config = from_config_dict(translation.get_config("tiny"))
-  return TASKS[config.task].load_data(config.data, folder)
+  return TASKS[config.task].load_data(config, folder)
 
 
 def main() -> None:

@@ -210,8 +210,10 @@ OF_SOME_TASKS: dict[str, tuple[str, ...]] = {
 
 
 def tasks_reading(name: str) -> tuple[str, ...] | None:
-  """The tasks that alone read a field; None if all do."""
-  return OF_SOME_TASKS.get(name, OF_SOME_TASKS.get(name.partition(".")[0]))
+  """The tasks that alone read a field, or the group that it is in; None if all do."""
+  while name not in OF_SOME_TASKS and "." in name:
+    name = name.rpartition(".")[0]
+  return OF_SOME_TASKS.get(name)
 
 
 # Names of data that are the user's own files, and the tasks that read such.

@@ -110,7 +110,7 @@ def diagnose(
   config = variant(config, config.recipe, depth)
   task = TASKS[config.task]
   with tempfile.TemporaryDirectory() as scratch, config_errors():
-    data = task.load_data(config.data, pathlib.Path(scratch), None)
+    data = task.load_data(config, pathlib.Path(scratch), None)
     facts = task.facts(data)
     parts = diagnostics.parts_of(task.build_model(config, facts))
     if len(parts) != 1:

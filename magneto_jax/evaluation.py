@@ -255,13 +255,13 @@ def load_split(opened: Opened, split: str) -> Data:
     ConfigError: if the data are not the run's, or have no such split.
   """
   config, record = opened.record.config, opened.record
-  task, expected, asked = TASKS[config.task], record.data, config.data
+  task, expected, asked = TASKS[config.task], record.data, config
   # Of another split it is not the run's validation set that is expected.
   others = () if split == "validation" else ("validation", "left_out")
   if others:
-    asked = dataclasses.replace(
-      asked, validation_split=config.data.train_split if split == "train" else split
-    )
+    named = config.data.train_split if split == "train" else split
+    data_config = dataclasses.replace(config.data, validation_split=named)
+    asked = dataclasses.replace(config, data=data_config)
   expected = {name: value for name, value in expected.items() if name not in others}
   directory = runs.data_in(opened.workdir)
   with config_errors():

@@ -64,13 +64,12 @@ def prepare(
   with config_errors():
     mesh = sharding.make_mesh(config.mesh.sizes())
     rows = sharding.rows_of_process(mesh, config.batch_size)
-    data_config = config.data
+    asked = config
     if tokenizer_file:
-      data_config = dataclasses.replace(data_config, tokenizer_file=tokenizer_file)
+      data_config = dataclasses.replace(config.data, tokenizer_file=tokenizer_file)
+      asked = dataclasses.replace(config, data=data_config)
     # The first host leaves the tokenizer and the token files where the others find them.
-    data = distributed.on_first(
-      lambda: task.load_data(data_config, directory, earlier and earlier.data)
-    )
+    data = distributed.on_first(lambda: task.load_data(asked, directory, earlier and earlier.data))
   # As JSON gives it back: tuples are lists.
   identity, rewinds = json.loads(json.dumps(data.identity)), earlier.rewinds if earlier else ()
   record = runs.Record(config, identity, task.facts(data), rewinds)

@@ -40,7 +40,7 @@ def write_run(workdir, texts, *, scales=(1.0,)) -> None:
   sizes = {"layers": 1, "width": 16, "ffn_width": 16, "heads": 2}
   config = from_config_dict({"model": sizes, "data": data, "batch_size": 4, "accumulation": 2})
   task = TASKS[config.task]
-  loaded = task.load_data(config.data, runs.data_in(workdir))
+  loaded = task.load_data(config, runs.data_in(workdir))
   record = runs.Record(config, dict(loaded.identity), task.facts(loaded))
   runs.write_record(workdir, record)
   model = task.build_model(config, record.facts)

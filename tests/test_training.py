@@ -178,7 +178,7 @@ def bigrams(monkeypatch):
 def replayed(config, workdir, skip=()):
   """The run from its definition: the data, the last state, and the metrics of every step."""
   task = TASKS[config.task]
-  data = task.load_data(config.data, runs.data_in(workdir))
+  data = task.load_data(config, runs.data_in(workdir))
   model = task.build_model(config, task.facts(data))
   optimizer, _ = program.make_optimizer(config.optimizer, config.steps)
   options = {"model": model, "optimizer": optimizer, "ema": config.ema}
@@ -421,9 +421,7 @@ def test_a_recipe_of_the_runs_text_is_loaded_as_it_was_trained(tmp_path):
   config = tiny(**options, model={**TINY["model"], "layers": 3, "positions": "learned"})
   training.train(config, tmp_path)
   record = runs.read_record(tmp_path)
-  tokens = np.asarray(
-    TASKS["causal_lm"].load_data(config.data, runs.data_in(tmp_path)).train.tokens
-  )
+  tokens = np.asarray(TASKS["causal_lm"].load_data(config, runs.data_in(tmp_path)).train.tokens)
   same = np.sum((np.unique(tokens, return_counts=True)[1] / len(tokens)) ** 2)
   assert record.facts == {"vocab_size": 260, "token_correlation": pytest.approx(same, rel=1e-12)}
   loaded, _ = runs.load(tmp_path)

@@ -160,11 +160,11 @@ def sizes(model: ModelConfig) -> dict[str, Any]:
 
 
 def load_text(
-  config: DataConfig, directory: str | os.PathLike, expected: Mapping[str, Any] | None = None
+  config: TrainConfig, directory: str | os.PathLike, expected: Mapping[str, Any] | None = None
 ) -> text.TextData:
   """Documents, tokenizer and token windows; what is derived is kept in `directory`."""
   # What language models alone read, masked or not.
-  values = data_options(config, "causal_lm")
+  values = data_options(config.data, "causal_lm")
   return text.load_text(workdir=directory, expected=expected, **values)
 
 
@@ -213,7 +213,7 @@ def refuse_window(config: TrainConfig) -> None:
 def without_data(name: str, **own) -> Task:
   """A task whose data have no source here: it can be planned; `own` is all that is its own."""
 
-  def load_data(config: DataConfig, directory, expected=None):
+  def load_data(config: TrainConfig, directory, expected=None):
     raise ConfigError(
       f"config.task={name!r} can be planned, and its model diagnosed (diagnostics.diagnose), but"
       " not trained yet: no source of its data is built in"

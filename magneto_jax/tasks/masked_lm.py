@@ -45,10 +45,10 @@ def recipe(config: TrainConfig, facts: Facts) -> records.Stack:
 
 
 def load_data(
-  config: DataConfig, directory: str | os.PathLike, expected: Mapping[str, Any] | None = None
+  config: TrainConfig, directory: str | os.PathLike, expected: Mapping[str, Any] | None = None
 ) -> masking.MaskedText:
   """Documents, tokenizer and windows to mask; what is derived is kept in `directory`."""
-  return masking.MaskedText.of(common.load_text(config, directory, expected), **_rates(config))
+  return masking.MaskedText.of(common.load_text(config, directory, expected), **_rates(config.data))
 
 
 def _rates(config: DataConfig) -> dict[str, float]:

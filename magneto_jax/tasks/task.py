@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from magneto_jax.config import DataConfig, TrainConfig
+from magneto_jax.config import TrainConfig
 from magneto_jax.decoding import Translator
 from magneto_jax.theory.records import Architecture
 
@@ -58,7 +58,7 @@ class Task(NamedTuple):
   """What a batch is, its loss and its metrics.
 
   Attributes:
-    load_data: `(config.data, directory for what is derived from it, identity that the data must
+    load_data: `(config, directory for what is derived from it, identity that the data must
       have or None) -> data`.
     facts: `data -> {name: number}`: what a model must know of its data, kept beside its weights.
     describe: `(config, facts) -> lines` that say in words what the config's recipe does.
@@ -93,7 +93,7 @@ class Task(NamedTuple):
       for none.
   """
 
-  load_data: Callable[[DataConfig, pathlib.Path, Mapping[str, Any] | None], Data]
+  load_data: Callable[[TrainConfig, pathlib.Path, Mapping[str, Any] | None], Data]
   facts: Callable[[Data], Facts]
   describe: Callable[[TrainConfig, Facts], list[str]]
   build_model: Callable[[TrainConfig, Facts], nn.Module]

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from magneto_jax.config import ConfigError, DataConfig, TrainConfig
+from magneto_jax.config import ConfigError, TrainConfig
 from magneto_jax.data import labelled, sentences
 from magneto_jax.models.classifier import TextClassifier
 from magneto_jax.models.encoder import Encoder
@@ -208,10 +208,10 @@ def batch_spec(config: TrainConfig) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def load_data(
-  config: DataConfig, directory: str | os.PathLike, expected: Mapping[str, Any] | None = None
+  config: TrainConfig, directory: str | os.PathLike, expected: Mapping[str, Any] | None = None
 ) -> sentences.SentenceData:
   """Rows of tokens and labels; the tokenizer is kept in `directory`."""
-  values = common.data_options(config, "text_classification")
+  values = common.data_options(config.data, "text_classification")
   return sentences.load_sentences(workdir=directory, expected=expected, **values)
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from magneto_jax import sharding
-from magneto_jax.config import DataConfig, TrainConfig
+from magneto_jax.config import TrainConfig
 from magneto_jax.data import pairs, scores
 from magneto_jax.data.tokenizers import Tokenizer
 from magneto_jax.decoding import Translator
@@ -38,10 +38,10 @@ _SHOWN = 3
 
 
 def load_data(
-  config: DataConfig, directory: str | os.PathLike, expected: Mapping[str, Any] | None = None
+  config: TrainConfig, directory: str | os.PathLike, expected: Mapping[str, Any] | None = None
 ) -> pairs.PairData:
   """Pairs, tokenizer and packed rows; what is derived is kept in `directory`."""
-  values = common.data_options(config, "translation")
+  values = common.data_options(config.data, "translation")
   return pairs.load_pairs(workdir=directory, expected=expected, **values)
 
 

@@ -134,7 +134,7 @@ def test_the_correlation_is_counted_in_the_training_text(counted, tmp_path, monk
   (tmp_path / "b.txt").write_text("zzz " * 40)
   files = {"train_files": f"{tmp_path}/a.txt", "validation_files": f"{tmp_path}/b.txt"}
   files |= {"name": "text_files", "tokenizer": "byte", "seq_length": 16}
-  data = TASK.load_data(from_config_dict({"data": files}).data, tmp_path / "run")
+  data = TASK.load_data(from_config_dict({"data": files}), tmp_path / "run")
   found = TASK.facts(data)
   tokens = np.asarray(data.train.tokens)[:counted]
   assert len(tokens) == min(counted, 42 * 5 + 2)
@@ -281,6 +281,6 @@ def test_files_are_separated_by_commas(tmp_path):
   files = {"train_files": f"{tmp_path}/a.txt , {tmp_path}/b.txt,", "tokenizer": "byte"}
   files |= {"name": "text_files", "validation_files": f"{tmp_path}/c.txt", "seq_length": 16}
   config = from_config_dict({"data": files})
-  data = TASK.load_data(config.data, tmp_path / "run")
+  data = TASK.load_data(config, tmp_path / "run")
   assert (data.train_bytes, data.validation_bytes) == (2 * 9 * 11, 9 * 11)
   assert TASK.facts(data)["vocab_size"] == 260

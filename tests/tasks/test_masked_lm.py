@@ -241,7 +241,7 @@ def text_config(directory, **fields):
 def loaded(tmp_path_factory):
   directory = tmp_path_factory.mktemp("text")
   config = text_config(directory, batch_size=3)
-  return config, TASK.load_data(config.data, directory / "run")
+  return config, TASK.load_data(config, directory / "run")
 
 
 def test_planned_facts_and_batches_are_those_of_the_data(loaded):
@@ -264,7 +264,7 @@ def test_planned_facts_and_batches_are_those_of_the_data(loaded):
 def test_the_configs_shares_reach_the_masks(tmp_path):
   data = {"mask_rate": 0.4, "mask_keep": 0.2, "mask_random": 0.3, "tokenizer": "byte"}
   config = config_of(data=data)
-  found = TASK.load_data(config.data, tmp_path).augment
+  found = TASK.load_data(config, tmp_path).augment
   assert found == masking.Masking(0.4, 0.2, 0.3, 260)
 
 

@@ -62,7 +62,7 @@ def test_planned_facts_and_batches_are_those_of_the_data(tokenizer, size, tmp_pa
   files |= {"tokenizer": tokenizer, "vocab_size": 300, "seq_length": 16}
   config = from_config_dict({"batch_size": 3, "data": files})
   task = TASKS["causal_lm"]
-  data = task.load_data(config.data, tmp_path / "run")
+  data = task.load_data(config, tmp_path / "run")
   facts, planned = task.facts(data), task.planned_facts(config)
   assert planned.keys() == facts.keys()
   assert planned["vocab_size"] == facts["vocab_size"] == size
@@ -87,7 +87,7 @@ def test_a_vocabulary_that_is_a_file_cannot_be_planned():
 def test_without_data_a_task_says_what_it_can_do(tmp_path):
   config = config_of("beit3")
   with pytest.raises(ConfigError, match="task='beit3' can be planned, .* not trained yet") as e:
-    TASKS["beit3"].load_data(config.data, tmp_path)
+    TASKS["beit3"].load_data(config, tmp_path)
   assert "\n" not in str(e.value)
   with pytest.raises(ConfigError, match="there are no data"):
     TASKS["beit3"].facts(None)

@@ -118,7 +118,7 @@ def test_fields_reach_the_model_or_are_refused():
 
 def test_planned_facts_and_batches_are_those_of_the_data(tmp_path):
   config = config_of(batch_size=3, data={"tokenizer": "byte", "seq_length": 96})
-  data = TASK.load_data(config.data, tmp_path)
+  data = TASK.load_data(config, tmp_path)
   facts, planned = TASK.facts(data), TASK.planned_facts(config)
   assert planned.keys() == facts.keys() and facts["classes"] == planned["classes"] == 8
   assert facts["vocab_size"] == planned["vocab_size"] == 260
@@ -201,7 +201,7 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(bags, tmp_path, capsys):
   assert f"score, at step {best}: magneto_jax.load(" in capsys.readouterr().out
 
   model, variables = magneto_jax.load(workdir, step="best")
-  data = TASK.load_data(config.data, runs.data_in(workdir))
+  data = TASK.load_data(config, runs.data_in(workdir))
   measure = functools.partial(TASK.measured, model, variables["params"])
   batch = {
     name: np.stack([data.validation[i][name] for i in range(30)]) for name in data.validation[0]

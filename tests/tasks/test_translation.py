@@ -177,7 +177,7 @@ def loaded(tmp_path):
       },
     }
   )
-  return config, TASK.load_data(config.data, tmp_path / "run")
+  return config, TASK.load_data(config, tmp_path / "run")
 
 
 def test_every_field_of_the_data_that_pairs_read_reaches_them(loaded, monkeypatch):
@@ -185,7 +185,7 @@ def test_every_field_of_the_data_that_pairs_read_reaches_them(loaded, monkeypatc
   assert (len(data.train_pairs), len(data.validation_pairs)) == (15, 5)
   given = {}
   monkeypatch.setattr(translation.pairs, "load_pairs", lambda **options: given.update(options))
-  TASK.load_data(config.data, "a folder", {"of": "an earlier run"})
+  TASK.load_data(config, "a folder", {"of": "an earlier run"})
   fields = {field.name for field in dataclasses.fields(config.data)}
   others = {n for n, tasks in OF_SOME_TASKS.items() if "translation" not in tasks}
   of_texts = {name.removeprefix("data.") for name in others}
@@ -345,7 +345,7 @@ def test_an_evaluation_says_what_it_is_of(tmp_path, monkeypatch, capsys):
   data = {f"{name}_files": f"{tmp_path}/{name}.tsv" for name in ("train", "validation")}
   data |= {"name": "pair_files", "tokenizer": "byte", "seq_length": 20, "too_long": "skip"}
   config = config_of(data=data, batch_size=2, beam={"size": 3})
-  loaded = TASK.load_data(config.data, runs.data_in(tmp_path / "run"))
+  loaded = TASK.load_data(config, runs.data_in(tmp_path / "run"))
   record = runs.Record(config, dict(loaded.identity), TASK.facts(loaded))
   runs.write_record(tmp_path / "run", record)
   model = TASK.build_model(config, record.facts)
