@@ -83,6 +83,7 @@ def the_only_one(workdir: str | pathlib.Path) -> Iterator[None]:
   import fcntl  # Not on Windows.
 
   path = pathlib.Path(workdir) / ".lock"
+  made = not path.parent.exists()
   path.parent.mkdir(parents=True, exist_ok=True)
   handle = os.open(path, os.O_RDWR | os.O_CREAT)
   try:
@@ -95,6 +96,9 @@ def the_only_one(workdir: str | pathlib.Path) -> Iterator[None]:
         ) from None
     yield
   finally:
+    # A command that was refused leaves no folder.
+    if made and os.listdir(path.parent) == [path.name]:
+      shutil.rmtree(path.parent)
     os.close(handle)
 
 

@@ -79,10 +79,10 @@ def test_twenty_steps_equal_ten_a_new_process_and_ten(tmp_path):
   assert [row["step"] for row in rows if "train/loss" in row] == [10, 20]
 
 
-def start_run(workdir, changes, *, devices: int, processes: int = 1) -> list[str]:
+def start_run(workdir, changes, *flags, devices: int, processes: int = 1) -> list[str]:
   """What each process of a run prints."""
   command = [sys.executable, "-m", "magneto_jax.train", "--config=configs/gpt.py:tiny"]
-  command += [f"--workdir={workdir}", *numbers.flags(changes)]
+  command += [f"--workdir={workdir}", *numbers.flags(changes), *flags]
   environment = simulated.devices(devices)
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
@@ -126,6 +126,25 @@ def test_a_run_of_two_hosts_is_that_of_one_and_goes_on_on_another_number(
   assert [s["devices"] for s in summaries] == [4, 4]
   measured = [0, 2, 4, 6] if diagnostics_every else []
   assert [row["step"] for row in monitor.read(two)] == measured
+
+
+@pytest.mark.slow
+def test_seeds_of_a_pretrained_encoder_are_on_two_hosts_those_of_one(tmp_path):
+  model = {**TINY["model"], "positions": "learned"}
+  bert, one, two = tmp_path / "bert", tmp_path / "one", tmp_path / "two"
+  start_run(bert, {**TINY, "task": "masked_lm", "model": model, "steps": 2}, devices=1)
+  data = {**TINY["data"], "too_long": "truncate"}
+  own = {"task": "text_classification", "init_from": str(bert), "keep_best": True}
+  changes = {**TINY, **own, "model": model, "data": data}
+  start_run(one, changes, "--seeds=0,1", devices=2)
+  first, second = start_run(two, changes, "--seeds=0,1", devices=1, processes=2)
+  assert "2 seeds: 0, 1" in first and "seeds" not in second
+  a, b = (json.loads((workdir / "seeds.json").read_text()) for workdir in (one, two))
+  assert a["seeds"] == b["seeds"] == [0, 1]
+  name = "validation_loss_per_sample"
+  values = a["metrics"][name]["values"]
+  assert values == pytest.approx(b["metrics"][name]["values"], rel=1e-4)
+  assert values[0] != values[1]
 
 
 @pytest.mark.ci
