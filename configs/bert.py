@@ -32,7 +32,7 @@ from magneto_jax.config import config_of_variant
 def tiny(config):
   """1.5 million parameters, some minutes on two CPU cores."""
   config.task = "masked_lm"
-  config.steps = 3200
+  config.steps = 1600
   config.batch_size = 16
   config.eval_every = 200
   config.checkpoint_every = 400

@@ -107,6 +107,8 @@ def test_every_number_has_a_range_on_both_sides():
     ("init_from", "runs/bert", r"init_from is not read with config.task='causal_lm', only with"),
     ("data.too_long", "truncate", r"data.too_long is not read with config.task='causal_lm', only"),
     ("data.too_long", "cut", r"data.too_long='cut' must be one of refuse, skip, trunc"),
+    ("data.token_dropout", 1.0, r"config.data.token_dropout=1.0 must be below 1.0"),
+    ("data.token_dropout", 0.1, r"token_dropout is not read with config.task='causal_lm', only"),
     ("data.label_scale", 0.0, r"config.data.label_scale=0.0 must be above 0.0"),
     ("model.image_size", 32, r"image_size is not read with config.task='causal_lm', only with 'be"),
     ("model.patch_size", 15, r"patch_size=15 must divide model.image_size=224"),
