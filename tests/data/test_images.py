@@ -80,7 +80,7 @@ def test_the_embedded_digits_are_those_of_the_file():
   assert data.describe() == "4,000 training and 500 validation images, 10 classes"
   sample = data.validation[3]
   np.testing.assert_allclose(sample["image"][..., 0], pixels[3] / 127.5 - 1, atol=1e-6)
-  assert data.show(sample) == f"28 x 28 pixels of '{labels[3]}'"
+  assert data.show(sample) == f"28 x 28 pixels: {labels[3]}"
 
 
 def test_the_embedded_emoji_are_those_of_the_table():
@@ -587,16 +587,16 @@ def test_a_damaged_prepared_image_is_named(prepared, tmp_path):
     content = bytearray(whole)
     content[at] ^= 1
     shard.write_bytes(content)
-    read, wrong = load("tiny_images", data_dir=str(tmp_path)).train, []
+    wrong = []
     for i in range(12):
-      try:
-        assert read[i]["image"].shape == (5, 7, 3)
+      try:  # The first is read to see whether it has a label.
+        assert load("tiny_images", data_dir=str(tmp_path)).train[i]["image"].shape == (5, 7, 3)
       except documents.BadRecord as error:
         wrong.append(str(error))
-    assert len(wrong) <= 1
+    assert len(wrong) <= 1 or len({*wrong}) == 1
     for record in wrong:
       assert re.match(rf"{re.escape(str(shard))}: record \d+ cannot be read \(", record)
-    lost += len(wrong)
+    lost += len({*wrong})
   assert lost
 
 
@@ -668,7 +668,7 @@ def test_evaluation_batches_are_filled_up_with_weights_of_nothing(folder):
 def test_a_mixed_sample_tells_both_labels():
   data = load("embedded/mnist5k")
   sample = data.validation[0] | {"label": np.int32(3), "other_label": np.int32(5)}
-  assert data.show(sample | {"share": np.float32(0.75)}) == "8 x 8 pixels of '3', 25% of '5'"
+  assert data.show(sample | {"share": np.float32(0.75)}) == "8 x 8 pixels: 75% 3, 25% 5"
   assert data.show({"image": sample["image"]}) == "8 x 8 pixels"
 
 
