@@ -312,13 +312,13 @@ def draw_images(
 
   rows = -(-len(images) // columns)
   figure = Figure(figsize=(1.5 * columns, 1.75 * rows + 0.5), dpi=120, layout="constrained")
-  grid = figure.subplots(rows, columns, squeeze=False).flat
+  grid = list(figure.subplots(rows, columns, squeeze=False).flat)
   for axes in grid:
     axes.set_axis_off()
   for axes, image, caption in zip(grid, images, captions, strict=False):
     axes.imshow(image, interpolation="nearest")
     # Two lines of as many letters as there is room for; names may hold what TeX takes for formulae.
-    lines = textwrap.wrap(caption, 20, max_lines=2, placeholder="...")
+    lines = textwrap.wrap(caption, 26, max_lines=2, placeholder="...")
     axes.set_title("\n".join(lines), fontsize=7, parse_math=False)
   figure.suptitle(title, parse_math=False)
   figure.savefig(path)
