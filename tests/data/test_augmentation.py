@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from magneto_jax.config import AugmentConfig
+from magneto_jax.config import AugmentConfig, DataConfig
 from magneto_jax.data import augmentation, images
 
 RNG = np.random.default_rng
@@ -403,6 +403,12 @@ def test_every_field_of_the_config_reaches_the_view():
     assert value in [getattr(part, name) for part in holders], name
   assert made.spatial.fill == (124, 116, 104) and made.spatial.eval_crop == 0.875
   assert view(AugmentConfig()).mix is None
+
+
+def test_the_config_names_what_there_is():
+  of = lambda record, name: record.__dataclass_fields__[name].metadata["choices"]
+  assert of(AugmentConfig, "rand_augment_set") == tuple(augmentation.RAND_AUGMENT_SETS)
+  assert of(DataConfig, "normalization") == tuple(augmentation.NORMALIZATIONS)
 
 
 def test_without_augmentation_training_sees_what_an_evaluation_sees():
