@@ -386,7 +386,7 @@ class DataConfig(_Checked):
   )
   prefetch: int = _field(2, "batches placed on the devices ahead of the step", min=0, max=1024)
   skip_bad: int = _field(
-    0, "damaged documents or images that are left out, counted and logged; one more ends the run", min=0
+    0, "damaged texts or images that are left out, counted and logged; one more ends the run", min=0
   )
 
   def __post_init__(self):

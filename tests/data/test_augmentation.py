@@ -112,6 +112,24 @@ def test_the_central_square_is_that_of_the_middle():
   assert augmentation.central_square(picture(1, 7), 5, 0.3).shape == (5, 5, 3)
 
 
+@pytest.mark.parametrize("share", (1.0, 0.875, 0.9))
+def test_what_the_central_square_leaves_out_is_not_computed(share):
+  """It is none the less what is cut from the whole image, resized; also of a thread of pixels."""
+  rng = RNG(0)
+  for _ in range(40):
+    height, width, size = map(int, rng.integers(1, 60, 3))
+    image, short = picture(height, width), int(size / share)
+    shape = [int(short * extent / min(height, width)) for extent in (width, height)]
+    whole = np.asarray(Image.fromarray(image).resize(shape, Image.Resampling.BICUBIC))
+    top, left = (round((extent - size) / 2) for extent in whole.shape[:2])
+    ours = augmentation.central_square(image, size, share)
+    exact = whole[top : top + size, left : left + size]
+    wrong = np.abs(ours.astype(int) - exact)  # Pillow's boxes are float32, and it rounds twice.
+    assert wrong.max() <= 2 and wrong.mean() < 0.05
+  thread = np.zeros((1, 2_000_000, 3), np.uint8)
+  assert augmentation.central_square(thread, 64, share).shape == (64, 64, 3)
+
+
 def test_a_flip_and_a_crop():
   image = picture()
   np.testing.assert_array_equal(augmentation.flip(image), image[:, ::-1])
