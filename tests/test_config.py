@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import math
 import random
 import subprocess
@@ -109,6 +110,15 @@ def test_every_number_has_a_range_on_both_sides():
     ("data.too_long", "cut", r"data.too_long='cut' must be one of refuse, skip, trunc"),
     ("data.token_dropout", 1.0, r"config.data.token_dropout=1.0 must be below 1.0"),
     ("data.token_dropout", 0.1, r"token_dropout is not read with config.task='causal_lm', only"),
+    ("data.augment.crop_scale", 0.0, r"config.data.augment.crop_scale=0.0 must be above 0.0"),
+    ("data.augment.flip", 1.5, r"config.data.augment.flip=1.5 must be at most 1.0"),
+    ("data.augment.flip", 0.5, r"data.augment.flip is not read with config.task='causal_lm', only"),
+    ("data.augment.rand_augment_std", 0.1, r"_std is not read without data.augment.rand_augment:"),
+    ("data.augment.mix_rate", 0.5, r"mix_rate is not read without data.augment.mixup or data.augm"),
+    ("data.augment.cutmix_share", 0.1, r"share is not read without data.augment.mixup and data.a"),
+    ("data.eval_crop", 0.0, r"config.data.eval_crop=0.0 must be above 0.0"),
+    ("data.normalization", "imagenette", r"must be one of half, imagenet; did you mean imagenet"),
+    ("data.image_key", "x", r"data.image_key is not read with config.task='causal_lm', only with"),
     ("data.label_scale", 0.0, r"config.data.label_scale=0.0 must be above 0.0"),
     ("model.image_size", 32, r"image_size is not read with config.task='causal_lm', only with 'be"),
     ("model.patch_size", 15, r"patch_size=15 must divide model.image_size=224"),
@@ -291,7 +301,7 @@ def test_differing_fields_leave_out_how_long_and_how_often():
     group, _, leaf = name.rpartition(".")
     # Past the checks: the new value need not be a sensible one.
     new = copy.deepcopy(old)
-    owner = getattr(new, group) if group else new
+    owner = functools.reduce(getattr, group.split(".") if group else (), new)
     object.__setattr__(owner, leaf, 2 * value or 1)
     found = config_lib.differing_fields(old, new)
     assert set(found) == {name} - MAY_DIFFER

@@ -89,6 +89,7 @@ class SentenceData:
     bad_records: the rows that were left out: file, line, and what is wrong.
     identity: JSON-able values that name all of this exactly.
     augment: `leave_out` of training rows, or None.
+    mix: nothing.
   """
 
   train: EncodedRows
@@ -102,6 +103,7 @@ class SentenceData:
   bad_records: tuple[str, ...]
   identity: Mapping[str, Any]
   augment: Callable[[Sample, np.random.Generator], Sample] | None = None
+  mix: None = None
 
   def describe(self) -> str:
     """Samples, classes, padding, and what a person may not expect of them."""
