@@ -193,7 +193,9 @@ OF_SOME_TASKS: dict[str, tuple[str, ...]] = {
   "model.image_vocab_size": ("beit3",),
   "model.pooling": ("text_classification",),
   "model.tied_embeddings": (*_LANGUAGE_MODELS, "translation", "beit3"),
-  "data.mask_rate": ("masked_lm",),
+  "image_tokenizer": ("masked_image",),
+  "data.mask_rate": ("masked_lm", "masked_image"),
+  "data.mask_block": ("masked_image",),
   "data.mask_keep": ("masked_lm",),
   "data.mask_random": ("masked_lm",),
   "data.document_separator": _LANGUAGE_MODELS,
@@ -293,11 +295,17 @@ class DataConfig(_Checked):
   tokenizer_file: str = _field("", "a sentencepiece model to load instead of training one")
   seq_length: int = _field(256, "T, tokens a sample", min=2, max=_LONGEST)
   mask_rate: float = _field(
-    0.15, "share of a masked language model's tokens that are predicted", above=0.0, below=1.0
+    0.15,
+    "share of a masked model's tokens, or of an image's patches, that are predicted",
+    above=0.0,
+    below=1.0,
   )
   mask_keep: float = _field(0.1, "share of those that are read as they are", min=0.0, max=1.0)
   mask_random: float = _field(
     0.1, "share of those that are read as a random token; the rest are hidden", min=0.0, max=1.0
+  )
+  mask_block: int = _positive(
+    16, "patches of the smallest block of an image that is hidden as one", _LONGEST
   )
   cache_dir: str = _field("", "where token files are kept; empty: in the workdir")
   workers: int = _field(
@@ -455,6 +463,10 @@ class TrainConfig(_Checked):
     "",
     "a pre-trained run's workdir, or a converted model's folder, whose encoder a fresh run starts"
     " with; empty: none",
+  )
+  image_tokenizer: str = _field(
+    "",
+    "the workdir of a run of task image_tokenizer, whose tokens a fresh run's targets are",
   )
   seed: int = _field(0, "of the parameters, the data's order and dropout", min=0, max=2**32 - 1)
   steps: int = _positive(1000, "optimizer steps")

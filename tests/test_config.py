@@ -87,6 +87,9 @@ def test_every_number_has_a_range_on_both_sides():
     ("data.train_files", "a.txt", r"are not read with data.name='embedded': set data.name=text_fi"),
     ("data.mask_rate", 0.0, r"config.data.mask_rate=0.0 must be above 0.0"),
     ("data.mask_rate", 0.2, r"data.mask_rate is not read with config.task='causal_lm', only with"),
+    ("data.mask_block", 0, r"config.data.mask_block=0 must be at least 1"),
+    ("data.mask_block", 4, r"mask_block is not read with config.task='causal_lm', only with 'mask"),
+    ("image_tokenizer", "runs/i", r"image_tokenizer is not read with config.task='causal_lm', onl"),
     ("data", {"mask_keep": 0.6, "mask_random": 0.5}, r"mask_random=0.5 are shares of the same"),
     ("data.name", "pair_files", r"only with 'translation': set data.name=text_files$"),
     (

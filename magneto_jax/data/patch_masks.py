@@ -4,10 +4,14 @@ Reference: BEiT, arXiv 2106.08254, section 2.3 and algorithm 1, as its code has 
 2208.06366, whose code makes the number exact.
 """
 
+import dataclasses
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+
+from magneto_jax.data import images, masking
 
 Sample = dict[str, np.ndarray]
 
@@ -109,3 +113,28 @@ def count_of(rate: float, patches: int) -> int:
       " hidden and some are seen"
     )
   return count
+
+
+class MaskedView(NamedTuple):
+  """An augmentation of whole images, and then a mask.
+
+  Attributes:
+    view: `(sample, generator) -> sample`.
+    masks: the masks.
+  """
+
+  view: Callable[[Sample, np.random.Generator], Sample]
+  masks: PatchMasks
+
+  def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+    return self.masks(self.view(sample, rng), rng)
+
+
+def masked(data: images.ImageData, masks: PatchMasks) -> images.ImageData:
+  """Images with masks: in training anew each time, in validation of the index alone."""
+  return dataclasses.replace(
+    data,
+    augment=MaskedView(data.augment, masks),
+    validation=masking.FixedMasks(data.validation, masks),
+    identity={**data.identity, "masks": masks._asdict()},
+  )

@@ -61,7 +61,7 @@ class MaskedImageModel(nn.Module, kw_only=True):
     *,
     masked_BP: jax.Array | None = None,
     places_BK: jax.Array | None = None,
-    scored: bool = False,
+    targets: bool = False,
     return_hidden_states: bool = False,
     deterministic: bool = True,
     **kwargs,
@@ -72,7 +72,7 @@ class MaskedImageModel(nn.Module, kw_only=True):
       images_BHWC: pixels, scaled as the tokenizer was trained.
       masked_BP: True for the patches, read row by row, that are hidden.
       places_BK: integers in [0, P): these patches alone go through the head; by default all, K = P.
-      scored: whether -log p of the tokenizer's tokens comes out, and not the logits.
+      targets: whether the tokenizer's tokens are the targets: then -log p of them comes out.
       return_hidden_states: whether to return the stream as well.
       deterministic: False switches dropout on and needs an rng named `dropout`.
       **kwargs: see `Encoder`.
@@ -102,7 +102,7 @@ class MaskedImageModel(nn.Module, kw_only=True):
     table = TokenTable(self.vocab_size, h_BKD.shape[-1], name="output_embedding")
     bias_V = self.param("head_bias", nn.initializers.zeros, (self.vocab_size,))
     targets_BK = None
-    if scored:
+    if targets:
       targets_BK = self.tokens(images_BHWC)
       if places_BK is not None:
         targets_BK = jnp.take_along_axis(targets_BK, places_BK, axis=1)

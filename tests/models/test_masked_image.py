@@ -86,7 +86,7 @@ def test_the_model_is_its_formula_in_float64(class_token):
     @compiled
     def both(params):
       variables = {"params": params, "state": STATE}
-      return [model.apply(variables, images, **inputs, scored=scored) for scored in (False, True)]
+      return [model.apply(variables, images, **inputs, targets=targets) for targets in (False, True)]
 
     logits, nats = map(np.asarray, both(params))
   own = params["encoder"]
@@ -124,7 +124,7 @@ def test_a_hidden_patch_reaches_nothing(drawn):
   def gradients(images):
     all_of = lambda x: jnp.sum(model.apply(variables, x, masked_BP=MASKED) * noise)
     loss = lambda x: jnp.sum(
-      model.apply(variables, x, masked_BP=MASKED, places_BK=PLACES, scored=True)
+      model.apply(variables, x, masked_BP=MASKED, places_BK=PLACES, targets=True)
     )
     return jax.grad(all_of)(images), jax.grad(loss)(images)
 
@@ -142,7 +142,7 @@ def test_the_loss_is_of_the_hidden_patches_tokens(drawn):
   other = np.where(hidden, -IMAGES, IMAGES)
   inputs = {"masked_BP": MASKED, "places_BK": PLACES}
   run = compiled(
-    lambda x: [model.apply(variables, x, **inputs, scored=scored) for scored in (False, True)]
+    lambda x: [model.apply(variables, x, **inputs, targets=targets) for targets in (False, True)]
   )
   (logits, nats), (others, other_nats) = run(IMAGES), run(other)
   np.testing.assert_array_equal(logits, others)
@@ -172,7 +172,7 @@ def test_at_the_start_the_loss_is_that_of_a_uniform_answer(vocab_size):
   def loss(key):
     variables = model.init(key, IMAGES)
     return jnp.mean(
-      model.apply(variables, IMAGES, masked_BP=MASKED, places_BK=PLACES, scored=True)
+      model.apply(variables, IMAGES, masked_BP=MASKED, places_BK=PLACES, targets=True)
     )
 
   assert float(loss(jax.random.key(0))) == pytest.approx(math.log(vocab_size), abs=0.1)
@@ -183,7 +183,7 @@ def test_smoothing_is_of_training_alone(drawn):
   model, params = drawn
   variables = {"params": params, "state": STATE}
   smooth = model.clone(label_smoothing=0.3, vocab_chunk=4)
-  inputs = {"masked_BP": MASKED, "places_BK": PLACES, "scored": True}
+  inputs = {"masked_BP": MASKED, "places_BK": PLACES, "targets": True}
   rngs = {"dropout": jax.random.key(0)}
 
   @compiled
