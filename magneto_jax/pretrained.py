@@ -1,10 +1,10 @@
-"""What a run starts with, where that is not drawn: the encoder of a pre-trained model."""
+"""What a run starts with, where that is not drawn: a pre-trained encoder, an image tokenizer."""
 
 import dataclasses
 import math
 import pathlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,13 @@ from flax import linen as nn
 from flax import traverse_util
 
 from magneto_jax import runs, sharding
-from magneto_jax.config import ConfigError, TrainConfig, config_errors
+from magneto_jax.config import ConfigError, TrainConfig, config_errors, tasks_reading
 from magneto_jax.convert import saved
 from magneto_jax.convert.facts import facts
 from magneto_jax.data import text
+from magneto_jax.models.masked_image import TOKENIZER
 from magneto_jax.program import Program, TrainState
+from magneto_jax.tasks.task import Facts
 
 # Of a model's facts: the config's field that decides them. All others are of the recipe.
 _FIELDS = {
@@ -39,6 +41,35 @@ _FIELDS = {
 }
 _TOKENS = ("token_embedding", "embedding")
 _POSITIONS = ("position_embedding", "embedding")
+
+
+class Source(Protocol):
+  """What a fresh run is given of another one.
+
+  Attributes:
+    folder: the other run's workdir, or a converted model's folder.
+    tokenizer_file: the tokenizer of texts that the run is given; empty for the config's own.
+  """
+
+  folder: str
+  tokenizer_file: str
+
+  def facts(self) -> Facts:
+    """What the run's model must know of it, beside what its data say."""
+
+  def refuse_others(self, program: Program, tokenizer: Mapping[str, Any]) -> None:
+    """Raises ConfigError, naming the field, unless it fits the run.
+
+    Args:
+      program: the run's step.
+      tokenizer: the identity of its tokenizer of texts.
+    """
+
+  def into(self, state: TrainState, program: Program) -> TrainState:
+    """The state with what is taken, laid out as it was; all else stays as it was drawn."""
+
+  def in_words(self, program: Program) -> str:
+    """What is taken."""
 
 
 class Start(NamedTuple):
@@ -66,6 +97,14 @@ class Start(NamedTuple):
     """The module whose weights are taken."""
     inner = getattr(self.model, "encoder", None)
     return inner if isinstance(inner, nn.Module) else self.model
+
+  def facts(self) -> Facts:
+    """None: the encoder's sizes are the config's."""
+    return {}
+
+  def in_words(self, program: Program) -> str:
+    """Which part of the model starts with what."""
+    return f"its {program.task.pretrained} starts with {self.folder}"
 
   def refuse_others(self, program: Program, tokenizer: Mapping[str, Any]) -> None:
     """Raises ConfigError, naming the field, unless the run's encoder computes what this one does.
@@ -178,14 +217,88 @@ def _are_close(one, other) -> bool:
   return floats and math.isclose(one, other, rel_tol=1e-6)
 
 
-def find(config: TrainConfig) -> Start | None:
-  """The model that a fresh run of the config starts with; None if it draws all.
+class ImageTokenizer(NamedTuple):
+  """A trained image tokenizer, which a masked image model holds and does not change.
+
+  Attributes:
+    folder: the workdir of its run.
+    record: of that run.
+  """
+
+  folder: str
+  record: runs.Record
+  tokenizer_file: str = ""
+
+  def facts(self) -> Facts:
+    """Its config and facts, so that the run's own record says all of its model."""
+    record = runs.as_json(self.record)
+    return {TOKENIZER: {name: record[name] for name in ("config", "facts")}}
+
+  def in_words(self, program: Program) -> str:
+    """Whose tokens are learnt."""
+    return f"its targets are the tokens of {self.folder}"
+
+  def refuse_others(self, program: Program, tokenizer: Mapping[str, Any]) -> None:
+    """Raises ConfigError, naming the field, unless images, patches and tokens are the run's."""
+    own, other = program.config.model, self.record.config.model
+    for name in ("image_size", "patch_size", "image_vocab_size"):
+      mine, its = getattr(own, name), getattr(other, name)
+      if mine != its:
+        raise ConfigError(
+          f"config.model.{name} does not agree with image_tokenizer={self.folder}: it must be"
+          f" {its}, not {mine}"
+        )
+
+  def into(self, state: TrainState, program: Program) -> TrainState:
+    """The state with the tokenizer's variables; of a run with `ema`, those of its average."""
+    wanted = program.state.variables[TOKENIZER]
+
+    def place(abstract):
+      put = lambda leaf, mine: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=mine.sharding)
+      return jax.tree.map(put, dict(abstract), dict(wanted))
+
+    with config_errors():
+      found = runs.load(self.folder, place=place).variables
+    return dataclasses.replace(state, variables={**state.variables, TOKENIZER: found})
+
+
+def find(config: TrainConfig) -> Source | None:
+  """What a fresh run of the config starts with; None if it draws all.
+
+  Raises:
+    ConfigError: there is no such model, or one of another kind, or none is named where one is
+      needed.
+  """
+  if config.task in (tasks_reading("image_tokenizer") or ()):
+    return _image_tokenizer(config)
+  return _encoder(config) if config.init_from else None
+
+
+def _image_tokenizer(config: TrainConfig) -> ImageTokenizer:
+  """The run that `image_tokenizer` names."""
+  folder, record = config.image_tokenizer, None
+  if folder:
+    record = runs.read_record(folder)
+  if record is None or not runs.last_step(folder):
+    raise ConfigError(
+      f"image_tokenizer={folder!r} holds no run with a checkpoint, and config.task={config.task!r}"
+      " learns an image tokenizer's tokens: train one with configs/image_tokenizer.py, and give its"
+      " workdir"
+    )
+  if record.config.task != "image_tokenizer":
+    raise ConfigError(
+      f"image_tokenizer={folder} holds a run of task {record.config.task!r}: give the workdir of"
+      " one of task 'image_tokenizer'"
+    )
+  return ImageTokenizer(folder, record)
+
+
+def _encoder(config: TrainConfig) -> Start:
+  """The model that `init_from` names.
 
   Raises:
     ConfigError: there is none, or its tokens are of another kind.
   """
-  if not config.init_from:
-    return None
   folder, data = config.init_from, config.data
   if saved.holds_model(folder):
     with config_errors():

@@ -264,7 +264,9 @@ def _checked(record: Record) -> Record:
     raise ValueError(f"it has no fact {min(missing)}")
   for name, fact in record.facts.items():
     kind = kinds.get(name, float)
-    if not isinstance(fact, kind | int) or isinstance(fact, bool) or not 0 < fact < 2**31:
+    if kind is dict:  # Of a model within the model.
+      _checked(Record(from_config_dict(fact["config"]), {}, fact["facts"]))
+    elif not isinstance(fact, kind | int) or isinstance(fact, bool) or not 0 < fact < 2**31:
       raise ValueError(f"its fact {name[:40]}={fact!r:.40} must be a positive {kind.__name__}")
   return record
 

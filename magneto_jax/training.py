@@ -56,11 +56,13 @@ def _prepared(
   directory: pathlib.Path,
   earlier: runs.Record | None,
   program: Program | None,
-  source: pretrained.Start | None,
+  source: pretrained.Source | None,
 ) -> jobs.Job:
   """The job, which the model that it starts with, if any, has been held against."""
-  file = "" if source is None else source.tokenizer_file
-  job = jobs.prepare(config, directory, earlier, program, tokenizer_file=file)
+  given = {}
+  if source is not None:
+    given = {"tokenizer_file": source.tokenizer_file, "facts": source.facts()}
+  job = jobs.prepare(config, directory, earlier, program, **given)
   if source is not None:
     source.refuse_others(job.program, job.record.data.get("tokenizer", {}))
   return job
@@ -179,7 +181,7 @@ class _Loop:
     workdir: pathlib.Path,
     notice: preemption.Notice,
     console: rich.console.Console,
-    source: pretrained.Start | None,
+    source: pretrained.Source | None,
   ):
     self.source = source
     self.job, self.workdir, self.notice, self.console = job, workdir, notice, console
@@ -244,7 +246,7 @@ class _Loop:
         self.checkpointer.prepare(self.state.parts())
         if self.source is not None:
           self.state = self.source.into(self.state, program)
-          _print(self.console, [f"its {self.task.pretrained} starts with {self.source.folder}"])
+          _print(self.console, [self.source.in_words(program)])
         self.console.print(reporting.parameter_table(self.state.params))
       self.start = self.saved = start
       if self.is_first:

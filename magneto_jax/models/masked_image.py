@@ -14,7 +14,8 @@ from magneto_jax.theory import records
 
 # Of the head, as BEiT draws all.
 _HEAD_INIT = records.Init("normal", 0.02)
-_VARIABLE = "image_tokenizer"
+# Under which name the tokenizer's variables are in the model's `state`.
+TOKENIZER = "image_tokenizer"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +87,7 @@ class MaskedImageModel(nn.Module, kw_only=True):
     tokenizer = self.tokenizer.module
     # Drawn where nothing is given, so that shapes are known.
     self.variable(
-      "state", _VARIABLE, lambda: tokenizer.init(self.make_rng("params"), images_BHWC[:1])
+      "state", TOKENIZER, lambda: tokenizer.init(self.make_rng("params"), images_BHWC[:1])
     )
     out = self.encoder(
       images_BHWC,
@@ -125,5 +126,5 @@ class MaskedImageModel(nn.Module, kw_only=True):
     return self._of_tokenizer("decode", tokens_BP)
 
   def _of_tokenizer(self, method: str, x: jax.Array) -> jax.Array:
-    frozen = jax.lax.stop_gradient(self.get_variable("state", _VARIABLE))
+    frozen = jax.lax.stop_gradient(self.get_variable("state", TOKENIZER))
     return self.tokenizer.module.apply(frozen, x, method=method)

@@ -15,7 +15,7 @@ from magneto_jax.theory.records import Architecture
 
 Batch = dict[str, jax.Array]
 Sample = dict[str, np.ndarray]
-Facts = dict[str, int | float]
+Facts = Mapping[str, Any]
 Totals = Mapping[str, float | np.ndarray]
 
 
@@ -60,7 +60,8 @@ class Task(NamedTuple):
   Attributes:
     load_data: `(config, directory for what is derived from it, identity that the data must
       have or None) -> data`.
-    facts: `data -> {name: number}`: what a model must know of its data, kept beside its weights.
+    facts: `data -> {name: number}`: what a model must know of its data, kept beside its weights; of
+      a model within the model, which is no fact of the data, they have its config and facts.
     describe: `(config, facts) -> lines` that say in words what the config's recipe does.
     build_model: `(config, facts) -> module`.
     dummy_inputs: `config -> positional arguments` that initialise the module.
