@@ -20,7 +20,7 @@ import numpy as np
 import optax
 
 from magneto_jax import sharding
-from magneto_jax.config import ConfigError, TrainConfig, from_config_dict
+from magneto_jax.config import ModelConfig, TrainConfig, from_config_dict
 from magneto_jax.data import images, patch_masks
 from magneto_jax.models.masked_image import Frozen, MaskedImageModel
 from magneto_jax.tasks import common, image_classification, image_tokenizer
@@ -29,6 +29,9 @@ from magneto_jax.theory import flops as theory_flops
 from magneto_jax.theory import records
 
 _CHANNELS = 3
+# What a tokenizer is given of the model's sizes where no run says its own.
+_TOKENIZER_SIZES = ("layers", "width", "ffn_width", "heads", "image_size", "patch_size")
+_TOKENIZER_SIZES += ("image_vocab_size", "dtype")
 # How a person reads a patch that can be seen, one that is answered right, and one that is not.
 _SEEN, _RIGHT, _WRONG = "·", "o", "x"
 
@@ -60,7 +63,8 @@ def tokenizer(config: TrainConfig, facts: Facts) -> tuple[TrainConfig, Facts]:
   if "image_tokenizer" in facts:
     held = facts["image_tokenizer"]
     return from_config_dict(held["config"]), held["facts"]
-  own = common.like(config, "image_tokenizer")
+  model = ModelConfig(**{name: getattr(config.model, name) for name in _TOKENIZER_SIZES})
+  own = TrainConfig(task="image_tokenizer", model=model)
   return own, image_tokenizer.TASK.planned_facts(own)
 
 
@@ -209,3 +213,45 @@ def batch_spec(config: TrainConfig) -> dict[str, jax.ShapeDtypeStruct]:
     name: jax.ShapeDtypeStruct((config.batch_size, *shape), dtype)
     for name, (shape, dtype) in shapes.items()
   }
+
+
+def planned_facts(config: TrainConfig) -> Facts:
+  """The facts that a run of the config would have, with the correlation of images of noise."""
+  return {"token_correlation": image_classification.noise_correlation(config)}
+
+
+def describe(config: TrainConfig, facts: Facts) -> list[str]:
+  """The recipe, and what is hidden and answered."""
+  drawing, model = masks(config), config.model
+  hidden = (
+    f"hides {drawing.count} of {drawing.grid[0]} x {drawing.grid[1]} patches, by blocks of at least"
+    f" {drawing.smallest}; answers with {model.image_vocab_size:,} tokens"
+  )
+  return [*records.describe(recipe(config, facts)), hidden]
+
+
+TASK = Task(
+  load_data=load_data,
+  facts=facts,
+  describe=describe,
+  build_model=build_model,
+  dummy_inputs=lambda config: (jnp.zeros((1, *batch_spec(config)["image"].shape[1:])),),
+  architecture=image_classification.architecture,
+  inputs=inputs,
+  score=weighted_sums,
+  metrics=metrics,
+  # Of tokens, which the model knows: they are among the metrics.
+  baselines=lambda data: {},
+  flops=flops,
+  planned_facts=planned_facts,
+  batch_spec=batch_spec,
+  measure=measure,
+  sample=sample,
+  picture=picture,
+  loss_name="loss_nats_per_patch",
+  best=("loss_nats_per_patch", False),
+  unit="images",
+  size=lambda config: 1,
+  length=image_classification.length,
+  fact_kinds={"image_tokenizer": dict},
+)
