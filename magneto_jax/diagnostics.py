@@ -7,6 +7,7 @@ model; `predict` gives the same numbers from `theory.propagation`.
 import dataclasses
 import math
 import pathlib
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -137,6 +138,10 @@ def random_projection(key: jax.Array) -> Callable[[Any], jax.Array]:
   return loss
 
 
+# Of a model that reads its parameters alone.
+_NONE: Mapping[str, Any] = types.MappingProxyType({})
+
+
 class Call(NamedTuple):
   """How a model is run in training, and what its loss is.
 
@@ -164,16 +169,19 @@ class Call(NamedTuple):
     return self._replace(kwargs=kwargs)
 
 
-def statistics(model: nn.Module, params, call: Call):
-  """(stream, gradient): the two collections of `layers.probes`; pure, to be jitted."""
+def statistics(model: nn.Module, params, call: Call, others: Mapping[str, Any] = _NONE):
+  """(stream, gradient): the two collections of `layers.probes`; pure, to be jitted.
+
+  `others` are the collections that the model reads beside its parameters.
+  """
+  given = {**others, "params": params}
   shapes = jax.eval_shape(
-    lambda: call.apply(model, {"params": params}, mutable=[probes.GRADIENT])[1][probes.GRADIENT]
+    lambda: call.apply(model, given, mutable=[probes.GRADIENT])[1][probes.GRADIENT]
   )
   zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
   def objective(zeros):
-    variables = {"params": params, probes.GRADIENT: zeros}
-    output, taken = call.apply(model, variables, mutable=[probes.STREAM])
+    output, taken = call.apply(model, {**given, probes.GRADIENT: zeros}, mutable=[probes.STREAM])
     return call.loss(output), taken[probes.STREAM]
 
   gradient, stream = jax.grad(objective, has_aux=True)(zeros)
@@ -183,21 +191,25 @@ def statistics(model: nn.Module, params, call: Call):
 def measurer(
   model: nn.Module, calls: Callable[[Any, jax.Array], Call], batch, key: jax.Array
 ) -> Callable[[Any], tuple[dict[str, Measured], propagation.Update]]:
-  """`params -> (figures of each stack, first update)`, compiled once; arguments as of `examine`."""
+  """`variables -> (figures of each stack, first update)`, compiled once; arguments: `examine`'s."""
+
+  def of(variables, batch):
+    others = {name: tree for name, tree in variables.items() if name != "params"}
+    return {"params": variables["params"], "call": calls(batch, key), "others": others}
 
   @jax.jit
-  def observe(params, batch):
-    return sharding.replicate(statistics(model, params, calls(batch, key)))
+  def observe(variables, batch):
+    return sharding.replicate(statistics(model, **of(variables, batch)))
 
   @jax.jit
-  def move(params, batch):
-    return sharding.replicate(first_update(model, params, calls(batch, key)))
+  def move(variables, batch):
+    return sharding.replicate(first_update(model, **of(variables, batch)))
 
   first = jax.tree.map(lambda leaf: leaf[:1], batch)
 
-  def measure(params):
-    update = propagation.Update(*map(float, move(params, first)))
-    return profiles_of(model, *observe(params, batch)), update
+  def measure(variables):
+    update = propagation.Update(*map(float, move(variables, first)))
+    return profiles_of(model, *observe(variables, batch)), update
 
   return measure
 
@@ -249,7 +261,11 @@ def is_of_a_layer(path: tuple) -> bool:
 
 
 def first_update(
-  model: nn.Module, params, call: Call, on: Call | None = None
+  model: nn.Module,
+  params,
+  call: Call,
+  on: Call | None = None,
+  others: Mapping[str, Any] = _NONE,
 ) -> propagation.Update:
   """How far a step of SGD moves the output, over the learning rate, as that goes to 0.
 
@@ -262,12 +278,14 @@ def first_update(
     call: the batch of the step, and its loss.
     on: where the output is read, if not on that batch: J is that of `on.loss(output)`, which may
       be any tree of arrays.
+    others: the collections that the model reads beside its parameters.
   """
-  gradient = jax.grad(lambda params: call.loss(call.apply(model, {"params": params})))(params)
+  given = lambda params: {**others, "params": params}
+  gradient = jax.grad(lambda params: call.loss(call.apply(model, given(params))))(params)
   output = call.without_targets()
-  read = lambda params: output.apply(model, {"params": params})
+  read = lambda params: output.apply(model, given(params))
   if on is not None:
-    read = lambda params: on.loss(on.apply(model, {"params": params}))
+    read = lambda params: on.loss(on.apply(model, given(params)))
 
   # Both steps at once: the pass through the model is the same.
   steps = jax.tree_util.tree_map_with_path(
@@ -509,7 +527,7 @@ def examine(
 
   def init(batch):
     call = calls(batch, dropout_key)
-    return model.init(init_key, *call.args, **call.kwargs)["params"]
+    return model.init(init_key, *call.args, **call.kwargs)
 
   measured, update = measurer(model, calls, batch, dropout_key)(jax.jit(init)(batch))
   samples = max(leaf.shape[0] for leaf in jax.tree.leaves(batch))

@@ -82,7 +82,7 @@ def of_refused(error: BaseException, state, batch) -> Memory | None:
 
 def _arguments(state, batch) -> dict[str, int]:
   return {
-    "parameters": held(state.params),
+    "parameters": held((state.params, state.variables)),
     "average": held(state.ema_params),
     "optimizer": held((state.opt_state, state.step, state.skipped, state.skipped_in_a_row)),
     "batch": held(batch),
@@ -158,11 +158,13 @@ class Sizes(NamedTuple):
     params: shapes of the parameters, a tree.
     batch: shapes of a global batch.
     devices: how many there are.
+    variables: shapes of what the model keeps beside them, whole on every device.
   """
 
   params: Any
   batch: Mapping[str, jax.ShapeDtypeStruct]
   devices: int
+  variables: Any = None
 
 
 def estimate(config: TrainConfig, sizes: Sizes) -> int:
@@ -200,6 +202,7 @@ def estimate(config: TrainConfig, sizes: Sizes) -> int:
     _count(layers, names, shape, math.prod(leaf.shape) // math.prod(shape), by)
   moments, average, sums = 2, bool(config.ema), 1 + (config.accumulation > 1)
   state = weights * (1 + moments + average + sums)
+  state += sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(sizes.variables))
   if config.cast_weights:
     state += weights * number // 4
   carry, products, attention = (layers[name] for name in ("carry", "products", "attention"))

@@ -188,8 +188,11 @@ class Start(NamedTuple):
     whole = sharding.replicated(program.mesh)
 
     def place(abstract):
-      """Where a source's arrays are read to: to their place, where the run has such an array."""
-      flat = traverse_util.flatten_dict(dict(abstract))
+      """Where a source's arrays are read to: to their place, where the run has such an array.
+
+      What it keeps beside its parameters is not read.
+      """
+      flat = traverse_util.flatten_dict(dict(abstract["params"]))
       held = {path[len(prefix) :]: path for path in flat if path[: len(prefix)] == prefix}
       if missing := sorted("/".join(path) for path in wanted.keys() - held.keys()):
         raise ConfigError(
@@ -202,7 +205,7 @@ class Start(NamedTuple):
         same = mine is not None and mine.shape == leaf.shape
         where = mine.sharding if same else whole
         placed[path] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
-      return traverse_util.unflatten_dict(placed)
+      return {"params": traverse_util.unflatten_dict(placed)}
 
     with config_errors():
       source = runs.load(self.folder, place=place).variables["params"]

@@ -284,6 +284,13 @@ def parameter_shardings(params, mesh: Mesh, patterns=PARAMETERS):
   return jax.tree_util.tree_map_with_path(place, params)
 
 
+def variable_shardings(variables: Mapping, mesh: Mesh) -> dict:
+  """Of all collections: of `params` see `parameter_shardings`; others are whole on every device."""
+  whole = replicated(mesh)
+  others = {name: jax.tree.map(lambda _: whole, tree) for name, tree in variables.items()}
+  return others | {"params": parameter_shardings(variables["params"], mesh)}
+
+
 def constrain_parameters(params, patterns=PARAMETERS):
   """Parameters, or their gradients, laid out as `parameter_shardings` says; see `constrain`."""
   mesh = current()

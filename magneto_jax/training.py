@@ -415,7 +415,7 @@ class _Loop:
   def diagnose(self, step: int) -> None:
     """Stream and gradient by layer."""
     if step not in self.monitor.steps:
-      self.writer.write(step, self.monitor.record(step, self.state.params))
+      self.writer.write(step, self.monitor.record(step, self.state.live_variables))
 
   # -------------------------------------------------------------------------------- Evaluation
 
@@ -430,7 +430,7 @@ class _Loop:
     """The validation set's metrics."""
     config, data = self.config, self.job.data
     totals = self.evaluator.totals(
-      self.state.eval_params,
+      self.state.eval_variables,
       data.validation,
       batches=config.accumulation * config.eval_batches,
       before_each=lambda: self.notice.check(self.saved),
@@ -447,7 +447,7 @@ class _Loop:
   def summary(self) -> dict[str, Any]:
     """What the run has come to, once it is over."""
     config, program, task, data = self.config, self.program, self.task, self.job.data
-    variables = {"params": self.state.eval_params}
+    variables = self.state.eval_variables
     with sharding.use_mesh(program.mesh), program.memory_in_words():
       scores, judged = self.scores or self.validate(), {}
       if task.judge is not None:

@@ -210,7 +210,7 @@ def take_steps(case: dict, dtype) -> dict[str, np.ndarray]:
     for _ in range(STEPS):
       state, metrics = step(state, batch, key)
       losses.append(float(metrics["loss"]))
-    params = jax.jit(sharding.replicate)(state.eval_params)
+    params = jax.jit(sharding.replicate)(state.eval_variables["params"])
   leaves = jax.tree_util.tree_leaves_with_path(params)
   found = {sharding.path_name(path): np.asarray(leaf) for path, leaf in leaves}
   return {**found, "losses": np.array(losses), "other_loss": np.array(other_loss)}

@@ -74,9 +74,9 @@ class Task(NamedTuple):
     flops: `(config, facts) -> FLOPs` of one optimizer step.
     planned_facts: `config -> facts` as they would be, without reading data.
     batch_spec: `config -> {name: jax.ShapeDtypeStruct}` of the global batch [batch_size, ...].
-    measure: `(model, params, batch) -> {name: array}` of an evaluation: numbers, of which the sum
-      over batches is taken, and arrays [batch, ...], which are joined in the samples' order; `loss`
-      and `weight` are among the numbers. None: these two, of `score`.
+    measure: `(model, variables, batch) -> {name: array}` of an evaluation: numbers, of which the
+      sum over batches is taken, and arrays [batch, ...], which are joined in the samples' order;
+      `loss` and `weight` are among the numbers. None: these two, of `score`.
     sample: `(config, model, variables, data, key) -> text` that shows what the model does, or None.
     counts: `data -> {name: number}`: how much there is of the validation set, and what of it the
       metrics leave out or see changed.
@@ -122,22 +122,33 @@ class Task(NamedTuple):
   pretrained: str = ""
 
   def loss(
-    self, model: nn.Module, params, batch: Batch, dropout_key: jax.Array | None = None
+    self, model: nn.Module, variables, batch: Batch, dropout_key: jax.Array | None = None
   ) -> tuple[jax.Array, jax.Array]:
     """(sum of losses, sum of weights); with a key in training mode."""
+    return self.loss_and_state(model, variables, batch, dropout_key)[0]
+
+  def loss_and_state(
+    self, model: nn.Module, variables, batch: Batch, dropout_key: jax.Array | None = None
+  ) -> tuple[tuple[jax.Array, jax.Array], Any]:
+    """What `loss` is, and the model's collection `state` after it, None if it is not training.
+
+    A model that keeps more than parameters has it in that collection, which can be changed
+    (`is_mutable_collection`) in a step of training alone.
+    """
     args, kwargs = self.inputs(batch)
-    output = model.apply(
-      {"params": params},
+    output, changed = model.apply(
+      variables,
       *args,
       deterministic=dropout_key is None,
       rngs=None if dropout_key is None else {"dropout": dropout_key},
+      mutable=[] if dropout_key is None else ["state"],
       **kwargs,
     )
-    return self.score(output, batch)
+    return self.score(output, batch), changed.get("state")
 
-  def measured(self, model: nn.Module, params, batch: Batch) -> dict[str, jax.Array]:
+  def measured(self, model: nn.Module, variables, batch: Batch) -> dict[str, jax.Array]:
     """What an evaluation keeps of a batch; see `measure`."""
     if self.measure is not None:
-      return self.measure(model, params, batch)
-    loss, weight = self.loss(model, params, batch)
+      return self.measure(model, variables, batch)
+    loss, weight = self.loss(model, variables, batch)
     return {"loss": loss, "weight": weight}

@@ -56,6 +56,6 @@ def test_flops_are_those_of_the_steps_products(task, fields):
   facts = task.planned_facts(config)
   module = task.build_model(config, facts)
   params = jax.eval_shape(module.init, jax.random.key(0), *task.dummy_inputs(config))["params"]
-  step = jax.value_and_grad(lambda params, batch: task.loss(module, params, batch)[0])
+  step = jax.value_and_grad(lambda params, batch: task.loss(module, {"params": params}, batch)[0])
   traced = jax.make_jaxpr(step)(params, task.batch_spec(config))
   assert task.flops(config, facts) == product_flops(traced.jaxpr)
