@@ -183,6 +183,8 @@ class ModelConfig(_Checked):
 
 
 _LANGUAGE_MODELS = ("causal_lm", "masked_lm")
+_TEXT_TASKS = (*_LANGUAGE_MODELS, "text_classification", "translation", "beit3")
+_IMAGE_TASKS = ("image_classification", "image_tokenizer", "masked_image")
 
 # Fields, or groups of them, that some tasks alone read, and which.
 OF_SOME_TASKS: dict[str, tuple[str, ...]] = {
@@ -202,14 +204,27 @@ OF_SOME_TASKS: dict[str, tuple[str, ...]] = {
   "data.mask_random": ("masked_lm",),
   "data.document_separator": _LANGUAGE_MODELS,
   "data.cache_dir": (*_LANGUAGE_MODELS, "translation"),
+  "data.tokenizer": _TEXT_TASKS,
+  "data.vocab_size": _TEXT_TASKS,
+  "data.tokenizer_file": _TEXT_TASKS,
+  "data.seq_length": _TEXT_TASKS,
   "data.text_key": (*_LANGUAGE_MODELS, "text_classification"),
   "data.source_key": ("translation",),
   "data.target_key": ("translation",),
   "data.second_text_key": ("text_classification",),
-  "data.label_key": ("text_classification",),
+  "data.label_key": ("text_classification", "image_classification"),
   "data.label_scale": ("text_classification",),
   "data.regression": ("text_classification",),
   "data.too_long": ("text_classification", "translation"),
+  "data.image_key": _IMAGE_TASKS,
+  "data.normalization": _IMAGE_TASKS,
+  "data.eval_crop": _IMAGE_TASKS,
+  "data.augment": _IMAGE_TASKS,
+  "data.augment.erase": ("image_classification",),
+  "data.augment.mixup": ("image_classification",),
+  "data.augment.cutmix": ("image_classification",),
+  "data.augment.mix_rate": ("image_classification",),
+  "data.augment.cutmix_share": ("image_classification",),
 }
 
 
@@ -224,6 +239,7 @@ def tasks_reading(name: str) -> tuple[str, ...] | None:
 OWN_FILES = {
   "text_files": (*_LANGUAGE_MODELS, "text_classification"),
   "pair_files": ("translation",),
+  "image_folder": _IMAGE_TASKS,
 }
 
 
@@ -258,17 +274,69 @@ class RecipeConfig(_Checked):
 
 
 @dataclasses.dataclass(frozen=True)
+class AugmentConfig(_Checked):
+  """How training images are changed; by default they are not. See `data.images.Spatial`."""
+
+  _group = "data.augment."
+
+  crop_scale: float = _field(
+    1.0,
+    "least share of an image's area that a random crop keeps; 1: no random crop, the evaluation's",
+    above=0.0,
+    max=1.0,
+  )
+  flip: float = _field(0.0, "share of images that are mirrored", min=0.0, max=1.0)
+  color_jitter: float = _field(
+    0.0, "brightness, contrast and saturation are changed by 1 -+ this; 0: not", min=0.0, max=1.0
+  )
+  rand_augment: int = _field(0, "operations of RandAugment on an image; 0: none", min=0, max=16)
+  rand_augment_set: str = _field(
+    "full", "of which it draws: all 15, or BEiT-3's nine", choices=("full", "beit3")
+  )
+  rand_augment_magnitude: float = _field(9.0, "their mean strength, of 10", min=0.0, max=10.0)
+  rand_augment_std: float = _field(0.5, "its deviation", min=0.0, max=10.0)
+  erase: float = _field(0.0, "share of images in which a box becomes noise", min=0.0, max=1.0)
+  mixup: float = _field(
+    0.0, "alpha of the Beta distribution of mixup's shares; 0: no mixup", min=0.0, max=1e3
+  )
+  cutmix: float = _field(0.0, "the same of cutmix", min=0.0, max=1e3)
+  mix_rate: float = _field(1.0, "share of batches that are mixed", min=0.0, max=1.0)
+  cutmix_share: float = _field(
+    0.5, "share of those for cutmix, where there is mixup too", min=0.0, max=1.0
+  )
+
+  def __post_init__(self):
+    super().__post_init__()
+    mixed = self.mixup or self.cutmix
+    for name, read, needed in (
+      ("rand_augment_set", self.rand_augment, "data.augment.rand_augment"),
+      ("rand_augment_magnitude", self.rand_augment, "data.augment.rand_augment"),
+      ("rand_augment_std", self.rand_augment, "data.augment.rand_augment"),
+      ("mix_rate", mixed, "data.augment.mixup or data.augment.cutmix"),
+      ("cutmix_share", self.mixup and self.cutmix, "data.augment.mixup and data.augment.cutmix"),
+    ):
+      default = AugmentConfig.__dataclass_fields__[name].default
+      if not read and getattr(self, name) != default:
+        raise ConfigError(
+          f"config.data.augment.{name} is not read without {needed}: set that, or leave it"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig(_Checked):
-  """Where text comes from and how it becomes tokens."""
+  """Where texts and images come from, how texts become tokens and images arrays."""
 
   _group = "data."
 
   name: str = _field(
     "embedded",
-    "`embedded`, `text_files`, `pair_files` (translation), or the name of a TFDS data set",
+    "`embedded`, `text_files`, `pair_files` (translation), `embedded/mnist5k`, `embedded/emoji`,"
+    " `image_folder` (images), or the name of a TFDS data set",
   )
   train_files: str = _field(
-    "", "files or globs of name=text_files or pair_files, separated by commas"
+    "",
+    "files or globs of name=text_files or pair_files, separated by commas; of name=image_folder a"
+    " folder that holds a folder for each class",
   )
   validation_files: str = _field("", "the same; empty: a tail of the training text")
   test_files: str = _field("", "the same, of the split `test` (magneto_jax.evaluate)")
@@ -296,6 +364,19 @@ class DataConfig(_Checked):
   vocab_size: int = _field(1024, "pieces to train (sentencepiece)", min=8, max=_LONGEST)
   tokenizer_file: str = _field("", "a sentencepiece model to load instead of training one")
   seq_length: int = _field(256, "T, tokens a sample", min=2, max=_LONGEST)
+  image_key: str = _field("image", "TFDS feature that holds the image")
+  normalization: str = _field(
+    "half",
+    "of pixels: (x / 255 - 1/2) / (1/2), or by ImageNet's means and deviations",
+    choices=("half", "imagenet"),
+  )
+  eval_crop: float = _field(
+    1.0,
+    "share of an image's short side that an evaluation's central square has",
+    above=0.0,
+    max=1.0,
+  )
+  augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
   mask_rate: float = _field(
     0.15, "share of a masked language model's tokens that are predicted", above=0.0, below=1.0
   )

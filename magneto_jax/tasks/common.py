@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from magneto_jax.config import ConfigError, DataConfig, ModelConfig, TrainConfig, tasks_reading
-from magneto_jax.data import text
+from magneto_jax.data import images, text
 from magneto_jax.data.tokenizers import ByteTokenizer
 from magneto_jax.layers.feed_forward import GATED
 from magneto_jax.tasks.task import Facts, Task, mean_nats, weighted_sums
@@ -169,6 +169,27 @@ def load_text(
   # What language models alone read, masked or not.
   values = data_options(config.data, "causal_lm")
   return text.load_text(workdir=directory, expected=expected, **values)
+
+
+def image_options(config: TrainConfig) -> dict[str, Any]:
+  """The keywords of `images.Spatial.of`, or `Classification.of`, that the config sets."""
+  data = config.data
+  return {
+    "image_size": config.model.image_size,
+    "normalization": data.normalization,
+    "eval_crop": data.eval_crop,
+    "augment": dataclasses.asdict(data.augment),
+  }
+
+
+def load_images(
+  config: TrainConfig, task: str, view: images.View, expected: Mapping[str, Any] | None = None
+) -> images.ImageData:
+  """The images of the config's source, as the task's view has them."""
+  values = data_options(config.data, task)
+  for name in ("augment", "normalization", "eval_crop"):  # The view's.
+    del values[name]
+  return images.load_images(view=view, expected=expected, **values)
 
 
 def token_counts(data: text.TextData) -> np.ndarray:

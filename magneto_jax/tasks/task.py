@@ -27,6 +27,8 @@ class Data(Protocol):
     augment: `(sample, random generator) -> sample` for training, or None. The generator is a
       function of the run's seed and of how many samples came before, so that an epoch draws anew,
       and a run that is resumed goes on with what it would have drawn.
+    mix: `(sample, partner, random generator) -> sample` for training, of two augmented samples of a
+      batch, or None. All rows of a batch are given the same draws; see `pipelines.train_iterator`.
     bad_records: what was left out as damaged: file, index in it, and what is wrong.
     identity: JSON-able values that name all of this exactly.
   """
@@ -34,6 +36,7 @@ class Data(Protocol):
   train: Sequence[Sample]
   validation: Sequence[Sample]
   augment: Callable[[Sample, np.random.Generator], Sample] | None
+  mix: Callable[[Sample, Sample, np.random.Generator], Sample] | None
   bad_records: tuple[str, ...]
   identity: Mapping[str, Any]
 
