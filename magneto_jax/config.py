@@ -129,6 +129,9 @@ class ModelConfig(_Checked):
   image_vocab_size: int = _positive(
     8192, "how many tokens there are for patches of images", _LONGEST
   )
+  relative_patches: bool = _field(
+    False, "whether layers share a table of two-dimensional relative position biases, as in BEiT"
+  )
   pooling: str = _field(
     "first", "what a classifier reads: the first token or the mean", choices=("first", "mean")
   )
@@ -185,15 +188,16 @@ _IMAGE_TASKS = ("image_classification", "image_tokenizer", "masked_image")
 
 # Fields, or groups of them, that some tasks alone read, and which.
 OF_SOME_TASKS: dict[str, tuple[str, ...]] = {
-  "init_from": ("text_classification",),
+  "init_from": ("text_classification", "image_classification"),
   "sample_prompt": ("causal_lm",),
   "sample_temperature": ("causal_lm",),
   "beam": ("translation",),
   "model.encoder_layers": ("translation",),
-  "model.image_size": ("beit3",),
-  "model.patch_size": ("beit3",),
+  "model.image_size": ("beit3", "image_classification"),
+  "model.patch_size": ("beit3", "image_classification"),
   "model.image_vocab_size": ("beit3",),
-  "model.pooling": ("text_classification",),
+  "model.relative_patches": ("image_classification",),
+  "model.pooling": ("text_classification", "image_classification"),
   "model.tied_embeddings": (*_LANGUAGE_MODELS, "translation", "beit3"),
   "image_tokenizer": ("masked_image",),
   "data.mask_rate": ("masked_lm", "masked_image"),
@@ -435,8 +439,15 @@ class OptimizerConfig(_Checked):
   weight_decay: float = _field(0.01, "decoupled, times the learning rate", min=0.0)
   decay_mask: str = _field(
     "matrices",
-    "what decays: kernels and embedding tables, or all parameters (as fairseq does)",
-    choices=("matrices", "all"),
+    "what decays: kernels and embedding tables, all parameters (as fairseq does), or what decays in"
+    " BEiT (no tables of positions, but those of relative biases and the mask token)",
+    choices=("matrices", "all", "beit"),
+  )
+  layer_decay: float = _field(
+    1.0,
+    "factor of the updates from each layer to the one below it, down to the embedding; 1: none",
+    above=0.0,
+    max=1.0,
   )
   clip_norm: float = _field(0.0, "global gradient norm to clip at; 0: no clipping", min=0.0)
   schedule: str = _field("cosine", "after the warm-up", choices=tuple(SCHEDULES))
@@ -501,7 +512,14 @@ class SpikeConfig(_Checked):
 
 
 # What `task` may be: the keys of `tasks.TASKS`, to which `tasks.register` adds.
-TASK_NAMES = ["causal_lm", "masked_lm", "text_classification", "translation", "beit3"]
+TASK_NAMES = [
+  "causal_lm",
+  "masked_lm",
+  "text_classification",
+  "translation",
+  "beit3",
+  "image_classification",
+]
 # Of which it is known what they read.
 _SHIPPED_TASKS = tuple(TASK_NAMES)
 

@@ -6,7 +6,7 @@ from magneto_jax.models.encoder_decoder import EncoderDecoder
 from magneto_jax.models.language import CausalLM, DecodingState, MaskedLM
 from magneto_jax.models.multimodal import BEiT3, MaskedBEiT3
 from magneto_jax.models.transformer import Block, Context, Stack, StackOutput, init_caches
-from magneto_jax.models.vision import VisionEncoder
+from magneto_jax.models.vision import ImageClassifier, VisionEncoder
 
 __all__ = [
   "BEiT3",
@@ -16,6 +16,7 @@ __all__ = [
   "DecodingState",
   "Encoder",
   "EncoderDecoder",
+  "ImageClassifier",
   "MaskedBEiT3",
   "MaskedLM",
   "Stack",

@@ -185,7 +185,7 @@ def facts(data: images.ImageData) -> Facts:
 
   token_correlation: see `image_classification.patch_correlation`.
   """
-  return {"token_correlation": image_classification.correlation(data)}
+  return {"token_correlation": image_classification.facts(data)["token_correlation"]}
 
 
 def flops(config: TrainConfig, facts: Facts) -> int:
@@ -217,7 +217,7 @@ def batch_spec(config: TrainConfig) -> dict[str, jax.ShapeDtypeStruct]:
 
 def planned_facts(config: TrainConfig) -> Facts:
   """The facts that a run of the config would have, with the correlation of images of noise."""
-  return {"token_correlation": image_classification.noise_correlation(config)}
+  return {"token_correlation": 1 / config.model.image_size**2}
 
 
 def describe(config: TrainConfig, facts: Facts) -> list[str]:
@@ -227,7 +227,7 @@ def describe(config: TrainConfig, facts: Facts) -> list[str]:
     f"hides {drawing.count} of {drawing.grid[0]} x {drawing.grid[1]} patches, by blocks of at least"
     f" {drawing.smallest}; answers with {model.image_vocab_size:,} tokens"
   )
-  return [*records.describe(recipe(config, facts)), hidden]
+  return [*records.describe(image_classification.recipe(config, facts)), hidden]
 
 
 TASK = Task(

@@ -92,6 +92,7 @@ class Task(NamedTuple):
     loss_name: the metric that is the mean loss; `loss_nats_per_token` is in nats a token.
     best: the metric by which a model is chosen, and whether more is better.
     unit: what a sample is counted in; `size`: `config -> how many of them a sample has`.
+    length: `config -> how many tokens, or patches, a row of the stack has`.
     fact_kinds: the facts without which there is no model, and their types.
     pretrained: the module, and so the part of the parameters, that `config.init_from` gives; empty
       for none.
@@ -120,6 +121,7 @@ class Task(NamedTuple):
   best: tuple[str, bool] = ("loss_nats_per_token", False)
   unit: str = "tokens"
   size: Callable[[TrainConfig], int] = lambda config: config.data.seq_length
+  length: Callable[[TrainConfig], int] = lambda config: config.data.seq_length
   fact_kinds: Mapping[str, type] = {"vocab_size": int}
   pretrained: str = ""
 
