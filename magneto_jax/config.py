@@ -133,7 +133,9 @@ class ModelConfig(_Checked):
     False, "whether layers share a table of two-dimensional relative position biases, as in BEiT"
   )
   pooling: str = _field(
-    "first", "what a classifier reads: the first token or the mean", choices=("first", "mean")
+    "first",
+    "what a classifier reads: the first token, which images have with `first` alone, or the mean",
+    choices=("first", "mean"),
   )
   window: int = _field(0, "how many earlier tokens attention reaches; 0: all", min=0, max=_LONGEST)
   logits_soft_cap: float = _field(0.0, "cap of the attention logits; 0: none", min=0.0)
@@ -193,11 +195,11 @@ OF_SOME_TASKS: dict[str, tuple[str, ...]] = {
   "sample_temperature": ("causal_lm",),
   "beam": ("translation",),
   "model.encoder_layers": ("translation",),
-  "model.image_size": ("beit3", "image_classification"),
-  "model.patch_size": ("beit3", "image_classification"),
-  "model.image_vocab_size": ("beit3",),
-  "model.relative_patches": ("image_classification",),
-  "model.pooling": ("text_classification", "image_classification"),
+  "model.image_size": ("beit3", "image_classification", "masked_image"),
+  "model.patch_size": ("beit3", "image_classification", "masked_image"),
+  "model.image_vocab_size": ("beit3", "masked_image"),
+  "model.relative_patches": ("image_classification", "masked_image"),
+  "model.pooling": ("text_classification", "image_classification", "masked_image"),
   "model.tied_embeddings": (*_LANGUAGE_MODELS, "translation", "beit3"),
   "image_tokenizer": ("masked_image",),
   "data.mask_rate": ("masked_lm", "masked_image"),
@@ -519,6 +521,7 @@ TASK_NAMES = [
   "translation",
   "beit3",
   "image_classification",
+  "masked_image",
 ]
 # Of which it is known what they read.
 _SHIPPED_TASKS = tuple(TASK_NAMES)
