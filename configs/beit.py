@@ -1,4 +1,4 @@
-"""Masked image modelling with BEiT's recipe: one to train in minutes on a CPU, and the papers' sizes.
+"""Masked image modelling as in BEiT: one to train in minutes on a CPU, and the papers' sizes.
 
 The chain is an image tokenizer, this, and fine-tuning; docs/vision.md says more.
 
@@ -62,13 +62,12 @@ _TRAIN_IMAGES = 1_281_167
 
 def _tiny_encoder(config):
   """What pre-training and fine-tuning share."""
-  config.batch_size = 64
   config.log_every = 25
   config.model.layers = 4
   config.model.width = 96
   config.model.image_size = 28
   config.model.patch_size = 4
-  config.model.positions = "none"
+  config.model.positions = "learned"
   config.model.relative_patches = True
   config.model.pooling = "mean"
   config.data.name = "embedded/mnist5k"
@@ -83,6 +82,7 @@ def tiny(config):
   _tiny_encoder(config)
   config.task = "masked_image"
   config.steps = 2500
+  config.batch_size = 64
   config.eval_every = config.checkpoint_every = 250
   config.model.image_vocab_size = 64
   config.data.mask_rate = 0.4
@@ -96,12 +96,14 @@ def finetune_tiny(config):
   """The same encoder with a head on the mean of its patches."""
   _tiny_encoder(config)
   config.task = "image_classification"
-  config.steps = 600
-  config.eval_every = config.checkpoint_every = 100
+  config.steps = 1000
+  config.batch_size = 32
+  config.eval_every = config.checkpoint_every = 250
   config.label_smoothing = 0.1
-  config.optimizer.learning_rate = 1e-3
+  config.model.drop_path = 0.1
+  config.optimizer.learning_rate = 1.5e-3
   config.optimizer.layer_decay = 0.75
-  config.optimizer.warmup_steps = 60
+  config.optimizer.warmup_steps = 100
   config.optimizer.end_factor = 0.01
 
 

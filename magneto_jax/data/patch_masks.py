@@ -109,8 +109,8 @@ def count_of(rate: float, patches: int) -> int:
   count = round(rate * patches)
   if not 0 < count < patches:
     raise ValueError(
-      f"data.mask_rate={rate} hides {count} of an image's {patches} patches: set it so that some are"
-      " hidden and some are seen"
+      f"data.mask_rate={rate} hides {count} of an image's {patches} patches: set it so that some"
+      " are hidden and some are seen"
     )
   return count
 

@@ -247,7 +247,6 @@ TASK = Task(
   batch_spec=batch_spec,
   measure=measure,
   sample=sample,
-  picture=picture,
   loss_name="loss_nats_per_patch",
   best=("loss_nats_per_patch", False),
   unit="images",

@@ -70,9 +70,7 @@ def _aspect(value):
   return (math.log(value) / math.log(0.3) + 1) / 2
 
 
-@pytest.mark.parametrize(
-  "aspect, expected", [(0.3, (2, 7)), (1.0, (4, 4)), (1 / 0.3, (7, 2))]
-)
+@pytest.mark.parametrize("aspect, expected", [(0.3, (2, 7)), (1.0, (4, 4)), (1 / 0.3, (7, 2))])
 def test_shapes_of_the_smallest_block(aspect, expected):
   """Of area 16: 2 x 7, 4 x 4, 7 x 2. A number that no second block fits ends the mask."""
   count = expected[0] * expected[1]

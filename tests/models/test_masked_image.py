@@ -68,9 +68,7 @@ def masked_model(dtype=jnp.float32, class_token=True, mask_token=True, **options
   vision = VisionEncoder(
     encoder=encoder, patch_size=2, class_token=class_token, mask_token=mask_token
   )
-  return MaskedImageModel(
-    encoder=vision, tokenizer=Frozen(Brightness()), vocab_size=V, **options
-  )
+  return MaskedImageModel(encoder=vision, tokenizer=Frozen(Brightness()), vocab_size=V, **options)
 
 
 @pytest.mark.parametrize("class_token", (True, False))
@@ -86,7 +84,9 @@ def test_the_model_is_its_formula_in_float64(class_token):
     @compiled
     def both(params):
       variables = {"params": params, "state": STATE}
-      return [model.apply(variables, images, **inputs, targets=targets) for targets in (False, True)]
+      return [
+        model.apply(variables, images, **inputs, targets=targets) for targets in (False, True)
+      ]
 
     logits, nats = map(np.asarray, both(params))
   own = params["encoder"]
