@@ -47,7 +47,7 @@ def _tiny(config):
   """What the two small tasks share: 0.45 million parameters; some minutes on two CPU cores."""
   config.task = "image_classification"
   config.log_every = 25
-  config.ema = 0.995
+  config.ema = 0.998
   config.model.layers = 4
   config.model.width = 96
   config.model.patch_size = 4
@@ -62,16 +62,17 @@ def _tiny(config):
 def mnist(config):
   """The digits."""
   _tiny(config)
-  config.steps = 1500
-  config.batch_size = 64
-  config.eval_every = config.checkpoint_every = 250
+  config.steps = 3000
+  config.batch_size = 32
+  config.eval_every = config.checkpoint_every = 500
   config.model.image_size = 28
+  config.model.relative_patches = True
   config.model.drop_path = 0.1
   config.data.name = "embedded/mnist5k"
   config.data.augment.crop_scale = 0.6
   config.label_smoothing = 0.1
-  config.optimizer.learning_rate = 2e-3
-  config.optimizer.warmup_steps = 100
+  config.optimizer.learning_rate = 1.5e-3
+  config.optimizer.warmup_steps = 150
 
 
 def emoji(config):
