@@ -129,6 +129,9 @@ class ModelConfig(_Checked):
   image_vocab_size: int = _positive(
     8192, "how many tokens there are for patches of images", _LONGEST
   )
+  relative_patches: bool = _field(
+    False, "whether layers share a table of two-dimensional relative position biases, as in BEiT"
+  )
   pooling: str = _field(
     "first", "what a classifier reads: the first token or the mean", choices=("first", "mean")
   )
@@ -180,32 +183,48 @@ class ModelConfig(_Checked):
 
 
 _LANGUAGE_MODELS = ("causal_lm", "masked_lm")
+_TEXT_TASKS = (*_LANGUAGE_MODELS, "text_classification", "translation", "beit3")
+_IMAGE_TASKS = ("image_classification", "image_tokenizer", "masked_image")
 
 # Fields, or groups of them, that some tasks alone read, and which.
 OF_SOME_TASKS: dict[str, tuple[str, ...]] = {
-  "init_from": ("text_classification",),
+  "init_from": ("text_classification", "image_classification"),
   "sample_prompt": ("causal_lm",),
   "sample_temperature": ("causal_lm",),
   "beam": ("translation",),
   "model.encoder_layers": ("translation",),
-  "model.image_size": ("beit3",),
-  "model.patch_size": ("beit3",),
+  "model.image_size": ("beit3", *_IMAGE_TASKS),
+  "model.patch_size": ("beit3", *_IMAGE_TASKS),
   "model.image_vocab_size": ("beit3",),
-  "model.pooling": ("text_classification",),
+  "model.relative_patches": ("image_classification", "masked_image"),
+  "model.pooling": ("text_classification", "image_classification"),
   "model.tied_embeddings": (*_LANGUAGE_MODELS, "translation", "beit3"),
   "data.mask_rate": ("masked_lm",),
   "data.mask_keep": ("masked_lm",),
   "data.mask_random": ("masked_lm",),
   "data.document_separator": _LANGUAGE_MODELS,
   "data.cache_dir": (*_LANGUAGE_MODELS, "translation"),
+  "data.tokenizer": _TEXT_TASKS,
+  "data.vocab_size": _TEXT_TASKS,
+  "data.tokenizer_file": _TEXT_TASKS,
+  "data.seq_length": _TEXT_TASKS,
   "data.text_key": (*_LANGUAGE_MODELS, "text_classification"),
   "data.source_key": ("translation",),
   "data.target_key": ("translation",),
   "data.second_text_key": ("text_classification",),
-  "data.label_key": ("text_classification",),
+  "data.label_key": ("text_classification", "image_classification"),
   "data.label_scale": ("text_classification",),
   "data.regression": ("text_classification",),
   "data.too_long": ("text_classification", "translation"),
+  "data.image_key": _IMAGE_TASKS,
+  "data.normalization": _IMAGE_TASKS,
+  "data.eval_crop": _IMAGE_TASKS,
+  "data.augment": _IMAGE_TASKS,
+  "data.augment.erase": ("image_classification",),
+  "data.augment.mixup": ("image_classification",),
+  "data.augment.cutmix": ("image_classification",),
+  "data.augment.mix_rate": ("image_classification",),
+  "data.augment.cutmix_share": ("image_classification",),
 }
 
 
@@ -220,6 +239,7 @@ def tasks_reading(name: str) -> tuple[str, ...] | None:
 OWN_FILES = {
   "text_files": (*_LANGUAGE_MODELS, "text_classification"),
   "pair_files": ("translation",),
+  "image_folder": _IMAGE_TASKS,
 }
 
 
@@ -254,17 +274,69 @@ class RecipeConfig(_Checked):
 
 
 @dataclasses.dataclass(frozen=True)
+class AugmentConfig(_Checked):
+  """How training images are changed; by default they are not. See `data.images.Spatial`."""
+
+  _group = "data.augment."
+
+  crop_scale: float = _field(
+    1.0,
+    "least share of an image's area that a random crop keeps; 1: no random crop, the evaluation's",
+    above=0.0,
+    max=1.0,
+  )
+  flip: float = _field(0.0, "share of images that are mirrored", min=0.0, max=1.0)
+  color_jitter: float = _field(
+    0.0, "brightness, contrast and saturation are changed by 1 -+ this; 0: not", min=0.0, max=1.0
+  )
+  rand_augment: int = _field(0, "operations of RandAugment on an image; 0: none", min=0, max=16)
+  rand_augment_set: str = _field(
+    "full", "of which it draws: all 15, or BEiT-3's nine", choices=("full", "beit3")
+  )
+  rand_augment_magnitude: float = _field(9.0, "their mean strength, of 10", min=0.0, max=10.0)
+  rand_augment_std: float = _field(0.5, "its deviation", min=0.0, max=10.0)
+  erase: float = _field(0.0, "share of images in which a box becomes noise", min=0.0, max=1.0)
+  mixup: float = _field(
+    0.0, "alpha of the Beta distribution of mixup's shares; 0: no mixup", min=0.0, max=1e3
+  )
+  cutmix: float = _field(0.0, "the same of cutmix", min=0.0, max=1e3)
+  mix_rate: float = _field(1.0, "share of batches that are mixed", min=0.0, max=1.0)
+  cutmix_share: float = _field(
+    0.5, "share of those for cutmix, where there is mixup too", min=0.0, max=1.0
+  )
+
+  def __post_init__(self):
+    super().__post_init__()
+    mixed = self.mixup or self.cutmix
+    for name, read, needed in (
+      ("rand_augment_set", self.rand_augment, "data.augment.rand_augment"),
+      ("rand_augment_magnitude", self.rand_augment, "data.augment.rand_augment"),
+      ("rand_augment_std", self.rand_augment, "data.augment.rand_augment"),
+      ("mix_rate", mixed, "data.augment.mixup or data.augment.cutmix"),
+      ("cutmix_share", self.mixup and self.cutmix, "data.augment.mixup and data.augment.cutmix"),
+    ):
+      default = AugmentConfig.__dataclass_fields__[name].default
+      if not read and getattr(self, name) != default:
+        raise ConfigError(
+          f"config.data.augment.{name} is not read without {needed}: set that, or leave it"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig(_Checked):
-  """Where text comes from and how it becomes tokens."""
+  """Where texts and images come from, how texts become tokens and images arrays."""
 
   _group = "data."
 
   name: str = _field(
     "embedded",
-    "`embedded`, `text_files`, `pair_files` (translation), or the name of a TFDS data set",
+    "`embedded`, `text_files`, `pair_files` (translation), `embedded/mnist5k`, `embedded/emoji`,"
+    " `image_folder` (images), or the name of a TFDS data set",
   )
   train_files: str = _field(
-    "", "files or globs of name=text_files or pair_files, separated by commas"
+    "",
+    "files or globs of name=text_files or pair_files, separated by commas; of name=image_folder a"
+    " folder that holds a folder for each class",
   )
   validation_files: str = _field("", "the same; empty: a tail of the training text")
   test_files: str = _field("", "the same, of the split `test` (magneto_jax.evaluate)")
@@ -292,6 +364,19 @@ class DataConfig(_Checked):
   vocab_size: int = _field(1024, "pieces to train (sentencepiece)", min=8, max=_LONGEST)
   tokenizer_file: str = _field("", "a sentencepiece model to load instead of training one")
   seq_length: int = _field(256, "T, tokens a sample", min=2, max=_LONGEST)
+  image_key: str = _field("image", "TFDS feature that holds the image")
+  normalization: str = _field(
+    "half",
+    "of pixels: (x / 255 - 1/2) / (1/2), or by ImageNet's means and deviations",
+    choices=("half", "imagenet"),
+  )
+  eval_crop: float = _field(
+    1.0,
+    "share of an image's short side that an evaluation's central square has",
+    above=0.0,
+    max=1.0,
+  )
+  augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
   mask_rate: float = _field(
     0.15, "share of a masked language model's tokens that are predicted", above=0.0, below=1.0
   )
@@ -346,8 +431,15 @@ class OptimizerConfig(_Checked):
   weight_decay: float = _field(0.01, "decoupled, times the learning rate", min=0.0)
   decay_mask: str = _field(
     "matrices",
-    "what decays: kernels and embedding tables, or all parameters (as fairseq does)",
-    choices=("matrices", "all"),
+    "what decays: kernels and embedding tables, all parameters (as fairseq does), or what decays in"
+    " BEiT (no tables of positions, but those of relative biases and the mask token)",
+    choices=("matrices", "all", "beit"),
+  )
+  layer_decay: float = _field(
+    1.0,
+    "factor of the updates from each layer to the one below it, down to the embedding; 1: none",
+    above=0.0,
+    max=1.0,
   )
   clip_norm: float = _field(0.0, "global gradient norm to clip at; 0: no clipping", min=0.0)
   schedule: str = _field("cosine", "after the warm-up", choices=tuple(SCHEDULES))
@@ -412,7 +504,14 @@ class SpikeConfig(_Checked):
 
 
 # What `task` may be: the keys of `tasks.TASKS`, to which `tasks.register` adds.
-TASK_NAMES = ["causal_lm", "masked_lm", "text_classification", "translation", "beit3"]
+TASK_NAMES = [
+  "causal_lm",
+  "masked_lm",
+  "text_classification",
+  "translation",
+  "beit3",
+  "image_classification",
+]
 # Of which it is known what they read.
 _SHIPPED_TASKS = tuple(TASK_NAMES)
 

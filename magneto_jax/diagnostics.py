@@ -165,7 +165,7 @@ class Call(NamedTuple):
 
   def without_targets(self) -> "Call":
     """The call whose output is what is scored, logits, and not already the targets' nats."""
-    kwargs = {name: value for name, value in self.kwargs.items() if name != "targets_BT"}
+    kwargs = {n: value for n, value in self.kwargs.items() if not n.startswith("targets")}
     return self._replace(kwargs=kwargs)
 
 

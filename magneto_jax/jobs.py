@@ -82,6 +82,7 @@ def prepare(
       batch_size=config.batch_size,
       seed=config.seed,
       augment=data.augment,
+      mix=data.mix,
       num_workers=config.data.workers,
       rows=rows,
       skip=batch_ranges(config.skip_batches),

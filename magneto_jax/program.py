@@ -98,6 +98,7 @@ def make_optimizer(config: OptimizerConfig, steps: int):
     weight_decay=config.weight_decay,
     clip_norm=config.clip_norm,
     decay=config.decay_mask,
+    layer_decay=config.layer_decay,
   )
   return optimizer, schedule
 

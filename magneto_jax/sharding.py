@@ -61,7 +61,7 @@ PARAMETERS: list[tuple[str, tuple[str | None, ...]]] = [
   ("(embedding|final|head)_norm/(scale|bias)", (None,)),
   ("(token|text|output)_embedding/embedding", ("vocab", "embed")),
   (r"position_embedding(s_\w+)?/embedding", (None, "embed")),
-  ("(cross_)?relative_bias", (None, "heads")),
+  ("(cross_|patch_)?relative_bias", (None, "heads")),
   ("patch_embedding/projection/kernel", (None, None, None, "embed")),
   ("patch_embedding/projection/bias", (None,)),
   ("patch_embedding/(class|mask)_token", (None,)),

@@ -255,7 +255,7 @@ class _Loop:
       stack.enter_context(contextlib.closing(self.writer))
       if config.diagnostics_every:
         # No more rows than a step holds at a time.
-        rows, length = config.batch_size // config.accumulation, config.data.seq_length
+        rows, length = config.batch_size // config.accumulation, self.task.length(config)
         self.monitor = Monitor(
           self.workdir,
           program.model,

@@ -131,7 +131,7 @@ class PairData:
     too_long: how many of the training and of the validation pairs are too long for a row.
     bad_records: the damaged pairs that were left out: file, line in it, and what is wrong.
     identity: see `text.TextData`.
-    augment: nothing: a row is read as it is.
+    augment, mix: nothing: a row is read as it is.
   """
 
   train: PackedPairs
@@ -144,6 +144,7 @@ class PairData:
   bad_records: tuple[str, ...]
   identity: Mapping[str, Any]
   augment: None = None
+  mix: None = None
 
   def describe(self) -> str:
     """Pairs, rows, padding and pieces."""

@@ -23,6 +23,7 @@ def train_iterator(
   batch_size: int,
   seed: int,
   augment: Callable[[Batch, np.random.Generator], Batch] | None = None,
+  mix: Callable[[Batch, Batch, np.random.Generator], Batch] | None = None,
   num_workers: int = 0,
   rows: Sequence[int] | None = None,
   skip: Sequence[tuple[int, int]] = (),
@@ -35,12 +36,15 @@ def train_iterator(
   straddle two epochs, so no sample is ever dropped.
 
   Args:
-    dataset: random-access samples of equal shapes.
+    dataset: random-access samples, of equal shapes once they are augmented and mixed.
     batch_size: rows of a batch over all hosts together.
     seed: of the shuffle, not negative.
     augment: `(sample, generator) -> sample`. The generator is a function of the seed and of the
       sample's place in the stream, so every epoch draws anew. With workers it is pickled: a
       module's function, a record or a partial of one.
+    mix: `(sample, partner, generator) -> sample`, of what `augment` gave. The partner of row r is
+      row batch_size - 1 - r, also on a host that does not read it; the generator is a function of
+      the seed and of k, so that all rows of a batch draw the same. With workers as `augment`.
     num_workers: processes that prepare batches; 0 is right for packed text, because starting
       workers takes seconds and slices of a memory map are cheap. Workers are spawned, so a
       script needs `if __name__ == "__main__":`.
@@ -63,8 +67,8 @@ def train_iterator(
     raise ValueError(f"{seed=} must not be negative")
   if len(dataset) < batch_size:
     raise ValueError(
-      f"the training set has {len(dataset)} samples, fewer than {batch_size=}: use more text, "
-      "a smaller batch or shorter sequences"
+      f"the training set has {len(dataset)} samples, fewer than {batch_size=}: use more data, "
+      "a smaller batch or, of text, shorter sequences"
     )
   samples = grain.MapDataset.source(dataset).seed(seed).shuffle().repeat(_EPOCHS)
   if augment is not None:
@@ -73,7 +77,16 @@ def train_iterator(
   if left < 1:
     raise ValueError(f"{skip=} leaves no batch")
   batches = grain.MapDataset.range(start, left).map(lambda step: batch_of_step(step, skip))
-  batches = batches.map(lambda k: _stack([samples[k * batch_size + row] for row in rows]))
+
+  def batch(k: int) -> Batch:
+    if mix is None:
+      return _stack([samples[k * batch_size + row] for row in rows])
+    partners = [batch_size - 1 - row for row in rows]
+    whole = {row: samples[k * batch_size + row] for row in {*rows, *partners}}
+    pairs = zip(rows, partners, strict=True)
+    return _stack([mix(whole[a], whole[b], np.random.default_rng((seed, k))) for a, b in pairs])
+
+  batches = batches.map(batch)
   iterable = batches.to_iter_dataset(grain.ReadOptions(**_READ_OPTIONS))
   if num_workers > 0:
     # Grain reads an absl flag here, which fails in notebooks and scripts that parse none.

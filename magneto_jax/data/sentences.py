@@ -71,7 +71,7 @@ class SentenceData:
     shared: how many validation samples are, text by text, in the training set too.
     bad_records: the rows that were left out: file, line, and what is wrong.
     identity: JSON-able values that name all of this exactly.
-    augment: nothing: a row is read as it is.
+    augment, mix: nothing: a row is read as it is.
   """
 
   train: EncodedRows
@@ -85,6 +85,7 @@ class SentenceData:
   bad_records: tuple[str, ...]
   identity: Mapping[str, Any]
   augment: None = None
+  mix: None = None
 
   def describe(self) -> str:
     """Samples, classes, padding, and what a person may not expect of them."""

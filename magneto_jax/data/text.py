@@ -29,7 +29,7 @@ class TextData:
     bad_records: the damaged documents that were left out: file, index in it, and what is wrong.
     identity: JSON-able values that name all of this exactly; keep them in the checkpoint and
       refuse to resume when they differ.
-    augment: nothing: a window is read as it is.
+    augment, mix: nothing: a window is read as it is.
   """
 
   train: packing.PackedDataset
@@ -41,6 +41,7 @@ class TextData:
   bad_records: tuple[str, ...]
   identity: Mapping[str, Any]
   augment: None = None
+  mix: None = None
 
   def describe(self) -> str:
     """Windows, tokens and pieces."""

@@ -7,7 +7,7 @@ from magneto_jax.models.image_tokenizer import ImageTokenizer, Reconstruction
 from magneto_jax.models.language import CausalLM, DecodingState, MaskedLM
 from magneto_jax.models.multimodal import BEiT3, MaskedBEiT3
 from magneto_jax.models.transformer import Block, Context, Stack, StackOutput, init_caches
-from magneto_jax.models.vision import VisionEncoder
+from magneto_jax.models.vision import ImageClassifier, VisionEncoder
 
 __all__ = [
   "BEiT3",
@@ -17,6 +17,7 @@ __all__ = [
   "DecodingState",
   "Encoder",
   "EncoderDecoder",
+  "ImageClassifier",
   "ImageTokenizer",
   "MaskedBEiT3",
   "MaskedLM",

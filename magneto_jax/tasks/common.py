@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from magneto_jax.config import ConfigError, DataConfig, ModelConfig, TrainConfig, tasks_reading
-from magneto_jax.data import text
+from magneto_jax.data import images, text
 from magneto_jax.data.tokenizers import ByteTokenizer
 from magneto_jax.layers.feed_forward import GATED
 from magneto_jax.tasks.task import Facts, Task, mean_nats, weighted_sums
@@ -24,13 +24,16 @@ OF_A_TEXT = ("deepscalelm", "deepscalelm_simple")
 
 
 def architecture(
-  config: TrainConfig, facts: Facts, kind: str, **layers: int
+  config: TrainConfig, facts: Facts, kind: str, *, length: int | None = None, **layers: int
 ) -> records.Architecture:
-  """What the recipe needs to know of a model of this kind, whose stacks read a text."""
+  """What the recipe needs to know of a model of this kind; its rows have `length` tokens.
+
+  By default that is `data.seq_length`, a text's.
+  """
   model = config.model
   of_text = {}
   if config.recipe in OF_A_TEXT:
-    of_text["token_correlation"] = input_correlation(config, facts)
+    of_text["token_correlation"] = input_correlation(config, facts, length)
   return records.Architecture(
     kind=kind,
     width=model.width,
@@ -48,7 +51,7 @@ def _tables(model: ModelConfig) -> int:
   return 2 if model.positions == "learned" else 1
 
 
-def input_correlation(config: TrainConfig, facts: Facts) -> float:
+def input_correlation(config: TrainConfig, facts: Facts, length: int | None = None) -> float:
   """r_0, the correlation of two tokens of a sample at DeepScaleLM's input, before its dropout.
 
   Two rows of a table agree if they are the same row: in s = sum_k p_k^2 of the text's pairs of
@@ -68,7 +71,7 @@ def input_correlation(config: TrainConfig, facts: Facts) -> float:
   same, model = facts["token_correlation"], config.model
   if model.positions != "sinusoidal":
     return same / _tables(model)
-  variance, covariance = _sinusoidal_moments(config.data.seq_length, model.width)
+  variance, covariance = _sinusoidal_moments(length or config.data.seq_length, model.width)
   tokens = 1 - model.dropout
   return (tokens * same + covariance) / (tokens + variance)
 
@@ -166,6 +169,27 @@ def load_text(
   # What language models alone read, masked or not.
   values = data_options(config.data, "causal_lm")
   return text.load_text(workdir=directory, expected=expected, **values)
+
+
+def image_options(config: TrainConfig) -> dict[str, Any]:
+  """The keywords of `images.Spatial.of`, or `Classification.of`, that the config sets."""
+  data = config.data
+  return {
+    "image_size": config.model.image_size,
+    "normalization": data.normalization,
+    "eval_crop": data.eval_crop,
+    "augment": dataclasses.asdict(data.augment),
+  }
+
+
+def load_images(
+  config: TrainConfig, task: str, view: images.View, expected: Mapping[str, Any] | None = None
+) -> images.ImageData:
+  """The images of the config's source, as the task's view has them."""
+  values = data_options(config.data, task)
+  for name in ("augment", "normalization", "eval_crop"):  # The view's.
+    del values[name]
+  return images.load_images(view=view, expected=expected, **values)
 
 
 def token_counts(data: text.TextData) -> np.ndarray:

@@ -27,6 +27,8 @@ class Data(Protocol):
     augment: `(sample, random generator) -> sample` for training, or None. The generator is a
       function of the run's seed and of how many samples came before, so that an epoch draws anew,
       and a run that is resumed goes on with what it would have drawn.
+    mix: `(sample, partner, random generator) -> sample` for training, of two augmented samples of a
+      batch, or None. All rows of a batch are given the same draws; see `pipelines.train_iterator`.
     bad_records: what was left out as damaged: file, index in it, and what is wrong.
     identity: JSON-able values that name all of this exactly.
   """
@@ -34,6 +36,7 @@ class Data(Protocol):
   train: Sequence[Sample]
   validation: Sequence[Sample]
   augment: Callable[[Sample, np.random.Generator], Sample] | None
+  mix: Callable[[Sample, Sample, np.random.Generator], Sample] | None
   bad_records: tuple[str, ...]
   identity: Mapping[str, Any]
 
@@ -88,6 +91,7 @@ class Task(NamedTuple):
     loss_name: the metric that is the mean loss; `loss_nats_per_token` is in nats a token.
     best: the metric by which a model is chosen, and whether more is better.
     unit: what a sample is counted in; `size`: `config -> how many of them a sample has`.
+    length: `config -> how many tokens, or patches, a row of the stack has`.
     fact_kinds: the facts without which there is no model, and their types.
     pretrained: the module, and so the part of the parameters, that `config.init_from` gives; empty
       for none.
@@ -116,6 +120,7 @@ class Task(NamedTuple):
   best: tuple[str, bool] = ("loss_nats_per_token", False)
   unit: str = "tokens"
   size: Callable[[TrainConfig], int] = lambda config: config.data.seq_length
+  length: Callable[[TrainConfig], int] = lambda config: config.data.seq_length
   fact_kinds: Mapping[str, type] = {"vocab_size": int}
   pretrained: str = ""
 

@@ -1,0 +1,361 @@
+"""Images in one call: sources, the views that training and evaluation have of them, and labels."""
+
+import dataclasses
+import functools
+import hashlib
+import io
+from collections.abc import Callable, Mapping, Sequence
+from importlib import resources
+from typing import Any, Protocol
+
+import numpy as np
+
+from magneto_jax.data import augmentation, documents, text
+
+Sample = dict[str, np.ndarray]
+
+# The embedded images: the folder, the file, and the names of the classes.
+_EMBEDDED: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
+  "embedded/mnist5k": ("images", "mnist5k.npz", tuple(map(str, range(10)))),
+  "embedded/emoji": (
+    "emoji",
+    "emoji32.npz",
+    (
+      "Smileys & Emotion",
+      "People & Body",
+      "Animals & Nature",
+      "Food & Drink",
+      "Travel & Places",
+      "Activities",
+      "Objects",
+      "Symbols",
+    ),
+  ),
+}
+_SPLITS = ("train", "validation", "test")
+
+
+# ---------------------------------------------------------------------------------------------
+# What is read of images
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Images(Sequence):
+  """Images of any sizes, read one at a time: a random-access data source for Grain.
+
+  Attributes:
+    size: how many there are.
+    read: index in [0, size) -> uint8 [H, W, 3], red, green and blue, and the class, -1 where there
+      is none; BadRecord if it cannot be read.
+    identity: JSON-able values that name the content exactly.
+    labels: [size], the classes, where they are known without reading; else None.
+  """
+
+  size: int
+  read: Callable[[int], tuple[np.ndarray, int]]
+  identity: Mapping[str, Any]
+  labels: np.ndarray | None = None
+
+  def __len__(self) -> int:
+    return self.size
+
+  def __getitem__(self, index: int) -> Sample:
+    """image: uint8 [H, W, 3]; label: int32 []."""
+    if not 0 <= index < self.size:
+      raise IndexError(f"image {index} of {self.size}")
+    image, label = self.read(index)
+    return {"image": image, "label": np.int32(label)}
+
+
+class View(Protocol):
+  """What a task sees of a raw sample; in worker processes it is pickled.
+
+  Attributes:
+    training: `(sample, random generator) -> sample` of one shape.
+    evaluation: `sample -> sample` of the same shapes.
+    mix: `(sample, partner, random generator) -> sample` of two training samples, or None.
+  """
+
+  training: Callable[[Sample, np.random.Generator], Sample]
+  evaluation: Callable[[Sample], Sample]
+  mix: Callable[[Sample, Sample, np.random.Generator], Sample] | None
+
+
+class Viewed(Sequence):
+  """Images as an evaluation sees them."""
+
+  def __init__(self, images: Images, evaluation: Callable[[Sample], Sample]):
+    self.images, self._evaluation = images, evaluation
+
+  def __len__(self) -> int:
+    return len(self.images)
+
+  def __getitem__(self, index: int) -> Sample:
+    return self._evaluation(self.images[index])
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageData:
+  """Images, ready for the pipelines.
+
+  Attributes:
+    train: the raw training images, of which `augment` makes samples.
+    validation: the samples of the evaluation.
+    classes: their names, by number; none where labels are not read.
+    augment, mix: those of the view, `training` and `mix`.
+    shared: how many validation images are, byte by byte, in the training set too; None: not known.
+    bad_records: the images that were left out: file, and what is wrong.
+    identity: JSON-able values that name all of this exactly.
+  """
+
+  train: Images
+  validation: Viewed
+  classes: tuple[str, ...]
+  augment: Callable[[Sample, np.random.Generator], Sample]
+  mix: Callable[[Sample, Sample, np.random.Generator], Sample] | None
+  shared: int | None
+  bad_records: tuple[str, ...]
+  identity: Mapping[str, Any]
+
+  def describe(self) -> str:
+    """Images and classes, and what a person may not expect of them."""
+    words = f"{len(self.train):,} training and {len(self.validation):,} validation images"
+    if self.classes:
+      words += f", {len(self.classes):,} classes"
+    if self.shared:
+      words += f"; {self.shared:,} of the validation images are in the training set too"
+    return words
+
+  def show(self, sample: Mapping[str, np.ndarray]) -> str:
+    """A sample's size and its label."""
+    height, width, _ = sample["image"].shape
+    words = f"{height} x {width} pixels"
+    if "label" not in sample:
+      return words
+    name = lambda key: repr(self.classes[int(sample[key])])
+    words += f" of {name('label')}"
+    share = float(sample.get("share", 1))
+    return words if share == 1 else f"{words}, {1 - share:.0%} of {name('other_label')}"
+
+
+# ---------------------------------------------------------------------------------------------
+# Views
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Spatial:
+  """What training and evaluation see of an image: uint8 [S, S, 3] of one of any size.
+
+  Attributes:
+    image_size: S.
+    eval_crop: the evaluation's central square has this share of the short side.
+    crop_scale, flip, color_jitter, rand_augment...: see `config.AugmentConfig`.
+    fill: what comes into the image where RandAugment moves it.
+  """
+
+  image_size: int
+  eval_crop: float = 1.0
+  crop_scale: float = 1.0
+  flip: float = 0.0
+  color_jitter: float = 0.0
+  rand_augment: int = 0
+  rand_augment_set: str = "full"
+  rand_augment_magnitude: float = 9.0
+  rand_augment_std: float = 0.5
+  fill: tuple[int, int, int] = (128, 128, 128)
+
+  @classmethod
+  def of(
+    cls, *, image_size: int, normalization: str, eval_crop: float, augment: Mapping[str, Any]
+  ) -> "Spatial":
+    """That of a config's values; `augment` are the fields of `config.AugmentConfig`."""
+    names = {field.name for field in dataclasses.fields(cls)}
+    mean, _ = augmentation.NORMALIZATIONS[normalization]
+    fill = tuple(round(255 * value) for value in mean)
+    own = {name: value for name, value in augment.items() if name in names}
+    return cls(image_size=image_size, eval_crop=eval_crop, fill=fill, **own)
+
+  def training(self, image: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """A random crop, mirrored and recoloured as the attributes say."""
+    if self.crop_scale < 1:
+      box = augmentation.random_box(*image.shape[:2], self.crop_scale, generator)
+      image = augmentation.resize(augmentation.crop(image, box), self.image_size, self.image_size)
+    else:
+      image = self.evaluation(image)
+    if generator.random() < self.flip:
+      image = augmentation.flip(image)
+    if self.color_jitter:
+      image = augmentation.color_jitter(image, self.color_jitter, generator)
+    if self.rand_augment:
+      image = augmentation.rand_augment(
+        image,
+        generator,
+        operations=self.rand_augment,
+        among=self.rand_augment_set,
+        magnitude=self.rand_augment_magnitude,
+        std=self.rand_augment_std,
+        fill=self.fill,
+      )
+    return image
+
+  def evaluation(self, image: np.ndarray) -> np.ndarray:
+    """The central square."""
+    return augmentation.central_square(image, self.image_size, self.eval_crop)
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification:
+  """The view of a classifier: a `View`.
+
+  A sample that reaches a batch is
+    image: float32 [S, S, 3], normalised.
+    label, other_label: int32 [].
+    share: float32 []: the target is share * onehot(label) + (1 - share) * onehot(other_label).
+    weights: float32 [], 1.
+
+  Attributes:
+    spatial: the pixels that are seen.
+    normalization: a name in `augmentation.NORMALIZATIONS`.
+    erase: share of training images in which a box becomes noise.
+    mix: of pairs of training samples; None: they are not mixed.
+  """
+
+  spatial: Spatial
+  normalization: str = "half"
+  erase: float = 0.0
+  mix: augmentation.Mix | None = None
+
+  @classmethod
+  def of(
+    cls, *, image_size: int, normalization: str, eval_crop: float, augment: Mapping[str, Any]
+  ) -> "Classification":
+    """The view of a config's values; `augment` are the fields of `config.AugmentConfig`."""
+    spatial = Spatial.of(
+      image_size=image_size, normalization=normalization, eval_crop=eval_crop, augment=augment
+    )
+    mix = augmentation.Mix(**{name: augment[name] for name in augmentation.Mix._fields})
+    return cls(spatial, normalization, augment["erase"], mix if mix.mixup or mix.cutmix else None)
+
+  def training(self, sample: Sample, generator: np.random.Generator) -> Sample:
+    """The augmented image, not mixed yet."""
+    image = self.spatial.training(sample["image"], generator)
+    image = augmentation.normalize(image, self.normalization)
+    if generator.random() < self.erase:
+      image = augmentation.erase(image, generator)
+    return self._labelled(image, sample["label"])
+
+  def evaluation(self, sample: Sample) -> Sample:
+    """The central square."""
+    image = self.spatial.evaluation(sample["image"])
+    return self._labelled(augmentation.normalize(image, self.normalization), sample["label"])
+
+  def _labelled(self, image: np.ndarray, label: np.ndarray) -> Sample:
+    one = np.float32(1)
+    return {"image": image, "label": label, "other_label": label, "share": one, "weights": one}
+
+
+# ---------------------------------------------------------------------------------------------
+# Sources
+# ---------------------------------------------------------------------------------------------
+
+
+def load_images(
+  *,
+  name: str,
+  view: View,
+  label_key: str = "",
+  image_key: str = "image",
+  train_files: Sequence[str] = (),
+  validation_files: Sequence[str] = (),
+  test_files: Sequence[str] = (),
+  validation_fraction: float = 0.1,
+  data_dir: str = "",
+  train_split: str = "train",
+  validation_split: str = "validation",
+  skip_bad: int = 0,
+  expected: Mapping[str, Any] | None = None,
+) -> ImageData:
+  """Finds the images of a source and shows them through a view.
+
+  Args:
+    name: `embedded/mnist5k`, `embedded/emoji`, `image_folder` (see `image_files.find`), or a TFDS
+      data set on disk, such as `cifar10`.
+    view: what a task sees of them.
+    label_key: the TFDS feature that holds the label; empty: images alone are read, and of no
+      source the classes.
+    image_key: the TFDS feature that holds the image.
+    train_files, validation_files, test_files: a folder each (`image_folder`), of which the last is
+      the split `test`.
+    validation_fraction: without validation_files, about which part of every class is held out, by
+      digests of the files (`image_folder`).
+    data_dir, train_split, validation_split: of TFDS; the others have the splits train, validation
+      and test.
+    skip_bad: how many bad files may be left out, of training and validation together
+      (`image_folder`).
+    expected: the `identity` of an earlier call, whose images these must be. Without its
+      `validation` any images may be evaluated on, those of the training too.
+
+  Raises:
+    FileNotFoundError: folders or the data set are not on disk.
+    ValueError: of one line: no such source or split, files that cannot be read, fewer than two
+      classes, the same images to train and to evaluate on, or others than expected.
+  """
+  bad = documents.BadRecords(skip_bad)
+  splits, shared = (train_split, validation_split), None
+  if name in _EMBEDDED:
+    parts = [embedded(name, split) for split in splits]
+    classes = _EMBEDDED[name][2]
+  elif name == "embedded":
+    raise ValueError(f"the embedded images are {' and '.join(_EMBEDDED)}: set data.name to one")
+  else:
+    raise ValueError(f"no images are called {name!r}")
+  if not label_key:
+    classes = ()
+  train, validation = parts
+  if expected is None and train.identity == validation.identity:
+    raise ValueError(f"{name}: training and validation images are the same: {train.identity}")
+  identities = {"train": dict(train.identity), "validation": dict(validation.identity)}
+  if part := text.changed_part(identities, expected):
+    raise ValueError(
+      f"the {part} images are not those that this run was started with: bring them back, or use"
+      " another workdir"
+    )
+  return ImageData(
+    train=train,
+    validation=Viewed(validation, view.evaluation),
+    classes=classes,
+    augment=view.training,
+    mix=view.mix,
+    shared=shared,
+    bad_records=tuple(bad.found),
+    identity=identities,
+  )
+
+
+def embedded(name: str, split: str) -> Images:
+  """One split of the images that come with the package: `embedded/mnist5k` or `embedded/emoji`."""
+  if split not in _SPLITS:
+    raise ValueError(f"{name} has no split {split!r}; it has {', '.join(_SPLITS)}")
+  folder, file, _ = _EMBEDDED[name]
+  content = (resources.files("magneto_jax.data") / "embedded" / folder / file).read_bytes()
+  with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+    chosen = arrays["split"] == _SPLITS.index(split)
+    labels = arrays["labels"][chosen].astype(np.int32)
+    if "images" in arrays:
+      images = np.repeat(arrays["images"][chosen][..., None], 3, axis=-1)
+    else:
+      rows = np.arange(len(chosen))[:, None, None]
+      images = arrays["palette"][rows, arrays["index"]][chosen]
+  identity = {
+    "source": name,
+    "split": split,
+    "images": len(images),
+    "sha256": hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest(),
+  }
+  return Images(len(images), functools.partial(_of_arrays, images, labels), identity, labels)
+
+
+def _of_arrays(images: np.ndarray, labels: np.ndarray, index: int) -> tuple[np.ndarray, int]:
+  return images[index], labels[index]
