@@ -3,6 +3,7 @@
 from magneto_jax.models.classifier import TextClassifier
 from magneto_jax.models.encoder import Encoder
 from magneto_jax.models.encoder_decoder import EncoderDecoder
+from magneto_jax.models.image_tokenizer import ImageTokenizer, Reconstruction
 from magneto_jax.models.language import CausalLM, DecodingState, MaskedLM
 from magneto_jax.models.multimodal import BEiT3, MaskedBEiT3
 from magneto_jax.models.transformer import Block, Context, Stack, StackOutput, init_caches
@@ -17,8 +18,10 @@ __all__ = [
   "Encoder",
   "EncoderDecoder",
   "ImageClassifier",
+  "ImageTokenizer",
   "MaskedBEiT3",
   "MaskedLM",
+  "Reconstruction",
   "Stack",
   "StackOutput",
   "TextClassifier",

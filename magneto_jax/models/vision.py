@@ -173,9 +173,7 @@ class ImageClassifier(nn.Module, kw_only=True):
     if self.pooling == "first":
       p_BD = h_BTD[:, 0]
     else:
-      norm = norm_factory(
-        encoder.recipe.norm, epsilon=encoder.norm_epsilon, dtype=encoder.dtype
-      )
+      norm = norm_factory(encoder.recipe.norm, epsilon=encoder.norm_epsilon, dtype=encoder.dtype)
       mean_BD = jnp.mean(h_BTD[:, int(vision.class_token) :].astype(wide), axis=1)
       p_BD = norm(name="head_norm")(mean_BD)
     p_BD = nn.Dropout(self.dropout_rate, deterministic=deterministic)(p_BD)

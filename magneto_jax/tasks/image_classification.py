@@ -12,6 +12,7 @@ Reference: An Image is Worth 16x16 Words, arXiv 2010.11929; Foundation Transform
 2210.06423, section 4.5; ImageNet-A, arXiv 1907.07174; ImageNet-R, arXiv 2006.16241.
 """
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -115,11 +116,15 @@ def facts(data: images.ImageData) -> Facts:
   """What the model must know of its data.
 
   classes: C.
-  token_correlation: see `patch_correlation`; of the first validation images.
+  token_correlation: see `correlation`.
   """
+  return {"classes": len(data.classes), "token_correlation": correlation(data)}
+
+
+def correlation(data: images.ImageData) -> float:
+  """The `patch_correlation` of the first validation images."""
   counted = range(min(_COUNTED_IMAGES, len(data.validation)))
-  pixels = np.stack([data.validation[i]["image"] for i in counted])
-  return {"classes": len(data.classes), "token_correlation": patch_correlation(pixels)}
+  return patch_correlation(np.stack([data.validation[i]["image"] for i in counted]))
 
 
 def patch_correlation(images_BHWC: np.ndarray) -> float:
@@ -153,12 +158,12 @@ def planned_facts(config: TrainConfig) -> Facts:
   return {"classes": CLASSES[name], "token_correlation": 1 / config.model.image_size**2}
 
 
-def measure(model: ImageClassifier, params, batch: Batch) -> dict[str, jax.Array]:
+def measure(model: ImageClassifier, variables, batch: Batch) -> dict[str, jax.Array]:
   """The loss's sums, and of every image its class and which classes score above it, as bits.
 
   Of classes of equal scores the first is above, as argmax has it; one that is not a number is.
   """
-  scores_BC = model.apply({"params": params}, batch["image"])
+  scores_BC = model.apply(variables, batch["image"])
   labels_B = batch["label"]
   own_B1 = jnp.take_along_axis(scores_BC, labels_B[:, None], axis=-1)
   earlier_BC = jnp.arange(model.classes)[None] < labels_B[:, None]
@@ -181,7 +186,7 @@ def metrics(totals: Totals, data: images.ImageData, *, whole: bool) -> dict[str,
   """
   labels_N = totals["labels"]
   above_NC = np.unpackbits(totals["above"], axis=-1, count=len(data.classes)).astype(bool)
-  if data.is_foreign:
+  if _is_of_another_set(data):
     above_NC = above_NC[:, np.unique(labels_N)]
   better_N = above_NC.sum(axis=-1)
   found = {"accuracy": float(np.mean(better_N < 1))}
@@ -190,11 +195,21 @@ def metrics(totals: Totals, data: images.ImageData, *, whole: bool) -> dict[str,
   return {"loss_nats_per_sample": totals["loss"] / totals["weight"], **found}
 
 
+def _is_of_another_set(data: images.ImageData) -> bool:
+  train, validation = (data.identity[part]["source"] for part in ("train", "validation"))
+  return train != validation
+
+
 def baselines(data: images.ImageData) -> dict[str, dict[str, float]]:
-  """The accuracy of the commonest class in training, and of a draw among all."""
-  commonest = np.bincount(data.train.labels).argmax()
-  majority = float(np.mean(data.validation.labels == commonest))
-  return {"accuracy": {"majority_class": majority, "chance": 1 / len(data.classes)}}
+  """The accuracy of a draw among all classes, and of the commonest one in training.
+
+  The latter where labels are known without reading all images.
+  """
+  found = {"chance": 1 / len(data.classes)}
+  labels, train_labels = data.validation.images.labels, data.train.labels
+  if labels is not None and train_labels is not None:
+    found["majority_class"] = float(np.mean(labels == np.bincount(train_labels).argmax()))
+  return {"accuracy": found}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -236,13 +251,26 @@ def dummy_inputs(config: TrainConfig) -> tuple:
 def load_data(
   config: TrainConfig, directory: str | os.PathLike, expected: Mapping[str, Any] | None = None
 ) -> images.ImageData:
-  """Images and their classes."""
-  return images.load_images(
-    workdir=directory,
-    expected=expected,
-    image_size=config.model.image_size,
-    **common.data_options(config.data, "image_classification"),
-  )
+  """Images and their classes; see above for splits of other data sets."""
+  del directory  # Nothing is derived.
+  view = images.Classification.of(**common.image_options(config))
+  load = lambda config, expected: common.load_images(config, "image_classification", view, expected)
+  name, _, split = config.data.validation_split.rpartition("/")
+  if not name or expected is None:
+    return load(config, expected)
+  own = load(_with_data(config, validation_split=config.data.train_split), expected)
+  other = load(_with_data(config, name=name, train_split=split, validation_split=split), {})
+  if other.classes != own.classes:
+    raise ConfigError(
+      f"data.name={config.data.name!r} and {name} do not name the same classes in one order: evaluate"
+      " on a set of the same classes"
+    )
+  identity = {**own.identity, "validation": other.identity["validation"]}
+  return dataclasses.replace(own, validation=other.validation, shared=None, identity=identity)
+
+
+def _with_data(config: TrainConfig, **fields: str) -> TrainConfig:
+  return dataclasses.replace(config, data=dataclasses.replace(config.data, **fields))
 
 
 TASK = Task(
