@@ -21,7 +21,7 @@ import optax
 
 from magneto_jax import sharding
 from magneto_jax.config import ModelConfig, TrainConfig, from_config_dict
-from magneto_jax.data import images, patch_masks
+from magneto_jax.data import augmentation, images, patch_masks
 from magneto_jax.models.masked_image import Frozen, MaskedImageModel
 from magneto_jax.tasks import common, image_classification, image_tokenizer
 from magneto_jax.tasks.task import Batch, Facts, Task, Totals, weighted_sums
@@ -32,6 +32,8 @@ _CHANNELS = 3
 # What a tokenizer is given of the model's sizes where no run says its own.
 _TOKENIZER_SIZES = ("layers", "width", "ffn_width", "heads", "image_size", "patch_size")
 _TOKENIZER_SIZES += ("image_vocab_size", "dtype")
+# So many of the validation images are drawn, hidden patches in grey.
+_DRAWN, _GREY = 8, 96
 # How a person reads a patch that can be seen, one that is answered right, and one that is not.
 _SEEN, _RIGHT, _WRONG = "·", "o", "x"
 
@@ -145,7 +147,7 @@ def answered(model: MaskedImageModel, variables, samples: Batch) -> dict[str, np
   Returns:
     tokens: [B, P], the tokenizer's of the whole images.
     filled: [B, P], the same, where patches are hidden the model's.
-    pictures: [B, H, W, C], of those the tokenizer's.
+    pictures, restored: [B, H, W, C], the tokenizer's of those, and of its own.
   """
 
   @jax.jit
@@ -153,10 +155,34 @@ def answered(model: MaskedImageModel, variables, samples: Batch) -> dict[str, np
     tokens_BP = model.apply(variables, batch["image"], method="tokens")
     logits_BPV = model.apply(variables, batch["image"], masked_BP=batch["masked"])
     filled_BP = jnp.where(batch["masked"], jnp.argmax(logits_BPV, axis=-1), tokens_BP)
-    pictures = model.apply(variables, filled_BP, method="pixels")
-    return sharding.replicate({"tokens": tokens_BP, "filled": filled_BP, "pictures": pictures})
+    draw = lambda tokens_BP: model.apply(variables, tokens_BP, method="pixels")
+    pictures = {"pictures": draw(filled_BP), "restored": draw(tokens_BP)}
+    return sharding.replicate({"tokens": tokens_BP, "filled": filled_BP, **pictures})
 
   return jax.tree.map(np.asarray, answer(variables, samples))
+
+
+def picture(
+  config: TrainConfig, model: MaskedImageModel, variables, data: images.ImageData
+) -> dict[str, np.ndarray]:
+  """Validation images, evenly apart; what is seen of them; what is answered; and what could be."""
+  count = min(_DRAWN, len(data.validation))
+  chosen = np.linspace(0, len(data.validation) - 1, count).astype(int)
+  samples = [data.validation[i] for i in chosen]
+  batch = {name: np.stack([x[name] for x in samples]) for name in samples[0]}
+  found = answered(model, variables, batch)
+  as_image = lambda pixels: augmentation.denormalize(pixels, config.data.normalization)
+  side, size = config.model.image_size // config.model.patch_size, config.model.patch_size
+  hidden = batch["masked"].reshape(-1, side, side, 1).repeat(size, 1).repeat(size, 2)
+  return {
+    "validation images": as_image(batch["image"]),
+    "what is seen": np.where(hidden, np.uint8(_GREY), as_image(batch["image"])),
+    "hidden patches answered, seen ones as they are": np.where(
+      hidden, as_image(found["pictures"]), as_image(batch["image"])
+    ),
+    "all from the tokenizer's tokens, hidden ones answered": as_image(found["pictures"]),
+    "all from the tokenizer's tokens, nothing hidden": as_image(found["restored"]),
+  }
 
 
 def sample(
@@ -247,6 +273,7 @@ TASK = Task(
   batch_spec=batch_spec,
   measure=measure,
   sample=sample,
+  picture=picture,
   loss_name="loss_nats_per_patch",
   best=("loss_nats_per_patch", False),
   unit="images",
