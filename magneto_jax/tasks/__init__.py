@@ -8,6 +8,7 @@ from magneto_jax.tasks import (
   beit3,
   causal_lm,
   image_classification,
+  image_tokenizer,
   masked_lm,
   text_classification,
   translation,
@@ -21,6 +22,7 @@ TASKS: dict[str, Task] = {
   "translation": translation.TASK,
   "beit3": beit3.TASK,
   "image_classification": image_classification.TASK,
+  "image_tokenizer": image_tokenizer.TASK,
 }
 _OWN = frozenset(TASKS)
 
