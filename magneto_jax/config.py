@@ -83,7 +83,7 @@ class ModelConfig(_Checked):
   )
   encoder_layers: int = _field(
     0,
-    "the number of layers of an encoder-decoder's encoder; 0: as many as layers",
+    "the number of layers of the encoder, where there is a decoder; 0: as many as layers",
     min=0,
     max=_MOST_LAYERS,
   )
@@ -128,6 +128,13 @@ class ModelConfig(_Checked):
   patch_size: int = _positive(16, "pixels on a patch's side", 2**16)
   image_vocab_size: int = _positive(
     8192, "how many tokens there are for patches of images", _LONGEST
+  )
+  codebook_width: int = _positive(32, "numbers in a code of an image tokenizer", _WIDEST)
+  codebook_decay: float = _rate(0.99, "of a code towards what chooses it, a step")
+  codebook_redraw: float = _rate(
+    0.0,
+    "a code that is chosen less often than this, times the mean, becomes one of the batch's"
+    " encodings; 0: never",
   )
   relative_patches: bool = _field(
     False, "whether layers share a table of two-dimensional relative position biases, as in BEiT"
@@ -194,10 +201,13 @@ OF_SOME_TASKS: dict[str, tuple[str, ...]] = {
   "sample_prompt": ("causal_lm",),
   "sample_temperature": ("causal_lm",),
   "beam": ("translation",),
-  "model.encoder_layers": ("translation",),
+  "model.encoder_layers": ("translation", "image_tokenizer"),
   "model.image_size": ("beit3", *_IMAGE_TASKS),
   "model.patch_size": ("beit3", *_IMAGE_TASKS),
-  "model.image_vocab_size": ("beit3", "masked_image"),
+  "model.image_vocab_size": ("beit3", "image_tokenizer", "masked_image"),
+  "model.codebook_width": ("image_tokenizer",),
+  "model.codebook_decay": ("image_tokenizer",),
+  "model.codebook_redraw": ("image_tokenizer",),
   "model.relative_patches": ("image_classification", "masked_image"),
   "model.pooling": ("text_classification", "image_classification", "masked_image"),
   "model.tied_embeddings": (*_LANGUAGE_MODELS, "translation", "beit3"),
@@ -521,6 +531,7 @@ TASK_NAMES = [
   "translation",
   "beit3",
   "image_classification",
+  "image_tokenizer",
   "masked_image",
 ]
 # Of which it is known what they read.

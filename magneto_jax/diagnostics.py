@@ -53,7 +53,8 @@ class Part(NamedTuple):
 def parts_of(model: nn.Module) -> dict[str, Part]:
   """The stacks of a model: `encoder`, `decoder`, or both, in the order in which they run."""
   parts = list(_stacks(model, ()))
-  named = {"decoder" if part.is_causal else "encoder": part for part in parts}
+  is_decoder = lambda part: part.is_causal or part.path[-1:] == ("decoder",)
+  named = {"decoder" if is_decoder(part) else "encoder": part for part in parts}
   if not parts or len(named) < len(parts):
     raise TypeError(
       f"{type(model).__name__} has no stack of layers that can be measured: give a model of"
@@ -365,6 +366,9 @@ def predict(
 ) -> tuple[dict[str, propagation.Profile], propagation.Update]:
   """What the theory says of the measured model, given its measured input and top gradient.
 
+  Of an encoder and a decoder that no cross-attention joins, given both of each; of the update of
+  such a model nothing.
+
   Args:
     model: that was measured.
     measured: of each stack.
@@ -378,11 +382,18 @@ def predict(
   starts = {
     kind: Moments(0.0, *_moments(m.variance[0], m.correlation[0])) for kind, m in measured.items()
   }
-  last = list(measured.values())[-1]
-  top = Gradient(*_moments(last.gradient[-1], last.gradient_correlation[-1]))
+  tops = {
+    kind: Gradient(*_moments(m.gradient[-1], m.gradient_correlation[-1]))
+    for kind, m in measured.items()
+  }
+  top = list(tops.values())[-1]
   if not np.all(np.isfinite([*top, *(value for start in starts.values() for value in start)])):
     unknown = {kind: _unknown(m) for kind, m in measured.items()}
     return unknown, propagation.Update(math.nan, math.nan)
+  if len(parts) > 1 and not records.has_cross_attention(parts["decoder"][0]):
+    # What joins them is nothing that the theory knows: each from its own ends.
+    alone = lambda kind: propagation.propagate(*parts[kind], starts[kind], top=tops[kind])
+    return {kind: alone(kind) for kind in parts}, propagation.Update(math.nan, math.nan)
   own = Gradient(samples**2 * top.variance, samples**2 * top.covariance)
   update = propagation.first_update(parts, starts, own)
   readout = _readout(list(parts_of(model).values())[-1])

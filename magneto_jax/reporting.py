@@ -339,6 +339,37 @@ class Bars(NamedTuple):
   values: Mapping[str, tuple[float, float]]
 
 
+# What is drawn at the end of a run of images.
+IMAGES = "images.png"
+
+
+def draw_images(
+  workdir: pathlib.Path, rows: Mapping[str, np.ndarray], *, title: str
+) -> pathlib.Path:
+  """Draws rows of images, each under its name, into `images.png`.
+
+  Args:
+    workdir: where it is left.
+    rows: of each name [N, H, W, 3], uint8; N is that of all.
+    title: the title of the picture.
+  """
+  from matplotlib.figure import Figure
+
+  count = len(next(iter(rows.values())))
+  figure = Figure(figsize=(1.1 * count, 1.3 * len(rows) + 0.5), dpi=120, layout="constrained")
+  figure.suptitle(title, fontsize=10)
+  grid = figure.subplots(len(rows), count, squeeze=False)
+  for of_row, (name, images) in zip(grid, rows.items(), strict=True):
+    of_row[0].set_title(name, fontsize=9, loc="left")
+    for axes, image in zip(of_row, images, strict=True):
+      # As they are, also where they are shown larger: what is smoothed would look better.
+      axes.imshow(image, interpolation="nearest")
+      axes.set_axis_off()
+  path = workdir / IMAGES
+  figure.savefig(path)
+  return path
+
+
 def draw_by_layer(
   path: pathlib.Path, panels: Sequence[Panel], bars: Bars | None = None, *, title: str
 ) -> pathlib.Path:

@@ -456,6 +456,10 @@ class _Loop:
         written, texts = task.judge(config, program.model, variables, data, program.mesh)
         scores, judged = scores | written, {"judged": texts}
       sample = task.sample(config, program.model, variables, data, self.sample_key)
+      if task.picture is not None:
+        rows = task.picture(config, program.model, variables, data)
+        if self.is_first:
+          reporting.draw_images(self.workdir, rows, title=jobs.title(config))
     summary = {
       **{f"validation_{k}": v for k, v in scores.items()},
       **judged,
@@ -569,6 +573,7 @@ def _closing(summary: dict, workdir: pathlib.Path) -> list[str]:
     f"checkpoints      {runs.checkpoints_in(workdir)}",
     f"metrics          {workdir / 'metrics.jsonl'}, {workdir / 'tensorboard'}",
     f"picture          {workdir / 'learning_curve.png'}",
+    *([f"pictures         {images}"] if (images := workdir / reporting.IMAGES).exists() else []),
     f"summary          {workdir / 'summary.json'}",
   ]
 

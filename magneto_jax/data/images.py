@@ -256,6 +256,36 @@ class Classification:
     return {"image": image, "label": label, "other_label": label, "share": one, "weights": one}
 
 
+@dataclasses.dataclass(frozen=True)
+class Pixels:
+  """The view of a task that reads no labels: a `View`.
+
+  A sample that reaches a batch is
+    image: float32 [S, S, 3], normalised.
+    weights: float32 [], 1.
+
+  Attributes:
+    spatial: the pixels that are seen.
+    normalization: a name in `augmentation.NORMALIZATIONS`.
+  """
+
+  spatial: Spatial
+  normalization: str = "half"
+  mix: None = None
+
+  def training(self, sample: Sample, generator: np.random.Generator) -> Sample:
+    """The augmented image."""
+    return self._normalized(self.spatial.training(sample["image"], generator))
+
+  def evaluation(self, sample: Sample) -> Sample:
+    """The central square."""
+    return self._normalized(self.spatial.evaluation(sample["image"]))
+
+  def _normalized(self, image: np.ndarray) -> Sample:
+    pixels = augmentation.normalize(image, self.normalization)
+    return {"image": pixels, "weights": np.float32(1)}
+
+
 # ---------------------------------------------------------------------------------------------
 # Sources
 # ---------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from magneto_jax.tasks import (
   beit3,
   causal_lm,
   image_classification,
+  image_tokenizer,
   masked_image,
   masked_lm,
   text_classification,
@@ -22,6 +23,7 @@ TASKS: dict[str, Task] = {
   "translation": translation.TASK,
   "beit3": beit3.TASK,
   "image_classification": image_classification.TASK,
+  "image_tokenizer": image_tokenizer.TASK,
   "masked_image": masked_image.TASK,
 }
 _OWN = frozenset(TASKS)

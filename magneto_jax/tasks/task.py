@@ -82,6 +82,8 @@ class Task(NamedTuple):
       sum over batches is taken, and arrays [batch, ...], which are joined in the samples' order;
       `loss` and `weight` are among the numbers. None: these two, of `score`.
     sample: `(config, model, variables, data, key) -> text` that shows what the model does, or None.
+    picture: `(config, model, variables, data) -> {row: images [N, H, W, 3], uint8}`: what is drawn,
+      row by row, at the end of a run, on every host; None: nothing is.
     counts: `data -> {name: number}`: how much there is of the validation set, and what of it the
       metrics leave out or see changed.
     judge: `(config, model, variables, data, mesh) -> ({name: value}, number of texts)`: further
@@ -113,6 +115,7 @@ class Task(NamedTuple):
   batch_spec: Callable[[TrainConfig], dict[str, jax.ShapeDtypeStruct]]
   measure: Callable[[nn.Module, Any, Batch], dict[str, jax.Array]] | None = None
   sample: Callable[..., str | None] = lambda config, model, variables, data, key: None
+  picture: Callable[..., dict[str, np.ndarray]] | None = None
   counts: Callable[[Data], dict[str, int]] = lambda data: {"samples": len(data.validation)}
   judge: Callable[..., tuple[dict[str, float], int]] | None = None
   signatures: Callable[[], dict[str, str]] = dict
