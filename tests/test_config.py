@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import math
 import random
 import subprocess
@@ -289,7 +290,7 @@ def test_differing_fields_leave_out_how_long_and_how_often():
     group, _, leaf = name.rpartition(".")
     # Past the checks: the new value need not be a sensible one.
     new = copy.deepcopy(old)
-    owner = getattr(new, group) if group else new
+    owner = functools.reduce(getattr, group.split(".") if group else (), new)
     object.__setattr__(owner, leaf, 2 * value or 1)
     found = config_lib.differing_fields(old, new)
     assert set(found) == {name} - MAY_DIFFER

@@ -174,7 +174,9 @@ OPERATIONS: Mapping[str, _Operation] = {
   "rotate": lambda image, level, fill: image.rotate(
     30 * level, Image.Resampling.BICUBIC, fillcolor=fill
   ),
-  "posterize": lambda image, level, fill: ImageOps.posterize(image, 4 - int(4 * abs(level))),
+  "posterize": lambda image, level, fill: ImageOps.posterize(
+    image, max(1, 4 - int(4 * abs(level)))
+  ),
   "solarize": lambda image, level, fill: ImageOps.solarize(image, 256 - int(256 * abs(level))),
   "solarize_add": _solarize_add,
   "color": _enhanced(ImageEnhance.Color),
@@ -221,8 +223,8 @@ def rand_augment(
     fill: the colour that comes into an image that is moved.
 
   Reference: RandAugment, arXiv 1909.13719.
-  Differs: that paper has a fixed magnitude, and does every operation it draws. BEiT-3's operations
-    have other strengths in its code.
+  Differs: that paper has a fixed magnitude, and does every operation it draws. At the highest level
+    `posterize` leaves a bit, where timm leaves none. BEiT-3's code has strengths of its own.
   """
   changed, names = Image.fromarray(image), RAND_AUGMENT_SETS[among]
   for _ in range(operations):

@@ -11,11 +11,12 @@ from absl import logging
 class BadRecord(ValueError):
   """A document that cannot be read; its text names the file, the index in it, and what is wrong.
 
-  The index counts records from 0, or a file's lines from 1.
+  The index counts records from 0, or a file's lines from 1; None: the file is the record.
   """
 
-  def __init__(self, file: str, index: int, reason: str, *, unit: str = "record"):
-    super().__init__(f"{file}: {unit} {index} cannot be read ({reason})")
+  def __init__(self, file: str, index: int | None, reason: str, *, unit: str = "record"):
+    what = file if index is None else f"{file}: {unit} {index}"
+    super().__init__(f"{what} cannot be read ({reason})")
 
 
 @dataclasses.dataclass(frozen=True)

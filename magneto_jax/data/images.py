@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from magneto_jax.data import augmentation, documents, text
+from magneto_jax.data import augmentation, documents, image_files, text, tfds_text
 
 Sample = dict[str, np.ndarray]
 
@@ -279,6 +279,8 @@ def load_images(
 ) -> ImageData:
   """Finds the images of a source and shows them through a view.
 
+  A run reads and checks all files of an `image_folder` once, whenever it starts or goes on.
+
   Args:
     name: `embedded/mnist5k`, `embedded/emoji`, `image_folder` (see `image_files.find`), or a TFDS
       data set on disk, such as `cifar10`.
@@ -292,8 +294,8 @@ def load_images(
       digests of the files (`image_folder`).
     data_dir, train_split, validation_split: of TFDS; the others have the splits train, validation
       and test.
-    skip_bad: how many bad files may be left out, of training and validation together
-      (`image_folder`).
+    skip_bad: how many bad files may be left out, of training and validation together; not of TFDS,
+      whose images are decoded when they are read.
     expected: the `identity` of an earlier call, whose images these must be. Without its
       `validation` any images may be evaluated on, those of the training too.
 
@@ -302,18 +304,29 @@ def load_images(
     ValueError: of one line: no such source or split, files that cannot be read, fewer than two
       classes, the same images to train and to evaluate on, or others than expected.
   """
-  bad = documents.BadRecords(skip_bad)
-  splits, shared = (train_split, validation_split), None
+  splits = train_split, validation_split
+  bad, shared = documents.BadRecords(skip_bad), None
   if name in _EMBEDDED:
-    parts = [embedded(name, split) for split in splits]
+    train, validation = (embedded(name, split) for split in splits)
     classes = _EMBEDDED[name][2]
-  elif name == "embedded":
+  elif name.split("/")[0] == "embedded":
     raise ValueError(f"the embedded images are {' and '.join(_EMBEDDED)}: set data.name to one")
+  elif name == "image_folder":
+    folders = image_files.find(
+      train_files,
+      validation_files,
+      test_files,
+      bad,
+      labelled=bool(label_key),
+      fraction=validation_fraction,
+      split=validation_split,
+    )
+    classes = folders.classes
+    train, validation = (_of_files(part, classes) for part in (folders.train, folders.validation))
+    seen = {file.digest for file in folders.train}
+    shared = sum(file.digest in seen for file in folders.validation)
   else:
-    raise ValueError(f"no images are called {name!r}")
-  if not label_key:
-    classes = ()
-  train, validation = parts
+    train, validation, classes = _of_tfds(name, splits, image_key, label_key, data_dir, skip_bad)
   if expected is None and train.identity == validation.identity:
     raise ValueError(f"{name}: training and validation images are the same: {train.identity}")
   identities = {"train": dict(train.identity), "validation": dict(validation.identity)}
@@ -325,12 +338,12 @@ def load_images(
   return ImageData(
     train=train,
     validation=Viewed(validation, view.evaluation),
-    classes=classes,
+    classes=classes if label_key else (),
     augment=view.training,
     mix=view.mix,
     shared=shared,
     bad_records=tuple(bad.found),
-    identity=identities,
+    identity={**identities, **({"left_out": len(bad.found)} if bad.found else {})},
   )
 
 
@@ -359,3 +372,59 @@ def embedded(name: str, split: str) -> Images:
 
 def _of_arrays(images: np.ndarray, labels: np.ndarray, index: int) -> tuple[np.ndarray, int]:
   return images[index], labels[index]
+
+
+def _of_files(files: Sequence[image_files.File], classes: Sequence[str]) -> Images:
+  """Named by the files' names below their folder and their bytes, wherever that lies."""
+  numbers = {name: number for number, name in enumerate(classes)}
+  labels = np.array([numbers[file.label] for file in files], np.int32)
+  hashed = hashlib.sha256()
+  for file in files:
+    hashed.update(f"{file.name}\n{file.digest}\n".encode(errors="surrogateescape"))
+  identity = {
+    "source": "image_folder",
+    "images": len(files),
+    "classes": list(classes),
+    "sha256": hashed.hexdigest(),
+  }
+  paths = [file.path for file in files]
+  return Images(len(files), functools.partial(_of_paths, paths, labels), identity, labels)
+
+
+def _of_paths(paths: Sequence[str], labels: np.ndarray, index: int) -> tuple[np.ndarray, int]:
+  return image_files.read(paths[index]), labels[index]
+
+
+def _of_tfds(
+  name: str,
+  splits: Sequence[str],
+  image_key: str,
+  label_key: str,
+  data_dir: str,
+  skip_bad: int,
+) -> tuple[Images, Images, tuple[str, ...]]:
+  """Training and validation images, and the classes; images are decoded when they are read."""
+  if skip_bad:
+    raise ValueError(
+      f"{skip_bad=} is not read with {name}, whose images are not decoded before they are used: set"
+      " data.skip_bad=0"
+    )
+  parts = []
+  for split in splits:
+    pictures = tfds_text.tfds_pictures(
+      name,
+      split=split,
+      image_key=image_key,
+      label_key=label_key,
+      decode=image_files.decode,
+      data_dir=data_dir,
+    )
+    if not pictures.size:
+      raise ValueError(f"{name} has no images in {split}")
+    if label_key and len(pictures.classes) < 2:
+      raise ValueError(f"{name} has the class {pictures.classes[0]!r} only: nothing to tell apart")
+    _, label = pictures.read(0)
+    if label_key and label < 0:
+      raise ValueError(f"{name}, {split}: example 0 has no label (label {label}): not read")
+    parts.append(Images(pictures.size, pictures.read, pictures.identity))
+  return *parts, pictures.classes

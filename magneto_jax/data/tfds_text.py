@@ -1,4 +1,4 @@
-"""Documents from TFDS, read through ArrayRecord files: no TensorFlow, no network.
+"""Texts and images from TFDS, read through ArrayRecord files: no TensorFlow, no network.
 
 Whether a data set is there is decided by looking on disk, because asking TFDS to build one that
 is not makes it search the network, for minutes where there is none.
@@ -76,11 +76,7 @@ def texts_of(name: str, *, split: str, keys: Mapping[str, str], data_dir: str = 
     if key not in (possible := _text_keys(info.features)):
       raise ValueError(f"{info.full_name} has no text feature {key!r}; {choice} can be {possible}")
   read = prepared.reader(lambda example: tuple(_as_text(example[key]) for key in keys.values()))
-  # One name and version can be prepared again from changed downloads. Of all splits, because TFDS
-  # does not know the bytes of a slice.
-  split_bytes = {key: int(value.num_bytes) for key, value in info.splits.items()}
-  identity = {"source": "tfds", "name": info.full_name, "split": split, "split_bytes": split_bytes}
-  return Examples(prepared.size, read, prepared.place, identity)
+  return Examples(prepared.size, read, prepared.place, prepared.identity)
 
 
 def tfds_examples(
@@ -94,6 +90,65 @@ def tfds_examples(
   """
   prepared = _Split(name, split, data_dir)
   return dict(prepared.info.features.items()), prepared.examples
+
+
+class Pictures(NamedTuple):
+  """Encoded images, perhaps with a label each.
+
+  Attributes:
+    size: number of examples.
+    read: index -> `decode` of the bytes of the image's file, and the class's number, -1 where there
+      is none; BadRecord if the example is damaged.
+    classes: their names.
+    identity: JSON-able values that name the split's content.
+  """
+
+  size: int
+  read: Callable[[int], tuple[np.ndarray, int]]
+  classes: tuple[str, ...]
+  identity: dict[str, Any]
+
+
+def tfds_pictures(
+  name: str,
+  *,
+  split: str,
+  image_key: str,
+  label_key: str,
+  decode: Callable[[bytes], np.ndarray],
+  data_dir: str = "",
+) -> Pictures:
+  """Images of one split of a prepared TFDS data set; see `tfds_text`.
+
+  Args:
+    name, split, data_dir: see `tfds_text`.
+    image_key: the feature that holds the image.
+    label_key: that of the label, a ClassLabel; empty: none is read.
+    decode: bytes of a JPEG or PNG file -> pixels.
+  """
+  import tensorflow_datasets as tfds
+
+  prepared = _Split(name, split, data_dir, undecoded=image_key)
+  features, full_name = prepared.info.features, prepared.info.full_name
+  for choice, key, kind in (
+    ("image_key", image_key, tfds.features.Image),
+    ("label_key", label_key, tfds.features.ClassLabel),
+  ):
+    held = sorted(k for k, feature in features.items() if isinstance(feature, kind))
+    if key and key not in held:
+      raise ValueError(
+        f"{full_name} has no {kind.__name__} {key!r}; data.{choice} can be one of {held}"
+      )
+
+  def convert(example: Mapping[str, Any]) -> tuple[np.ndarray, int]:
+    return decode(example[image_key]), int(example[label_key]) if label_key else -1
+
+  return Pictures(
+    prepared.size,
+    prepared.reader(convert),
+    tuple(features[label_key].names) if label_key else (),
+    prepared.identity | {"image_key": image_key, "label_key": label_key},
+  )
 
 
 class Columns(NamedTuple):
@@ -142,9 +197,14 @@ def tfds_columns(
 
 
 class _Split:
-  """One split of a data set that is on disk: its info, its size, and how an example is read."""
+  """One split of a data set that is on disk: its info, its size, and how an example is read.
 
-  def __init__(self, name: str, split: str, data_dir: str):
+  The feature that is left undecoded is given as the bytes that are stored.
+  """
+
+  def __init__(self, name: str, split: str, data_dir: str, undecoded: str = ""):
+    import tensorflow_datasets as tfds
+
     builder = _prepared_builder(name, data_dir)
     self.info = info = builder.info
     try:
@@ -153,8 +213,18 @@ class _Split:
       raise ValueError(
         f"{info.full_name} has no split {split!r}; it has {sorted(info.splits)}"
       ) from None
-    self.examples = builder.as_data_source(split, file_format="array_record")
+    decoders = {undecoded: tfds.decode.SkipDecoding()} if undecoded in info.features else None
+    self.examples = builder.as_data_source(split, decoders=decoders, file_format="array_record")
     self.size = len(self.examples)
+    # One name and version can be prepared again from changed downloads. Of all splits, because TFDS
+    # does not know the bytes of a slice.
+    split_bytes = {key: int(value.num_bytes) for key, value in info.splits.items()}
+    self.identity = {
+      "source": "tfds",
+      "name": info.full_name,
+      "split": split,
+      "split_bytes": split_bytes,
+    }
     self._ends = list(itertools.accumulate(shard.take for shard in self._shards))
 
   def place(self, index: int) -> tuple[str, int]:
@@ -251,15 +321,16 @@ def _not_prepared(name: str, directory: str) -> Exception:
   known = tfds.list_builders(with_community_datasets=False)
   dataset = name.split("/")[0].split(":")[0]
   if dataset not in known:
-    others = {"embedded", "text_files", "pair_files", *known} - {dataset}
+    others = {"embedded", "text_files", "pair_files", "image_folder", *known} - {dataset}
     nearest = difflib.get_close_matches(dataset, others, n=3)
     return ValueError(
       f"no data set is called {name!r}; nearest names: {nearest}. "
-      "data.name=embedded needs no download"
+      "data.name=embedded (of images embedded/mnist5k) needs no download"
     )
   return FileNotFoundError(
     f"{name} is not prepared under {directory}. Prepare it once, with a network: python -c "
     '"import tensorflow_datasets as tfds, tensorflow_datasets.text, tensorflow_datasets.translate; '
     f"tfds.builder('{name}', data_dir='{directory}', file_format='array_record')"
-    '.download_and_prepare()". Or use data.name=embedded, which needs no download'
+    '.download_and_prepare()". Or use data.name=embedded (of images embedded/mnist5k), which needs'
+    " no download"
   )
