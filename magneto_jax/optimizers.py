@@ -182,5 +182,6 @@ def layer_scales(params, decay: float) -> dict:
     else:
       number = np.array(0 if _BEFORE_LAYERS.fullmatch(name) else depth + 1)
     scale = np.asarray(decay ** (depth + 1.0 - number), np.float32)
-    scales.append(jnp.asarray(scale.reshape(*scale.shape, *[1] * (leaf.ndim - scale.ndim))))
+    shape = (*scale.shape, *(1,) * (leaf.ndim - scale.ndim))
+    scales.append(jnp.asarray(scale.reshape(shape)))
   return jax.tree.unflatten(jax.tree.structure(params), scales)

@@ -310,20 +310,20 @@ def resized_biases(table_RN: np.ndarray, old: tuple[int, int], new: tuple[int, i
   What was of an offset of k patches along a side of h is taken to be of 1 + q + ... + q^(k - 1),
   with q so that the farthest of the old grid, h - 1, becomes the farthest of the new one: near
   offsets stay what they were, and far ones are spread. Between them lies a cubic spline of both
-  dimensions.
+  dimensions. Of a smaller grid all offsets are among the old ones, and stay what they were.
 
   Args:
     table_RN: [(2h - 1)(2w - 1), N] without a class token's rows; see `vision.relative_rows`.
     old, new: (h, w), patches on an image's sides.
 
   Raises:
-    ConfigError: a grid is one patch wide, so that it tells of no distance.
+    ConfigError: the old grid is one patch wide, so that it tells of no distance.
 
   Reference: BEiT, arXiv 2106.08254, its released code.
   """
   if tuple(old) == tuple(new):
     return table_RN
-  if min(*old, *new) < 2:
+  if min(old) < 2:
     raise ConfigError(f"biases of {old} patches cannot be interpolated to {new}: sides need two")
   down, right = (_spread(h, to) for h, to in zip(old, new, strict=True))
   degrees = {"kx": min(3, len(down) - 1), "ky": min(3, len(right) - 1)}
@@ -335,13 +335,14 @@ def resized_biases(table_RN: np.ndarray, old: tuple[int, int], new: tuple[int, i
 
 
 def _spread(old: int, new: int) -> np.ndarray:
-  """Where the offsets 1 - old .. old - 1 come to lie among 1 - new .. new - 1."""
+  """Where the offsets 1 - old .. old - 1 come to lie in a grid whose farthest is new - 1."""
+  if new <= old:
+    return np.arange(1.0 - old, old)
   if old == 2:  # Only one distance, which is the farthest.
     steps = np.array([new - 1.0])
   else:
-    farthest = lambda q: np.polyval(np.ones(old - 1), q)
-    q = optimize.brentq(lambda q: farthest(q) - (new - 1), 0, new, xtol=1e-12)
-    steps = np.cumsum(q ** np.arange(old - 1))
+    excess = lambda q: np.polyval(np.ones(old - 1), q) - (new - 1)
+    steps = np.cumsum(optimize.brentq(excess, 1, new, xtol=1e-12) ** np.arange(old - 1))
   return np.concatenate([-steps[::-1], [0], steps])
 
 

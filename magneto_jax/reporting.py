@@ -8,6 +8,7 @@ import pathlib
 import platform
 import statistics
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -290,6 +291,52 @@ def draw_learning_curve(workdir: pathlib.Path, *, title: str, loss_name: str) ->
   return path
 
 
+def draw_images(
+  path: pathlib.Path,
+  images: Sequence[np.ndarray],
+  captions: Sequence[str],
+  *,
+  title: str,
+  columns: int = 8,
+) -> pathlib.Path:
+  """Draws images in rows, each pixel with sharp edges.
+
+  Args:
+    path: of the picture.
+    images: uint8 [H, W, 3].
+    captions: what stands above each; empty: nothing.
+    title: the title of the picture.
+    columns: images in a row.
+  """
+  from matplotlib.figure import Figure
+
+  rows = -(-len(images) // columns)
+  figure = Figure(figsize=(1.5 * columns, 1.75 * rows + 0.5), dpi=120, layout="constrained")
+  grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+  for axes in grid:
+    axes.set_axis_off()
+  for axes, image, caption in zip(grid, images, captions, strict=False):
+    axes.imshow(image, interpolation="nearest")
+    # Two lines of as many letters as there is room for; names may hold what TeX takes for formulae.
+    lines = textwrap.wrap(caption, 26, max_lines=2, placeholder="...")
+    axes.set_title("\n".join(lines), fontsize=7, parse_math=False)
+  figure.suptitle(title, parse_math=False)
+  figure.savefig(path)
+  return path
+
+
+# What is drawn at the end of a run of images.
+IMAGES = "images.png"
+
+
+def draw_rows(workdir: pathlib.Path, rows: Mapping[str, np.ndarray], *, title: str) -> pathlib.Path:
+  """Draws rows of images, uint8 [N, H, W, 3] of each name, into `images.png`; see `draw_images`."""
+  images = [image for of_row in rows.values() for image in of_row]
+  columns = len(images) // len(rows)
+  captions = [caption for name in rows for caption in (name, *[""] * (columns - 1))]
+  return draw_images(workdir / IMAGES, images, captions, title=title, columns=columns)
+
+
 # Okabe and Ito's colours, which people with any colour vision tell apart; beyond them lines are
 # told apart by their dashes and marks.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -337,37 +384,6 @@ class Bars(NamedTuple):
   title: str
   label: str
   values: Mapping[str, tuple[float, float]]
-
-
-# What is drawn at the end of a run of images.
-IMAGES = "images.png"
-
-
-def draw_images(
-  workdir: pathlib.Path, rows: Mapping[str, np.ndarray], *, title: str
-) -> pathlib.Path:
-  """Draws rows of images, each under its name, into `images.png`.
-
-  Args:
-    workdir: where it is left.
-    rows: of each name [N, H, W, 3], uint8; N is that of all.
-    title: the title of the picture.
-  """
-  from matplotlib.figure import Figure
-
-  count = len(next(iter(rows.values())))
-  figure = Figure(figsize=(1.1 * count, 1.3 * len(rows) + 0.5), dpi=120, layout="constrained")
-  figure.suptitle(title, fontsize=10)
-  grid = figure.subplots(len(rows), count, squeeze=False)
-  for of_row, (name, images) in zip(grid, rows.items(), strict=True):
-    of_row[0].set_title(name, fontsize=9, loc="left")
-    for axes, image in zip(of_row, images, strict=True):
-      # As they are, also where they are shown larger: what is smoothed would look better.
-      axes.imshow(image, interpolation="nearest")
-      axes.set_axis_off()
-  path = workdir / IMAGES
-  figure.savefig(path)
-  return path
 
 
 def draw_by_layer(

@@ -459,7 +459,7 @@ class _Loop:
       if task.picture is not None:
         rows = task.picture(config, program.model, variables, data)
         if self.is_first:
-          reporting.draw_images(self.workdir, rows, title=jobs.title(config))
+          reporting.draw_rows(self.workdir, rows, title=jobs.title(config))
     summary = {
       **{f"validation_{k}": v for k, v in scores.items()},
       **judged,

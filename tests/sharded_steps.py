@@ -147,6 +147,15 @@ FAMILIES = {
   "vision": vision,
   "translation": of_task("translation"),
   "beit3": of_task("beit3", positions="learned", image_size=16, patch_size=4),
+  "image_tokenizer": of_task(
+    "image_tokenizer",
+    positions="learned",
+    image_size=16,
+    patch_size=4,
+    image_vocab_size=8,
+    codebook_decay=0.5,
+    codebook_redraw=0.9,
+  ),
 }
 
 
@@ -159,7 +168,7 @@ UNEVEN = ("vision", "beit3")
 
 
 def take_steps(case: dict, dtype) -> dict[str, np.ndarray]:
-  """Parameters by path, and losses, after some steps of a case."""
+  """Parameters and the model's own state by path, and losses, after some steps of a case."""
   changes = {**case.get("config", {})}
   conf = config(**changes)
   task, model, batch = FAMILIES[case["family"]](np.random.default_rng(0), conf)
@@ -210,8 +219,9 @@ def take_steps(case: dict, dtype) -> dict[str, np.ndarray]:
     for _ in range(STEPS):
       state, metrics = step(state, batch, key)
       losses.append(float(metrics["loss"]))
-    params = jax.jit(sharding.replicate)(state.eval_variables["params"])
-  leaves = jax.tree_util.tree_leaves_with_path(params)
+    variables = jax.jit(sharding.replicate)(state.eval_variables)
+  leaves = jax.tree_util.tree_leaves_with_path(variables.pop("params"))
+  leaves += jax.tree_util.tree_leaves_with_path(variables)
   found = {sharding.path_name(path): np.asarray(leaf) for path, leaf in leaves}
   return {**found, "losses": np.array(losses), "other_loss": np.array(other_loss)}
 

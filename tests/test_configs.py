@@ -5,7 +5,7 @@ import math
 import jax
 import pytest
 
-from configs import beit3, bert, gpt, text_classification, translation
+from configs import beit3, bert, gpt, image_tokenizer, text_classification, translation
 from magneto_jax import sharding
 from magneto_jax.config import ConfigError, flatten, from_config_dict
 from magneto_jax.tasks import TASKS
@@ -93,6 +93,7 @@ FILES = {
   "text_classification": text_classification,
   "translation": translation,
   "beit3": beit3,
+  "image_tokenizer": image_tokenizer,
 }
 VARIANTS = [(file, variant) for file, module in FILES.items() for variant in module.VARIANTS]
 
@@ -101,6 +102,40 @@ VARIANTS = [(file, variant) for file, module in FILES.items() for variant in mod
 def test_every_variant_is_a_config(file, variant):
   from_config_dict(FILES[file].get_config(variant))
   assert f"\n{variant}" in FILES[file].__doc__ or f", {variant}" in FILES[file].__doc__
+
+
+# BEiT v2 (arXiv 2208.06366), its code's TOKENIZER.md: the decoder of three layers.
+VQ_KD = {
+  "batch_size": 512,
+  "steps": 100 * (1_281_167 // 512),
+  "model.encoder_layers": 12,
+  "model.layers": 3,
+  "model.width": 768,
+  "model.ffn_width": 3072,
+  "model.heads": 12,
+  "model.image_size": 224,
+  "model.patch_size": 16,
+  "model.image_vocab_size": 8192,
+  "model.codebook_width": 32,
+  "model.codebook_decay": 0.99,
+  "model.codebook_redraw": 0.0,
+  "optimizer.learning_rate": 2e-4,
+  "optimizer.b1": 0.9,
+  "optimizer.b2": 0.99,
+  "optimizer.weight_decay": 1e-4,
+  "optimizer.schedule": "cosine",
+  "optimizer.warmup_steps": 10 * (1_281_167 // 512),
+  "optimizer.end_factor": 0.05,
+  "data.augment.crop_scale": 0.08,
+  "data.augment.flip": 0.5,
+  "data.augment.color_jitter": 0.0,
+  "data.normalization": "half",
+}
+
+
+def test_the_image_tokenizer_is_trained_as_beit_2_trains_its_own():
+  config = flatten(from_config_dict(image_tokenizer.get_config("base")))
+  assert {name: config[name] for name in VQ_KD} == VQ_KD
 
 
 # RoBERTa's fine-tuning (arXiv 1907.11692, its code's configs): batch, rate, updates, warm-up.

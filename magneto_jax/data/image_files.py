@@ -3,6 +3,7 @@
 import concurrent.futures
 import hashlib
 import io
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -166,10 +167,11 @@ def find(
   if split == "test":
     given["test"] = test_files
   folders = {part: _folder(names, f"{part}_files") for part, names in given.items()}
-  for part, folder in folders.items():
-    for other in folders:
-      if other != part and folders[other] == folder:
-        raise ValueError(f"{other}_files and {part}_files must not be the same folder: {folder}")
+  for part, other in itertools.combinations(folders, 2):
+    if folders[part] == folders[other]:
+      raise ValueError(
+        f"{part}_files and {other}_files must not be the same folder: {folders[part]}"
+      )
   held = {
     part: _files(folder, labelled, bad)
     for part, folder in folders.items()

@@ -262,7 +262,7 @@ def load_data(
   other = load(_with_data(config, name=name, train_split=split, validation_split=split), {})
   if other.classes != own.classes:
     raise ConfigError(
-      f"data.name={config.data.name!r} and {name} do not name the same classes in one order: evaluate"
+      f"{name} does not name the classes of data.name={config.data.name!r} in their order: evaluate"
       " on a set of the same classes"
     )
   identity = {**own.identity, "validation": other.identity["validation"]}

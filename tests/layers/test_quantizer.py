@@ -138,6 +138,17 @@ def test_k_means_agrees_with_numpy():
   np.testing.assert_allclose(found, codes, atol=1e-5)
 
 
+@pytest.mark.parametrize("codes", [1, 30])
+def test_fewer_vectors_than_codes_and_one_code_alone(codes):
+  """Some of the codes then start at the same vector, and those that lose are drawn anew."""
+  module, variables, x = built(codes, redraw_below=0.5)
+  for seed in (1, 2):
+    found, variables = moved(module, variables, x, seed)
+  state = variables["state"]
+  np.testing.assert_allclose(np.linalg.norm(state["codes"], axis=1), 1, rtol=1e-5)
+  assert np.all(state["usage"] >= 0.5 / codes) and found.tokens.max() < codes
+
+
 def test_codes_of_half_precision_are_chosen_in_full():
   module, variables, x = built(dtype=jnp.bfloat16)
   found = module.apply(variables, x.astype(jnp.bfloat16))
