@@ -10,6 +10,7 @@ Reference: BEiT, arXiv 2106.08254; BEiT v2, arXiv 2208.06366; Foundation Transfo
 Differs: model and tokenizer are given the same pixels, in [-1, 1].
 """
 
+import functools
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -141,66 +142,65 @@ def metrics(totals: Totals, data: images.ImageData, *, whole: bool) -> dict[str,
 # ---------------------------------------------------------------------------------------------
 
 
-def answered(model: MaskedImageModel, variables, samples: Batch) -> dict[str, np.ndarray]:
-  """The model's answers to samples.
+@functools.partial(jax.jit, static_argnames="model")
+def answered(model: MaskedImageModel, variables, batch: Batch) -> dict[str, jax.Array]:
+  """The model's answers to images of which patches are hidden.
 
   Returns:
     tokens: [B, P], the tokenizer's of the whole images.
     filled: [B, P], the same, where patches are hidden the model's.
-    pictures, restored: [B, H, W, C], the tokenizer's of those, and of its own.
+    pictures, restored: [B, H, W, C], the tokenizer's of `filled`, and of its own tokens.
   """
-
-  @jax.jit
-  def answer(variables, batch):
-    tokens_BP = model.apply(variables, batch["image"], method="tokens")
-    logits_BPV = model.apply(variables, batch["image"], masked_BP=batch["masked"])
-    filled_BP = jnp.where(batch["masked"], jnp.argmax(logits_BPV, axis=-1), tokens_BP)
-    draw = lambda tokens_BP: model.apply(variables, tokens_BP, method="pixels")
-    pictures = {"pictures": draw(filled_BP), "restored": draw(tokens_BP)}
-    return sharding.replicate({"tokens": tokens_BP, "filled": filled_BP, **pictures})
-
-  return jax.tree.map(np.asarray, answer(variables, samples))
+  tokens_BP = model.apply(variables, batch["image"], method="tokens")
+  logits_BPV = model.apply(variables, batch["image"], masked_BP=batch["masked"])
+  filled_BP = jnp.where(batch["masked"], jnp.argmax(logits_BPV, axis=-1), tokens_BP)
+  draw = lambda tokens_BP: model.apply(variables, tokens_BP, method="pixels")
+  pictures = {"pictures": draw(filled_BP), "restored": draw(tokens_BP)}
+  return sharding.replicate({"tokens": tokens_BP, "filled": filled_BP, **pictures})
 
 
-def picture(
-  config: TrainConfig, model: MaskedImageModel, variables, data: images.ImageData
-) -> dict[str, np.ndarray]:
-  """Validation images, evenly apart; what is seen of them; what is answered; and what could be."""
+def shown(data: images.ImageData) -> tuple[np.ndarray, Batch]:
+  """The validation images that a person is shown, evenly apart: their indices, and a batch."""
   count = min(_DRAWN, len(data.validation))
-  chosen = np.linspace(0, len(data.validation) - 1, count).astype(int)
-  samples = [data.validation[i] for i in chosen]
-  batch = {name: np.stack([x[name] for x in samples]) for name in samples[0]}
-  found = answered(model, variables, batch)
-  as_image = lambda pixels: augmentation.denormalize(pixels, config.data.normalization)
-  side, size = config.model.image_size // config.model.patch_size, config.model.patch_size
-  hidden = batch["masked"].reshape(-1, side, side, 1).repeat(size, 1).repeat(size, 2)
-  return {
-    "validation images": as_image(batch["image"]),
-    "what is seen": np.where(hidden, np.uint8(_GREY), as_image(batch["image"])),
-    "hidden patches answered, seen ones as they are": np.where(
-      hidden, as_image(found["pictures"]), as_image(batch["image"])
-    ),
-    "all from the tokenizer's tokens, hidden ones answered": as_image(found["pictures"]),
-    "all from the tokenizer's tokens, nothing hidden": as_image(found["restored"]),
-  }
+  indices = np.linspace(0, len(data.validation) - 1, count).astype(int)
+  samples = [data.validation[i] for i in indices]
+  return indices, {name: np.stack([x[name] for x in samples]) for name in ("image", "masked")}
 
 
 def sample(
   config: TrainConfig, model: MaskedImageModel, variables, data: images.ImageData, key: jax.Array
 ) -> str:
-  """The validation image in the middle, patch by patch: seen, answered right, or wrong."""
+  """One of the images of the picture, patch by patch: seen, answered right, or wrong."""
   del key
-  index = len(data.validation) // 2
-  one = {name: x[None] for name, x in data.validation[index].items()}
-  found = answered(model, variables, one)
-  masked_P, right_P = one["masked"][0], (found["tokens"] == found["filled"])[0]
-  marks = np.where(masked_P, np.where(right_P, _RIGHT, _WRONG), _SEEN)
+  indices, batch = shown(data)
+  one, found = len(indices) // 2, answered(model, variables, batch)
+  right_P = np.asarray(found["tokens"] == found["filled"])[one]
+  marks = np.where(batch["masked"][one], np.where(right_P, _RIGHT, _WRONG), _SEEN)
   side = config.model.image_size // config.model.patch_size
   rows = "\n".join(" ".join(row) for row in marks.reshape(side, side))
   return (
-    f"the patches of validation image {index}: {_SEEN} seen, {_RIGHT} hidden and answered right,"
-    f" {_WRONG} wrong\n{rows}"
+    f"the patches of validation image {indices[one]}: {_SEEN} seen, {_RIGHT} hidden and answered"
+    f" right, {_WRONG} wrong\n{rows}"
   )
+
+
+def picture(
+  config: TrainConfig, model: MaskedImageModel, variables, data: images.ImageData
+) -> dict[str, np.ndarray]:
+  """Validation images; what is seen of them; what is answered; and what could be."""
+  _, batch = shown(data)
+  found = answered(model, variables, batch)
+  as_image = lambda pixels: augmentation.denormalize(np.asarray(pixels), config.data.normalization)
+  whole, pictures = as_image(batch["image"]), as_image(found["pictures"])
+  side, size = config.model.image_size // config.model.patch_size, config.model.patch_size
+  hidden = batch["masked"].reshape(-1, side, side, 1).repeat(size, 1).repeat(size, 2)
+  return {
+    "validation images": whole,
+    "what is seen": np.where(hidden, np.uint8(_GREY), whole),
+    "hidden patches answered, the others as they are": np.where(hidden, pictures, whole),
+    "all patches from tokens, the hidden ones' answered": pictures,
+    "all patches from tokens, nothing hidden": as_image(found["restored"]),
+  }
 
 
 # ---------------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ from magneto_jax import pretrained, runs, sharding, training
 from magneto_jax.checkpoints import Checkpointer
 from magneto_jax.config import ConfigError, from_config_dict
 from magneto_jax.tasks import TASKS, masked_image
-from tests import reference
 from tests.models.common import compiled
 
 TASK = TASKS["masked_image"]
@@ -55,9 +54,20 @@ def built():
   """A model that holds a tokenizer of another width, and its variables."""
   config = config_of(model={"relative_patches": True, "pooling": "mean"})
   model = TASK.build_model(config, facts_of(config, tokenizer_record()))
-  variables = compiled(model.init)(jax.random.key(0), *TASK.dummy_inputs(config))
-  params = reference.random_params(model, *TASK.dummy_inputs(config))
-  return config, model, {"params": params, "state": variables["state"]}
+  return config, model, drawn(TASK, config, model)
+
+
+def drawn(task, config, model):
+  """Variables of random numbers, flags and counters 0."""
+  rng = np.random.default_rng(0)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), *task.dummy_inputs(config))
+
+  def draw(leaf):
+    is_float = np.issubdtype(leaf.dtype, np.floating)
+    noise = rng.normal(size=leaf.shape, scale=0.3) if is_float else np.zeros(leaf.shape)
+    return jax.numpy.asarray(noise.astype(leaf.dtype))
+
+  return jax.tree.map(draw, shapes)
 
 
 def batch_of(data, indices):
@@ -161,29 +171,36 @@ def test_all_tokens_alike_have_a_perplexity_of_one():
 def test_the_sample_marks_every_patch(loaded, built):
   """With a head whose bias answers one token whatever is seen."""
   config, model, variables = built
-  data, index = loaded[1], 250
+  data, index = loaded[1], 285  # The fifth of eight.
   batch = batch_of(data, [index])
-  tokens = np.asarray(model.apply(variables, batch["image"], method="tokens"))[0]
+  indices, both = masked_image.shown(data)
+  assert indices.tolist() == [0, 71, 142, 213, 285, 356, 427, 499]
+  tokens = np.asarray(masked_image.answered(model, variables, both)["tokens"])[4]
   answer = tokens[batch["masked"][0]][0]
   params = variables["params"] | {"head_bias": 1e4 * (np.arange(V) == answer)}
   shown = TASK.sample(config, model, variables | {"params": params}, data, None)
   rows = [line.split() for line in shown.splitlines()[1:]]
-  assert "validation image 250" in shown and [len(row) for row in rows] == [4] * 4
+  assert f"validation image {index}" in shown and [len(row) for row in rows] == [4] * 4
   for p, mark in enumerate(np.array(rows).reshape(-1)):
     right = "o" if tokens[p] == answer else "x"
     assert mark == (right if batch["masked"][0, p] else "·")
 
 
-def test_seen_patches_are_drawn_by_their_own_tokens(loaded, built):
-  _, model, variables = built
-  batch = batch_of(loaded[1], range(2))
-  found = masked_image.answered(model, variables, batch)
-  np.testing.assert_array_equal(
-    found["filled"][~batch["masked"]], found["tokens"][~batch["masked"]]
-  )
-  pixels = model.apply(variables, found["filled"], method="pixels")
-  np.testing.assert_allclose(found["pictures"], pixels, rtol=0, atol=1e-5)
-  assert found["pictures"].shape == batch["image"].shape
+def test_only_hidden_patches_are_answered_and_only_they_are_drawn_anew(loaded, built):
+  config, model, variables = built
+  _, batch = masked_image.shown(loaded[1])
+  found = jax.tree.map(np.asarray, masked_image.answered(model, variables, batch))
+  seen = ~batch["masked"]
+  np.testing.assert_array_equal(found["filled"][seen], found["tokens"][seen])
+  assert (found["filled"] != found["tokens"]).any()
+  rows = list(TASK.picture(config, model, variables, loaded[1]).values())
+  assert {(x.dtype.name, x.shape) for x in rows} == {("uint8", (8, SIDE, SIDE, 3))}
+  whole, visible, answered, pictures, restored = rows
+  hidden = batch["masked"].reshape(8, 4, 4).repeat(7, 1).repeat(7, 2)
+  assert (visible[hidden] == 96).all() and (answered[hidden] == pictures[hidden]).all()
+  for row in (visible, answered):
+    np.testing.assert_array_equal(row[~hidden], whole[~hidden])
+  assert (pictures != restored).any()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -218,7 +235,7 @@ def tokenizer_run(folder, **fields):
   record = tokenizer_record(**fields)
   task = TASKS["image_tokenizer"]
   model = task.build_model(record.config, record.facts)
-  variables = compiled(model.init)(jax.random.key(3), *task.dummy_inputs(record.config))
+  variables = drawn(task, record.config, model)
   runs.write_record(folder, record)
   trees = {"params": variables["params"], "variables": variables["state"]}
   with Checkpointer(runs.checkpoints_in(folder)) as checkpointer:
@@ -234,17 +251,17 @@ def test_a_run_starts_with_the_tokenizer_and_draws_the_rest(tmp_path):
   source = pretrained.find(config)
   assert source.tokenizer_file == ""
   model = TASK.build_model(config, {**TASK.planned_facts(config), **source.facts()})
-  drawn = compiled(model.init)(jax.random.key(0), *TASK.dummy_inputs(config))
+  state = jax.eval_shape(model.init, jax.random.key(0), *TASK.dummy_inputs(config))["state"]
   where = sharding.replicated(sharding.make_mesh({}, jax.devices()[:1]))
-  held = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), drawn["state"]
-  )
+  held = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), state)
   run = types.SimpleNamespace(
     config=config, model=model, task=TASK, state=types.SimpleNamespace(variables=held)
   )
   source.refuse_others(run, {})
-  state = dataclasses.make_dataclass("State", ["params", "variables"])(None, drawn["state"])
-  found = source.into(state, run).variables["image_tokenizer"]
+  before = dataclasses.make_dataclass("State", ["params", "variables"])("drawn", state)
+  after = source.into(before, run)
+  assert after.params == "drawn" and after.variables.keys() == {"image_tokenizer"}
+  found = after.variables["image_tokenizer"]
   jax.tree.map(np.testing.assert_array_equal, found, dict(expected))
   assert source.in_words(run) == f"its targets are the tokens of {tmp_path / 'tokens'}"
 
