@@ -84,7 +84,7 @@ def tiny(config):
   config.steps = 2500
   config.batch_size = 64
   config.eval_every = config.checkpoint_every = 250
-  config.model.image_vocab_size = 128
+  config.model.image_vocab_size = 64
   config.data.mask_rate = 0.4
   config.data.mask_block = 4
   config.optimizer.learning_rate = 2e-3

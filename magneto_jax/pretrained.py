@@ -373,14 +373,7 @@ class ImageTokenizer(NamedTuple):
     return f"its targets are the tokens of {self.folder}"
 
   def refuse_others(self, program: Program, tokenizer: Mapping[str, Any]) -> None:
-    """Raises ConfigError, naming the field, unless images, patches and tokens are the run's."""
-    own, other = flatten(program.config), flatten(self.record.config)
-    for name in _OF_IMAGES:
-      if own[name] != other[name]:
-        raise ConfigError(
-          f"config.{name} does not agree with image_tokenizer={self.folder}: it must be"
-          f" {other[name]!r}, not {own[name]!r}"
-        )
+    """None: `find` has held the configs against each other, before anything is compiled."""
 
   def into(self, state: TrainState, program: Program) -> TrainState:
     """The state with the tokenizer's variables; of a run with `ema`, those of its average."""
@@ -408,7 +401,7 @@ def find(config: TrainConfig) -> Source | None:
 
 
 def _image_tokenizer(config: TrainConfig) -> ImageTokenizer:
-  """The run that `image_tokenizer` names."""
+  """The run that `image_tokenizer` names; its images, patches and tokens are the config's."""
   folder, record = config.image_tokenizer, None
   if folder:
     record = runs.read_record(folder)
@@ -423,6 +416,13 @@ def _image_tokenizer(config: TrainConfig) -> ImageTokenizer:
       f"image_tokenizer={folder} holds a run of task {record.config.task!r}: give the workdir of"
       " one of task 'image_tokenizer'"
     )
+  own, other = flatten(config), flatten(record.config)
+  for name in _OF_IMAGES:
+    if own[name] != other[name]:
+      raise ConfigError(
+        f"config.{name} does not agree with image_tokenizer={folder}: it must be {other[name]!r},"
+        f" not {own[name]!r}"
+      )
   return ImageTokenizer(folder, record)
 
 

@@ -158,15 +158,14 @@ def test_the_tokenizer_rests(drawn):
   assert jax.tree.map(float, variables["state"]) == {
     "image_tokenizer": {"params": {"low": -1.0}, "state": {"step": pytest.approx(0.2)}}
   }
-  tokens = model.apply(variables, IMAGES, method="tokens")
+  tokens = compiled(lambda v: model.apply(v, IMAGES, method="tokens"))(variables)
   np.testing.assert_array_equal(tokens, levels(IMAGES))
   assert model.apply(variables, tokens, method="pixels").shape == IMAGES.shape
 
 
-@pytest.mark.parametrize("vocab_size", (64, 8192))
-def test_at_the_start_the_loss_is_that_of_a_uniform_answer(vocab_size):
-  """log V: logits of W ~ N(0, 0.02^2) and normed h have the deviation 0.02 sqrt(D) = 0.08."""
-  model = masked_model().clone(vocab_size=vocab_size)
+def test_at_the_start_the_loss_is_that_of_a_uniform_answer():
+  """log 8192: with W ~ N(0, 0.02^2) and normed h logits have the deviation 0.02 sqrt(D) = 0.08."""
+  model = masked_model().clone(vocab_size=8192)
 
   @compiled
   def loss(key):
@@ -175,10 +174,11 @@ def test_at_the_start_the_loss_is_that_of_a_uniform_answer(vocab_size):
       model.apply(variables, IMAGES, masked_BP=MASKED, places_BK=PLACES, targets=True)
     )
 
-  assert float(loss(jax.random.key(0))) == pytest.approx(math.log(vocab_size), abs=0.1)
-  assert WIDTH**0.5 * 0.02 == pytest.approx(0.08)
+  assert math.log(8192) == pytest.approx(9.0109, abs=1e-4) and WIDTH**0.5 * 0.02 <= 0.08
+  assert float(loss(jax.random.key(0))) == pytest.approx(9.0109, abs=0.02)
 
 
+@pytest.mark.ci
 def test_smoothing_is_of_training_alone(drawn):
   model, params = drawn
   variables = {"params": params, "state": STATE}

@@ -224,9 +224,17 @@ def test_the_images_tokens_are_the_tokenizers_and_no_step_changes_them(loaded, b
   config, model, variables = built
   batch = batch_of(loaded[1], range(3))
   held = variables["state"]["image_tokenizer"]
-  own = model.tokenizer.module.apply(held, batch["image"], method="encode")
-  np.testing.assert_array_equal(model.apply(variables, batch["image"], method="tokens"), own)
-  _, changed = TASK.loss_and_state(model, variables, batch, jax.random.key(0))
+
+  @compiled
+  def run(variables):
+    return (
+      model.apply(variables, batch["image"], method="tokens"),
+      model.tokenizer.module.apply(held, batch["image"], method="encode"),
+      TASK.loss_and_state(model, variables, batch, jax.random.key(0))[1],
+    )
+
+  tokens, own, changed = run(variables)
+  np.testing.assert_array_equal(tokens, own)
   jax.tree.map(np.testing.assert_array_equal, changed, variables["state"])
 
 
@@ -275,12 +283,13 @@ def test_a_run_starts_with_the_tokenizer_and_draws_the_rest(tmp_path):
     ({}, {"normalization": "imagenet"}, r"config.data.normalization .* 'half', not 'imagenet'"),
   ],
 )
-def test_other_images_than_the_tokenizers_are_refused(model, data, message):
-  source = pretrained.ImageTokenizer("runs/tokens", tokenizer_record())
-  run = types.SimpleNamespace(config=config_of(model=model, data=data))
+def test_other_images_than_the_tokenizers_are_refused(model, data, message, tmp_path, monkeypatch):
+  runs.write_record(tmp_path, tokenizer_record())
+  monkeypatch.setattr(runs, "last_step", lambda folder: 3)
+  pretrained.find(config_of(image_tokenizer=str(tmp_path)))
   with pytest.raises(ConfigError, match=message) as error:
-    source.refuse_others(run, {})
-  assert "image_tokenizer=runs/tokens" in str(error.value) and "\n" not in str(error.value)
+    pretrained.find(config_of(image_tokenizer=str(tmp_path), model=model, data=data))
+  assert f"image_tokenizer={tmp_path}" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_without_a_tokenizers_run_it_says_what_to_train_first(tmp_path):
