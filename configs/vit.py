@@ -6,14 +6,15 @@ mnist
 
   python -m magneto_jax.evaluate --workdir=runs/mnist --split=test
 
-  Target, on the test part: an accuracy of 0.96, and more than a logistic regression on pixels has
-  (python -m benchmarks.image_baselines).
+  Target: an accuracy of 0.96 on the test part, and more than a logistic regression on pixels has
+  there (python -m benchmarks.image_baselines): 0.910. Of 500 the standard error is 0.009.
 
 emoji
   Of which of Unicode's eight groups is this emoji? 1,265 to train on, 157 to validate and 157 to
   test; near-copies lie in one part.
 
-  Target, on the test part: more than a logistic regression on pixels has.
+  Target: an accuracy of 0.55 on the test part, and more than a logistic regression on pixels has
+  there: 0.529. Of 157 the standard error is 0.04.
 
 imagenet_base, imagenet_base_deepscalelm
   ViT-B/16 on ImageNet-1k at 224 pixels, with the recipes magneto and deepscalelm, trained as DeiT
