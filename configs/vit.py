@@ -51,7 +51,6 @@ def _tiny(config):
   config.ema = 0.998
   config.model.layers = 4
   config.model.width = 96
-  config.model.patch_size = 4
   config.model.positions = "learned"
   config.model.pooling = "mean"
   config.optimizer.schedule = "cosine"
@@ -64,15 +63,16 @@ def mnist(config):
   """The digits."""
   _tiny(config)
   config.steps = 3000
-  config.batch_size = 32
+  config.batch_size = 64
   config.eval_every = config.checkpoint_every = 500
   config.model.image_size = 28
+  config.model.patch_size = 7
   config.model.relative_patches = True
   config.model.drop_path = 0.1
   config.data.name = "embedded/mnist5k"
   config.data.augment.crop_scale = 0.6
   config.label_smoothing = 0.1
-  config.optimizer.learning_rate = 1.5e-3
+  config.optimizer.learning_rate = 2e-3
   config.optimizer.warmup_steps = 150
 
 
@@ -83,6 +83,7 @@ def emoji(config):
   config.batch_size = 64
   config.eval_every = config.checkpoint_every = 250
   config.model.image_size = 32
+  config.model.patch_size = 4
   config.model.dropout = 0.1
   config.model.drop_path = 0.1
   config.data.name = "embedded/emoji"
