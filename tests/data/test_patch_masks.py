@@ -81,11 +81,13 @@ def test_shapes_of_the_smallest_block(aspect, expected):
 
 
 def test_a_block_as_wide_as_the_grid_is_refused():
-  """Of area 75 at 0.3 it were 5 x 16: the next draw's is taken instead."""
-  mask = patch_masks.blockwise_mask(Scripted(1.0, _aspect(0.3), 1.0, _aspect(1.0)), GRID, COUNT)
-  assert mask[:8, :9].sum() == mask[:9, :8].sum() or mask.sum() <= COUNT
-  rows, columns = mask.any(1).sum(), mask.any(0).sum()
-  assert max(rows, columns) < 14
+  """Of area 75 at 0.3 it is 5 x 16: taken on 17 columns; on 16 another is drawn, here 4 x 4."""
+  draws = ((75 - 16) / (80 - 16), _aspect(0.3), 0.0, _aspect(1.0))
+  narrow, wide = (
+    patch_masks.blockwise_mask(Scripted(*draws), (14, columns), 80) for columns in (16, 17)
+  )
+  assert wide[:5, :16].all() and wide.sum() == 80
+  assert not narrow[:, 15].any() and narrow[:4, :4].all()
 
 
 @pytest.mark.parametrize(
