@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from magneto_jax import distributed, hlo, memory, program, sharding
-from magneto_jax.config import from_config_dict
+from magneto_jax.config import DataConfig, from_config_dict, tasks_reading
 from magneto_jax.models import Encoder, MaskedLM, VisionEncoder
 from magneto_jax.tasks import TASKS
 from magneto_jax.theory import recipes, records
@@ -124,7 +124,10 @@ def of_task(name: str, **fields):
 
   def family(rng, config):
     model = dataclasses.replace(config.model, **fields)
-    config = dataclasses.replace(config, task=name, model=model)
+    # Of a text nothing is set where none is read.
+    reads_text = name in (tasks_reading("data.seq_length") or (name,))
+    data = config.data if reads_text else DataConfig()
+    config = dataclasses.replace(config, task=name, model=model, data=data)
     task = TASKS[name]
     task = task._replace(dummy_inputs=lambda _, make=task.dummy_inputs: make(config))
     facts = task.planned_facts(config)
