@@ -159,12 +159,14 @@ class Sizes(NamedTuple):
     batch: shapes of a global batch.
     devices: how many there are.
     variables: shapes of what the model keeps beside them, whole on every device.
+    length: tokens of a row, where no array [B, T] of the batch has as many: of images.
   """
 
   params: Any
   batch: Mapping[str, jax.ShapeDtypeStruct]
   devices: int
   variables: Any = None
+  length: int = 0
 
 
 def estimate(config: TrainConfig, sizes: Sizes) -> int:
@@ -184,11 +186,8 @@ def estimate(config: TrainConfig, sizes: Sizes) -> int:
     raise ValueError(f"a batch of {config.batch_size} rows cannot be cut {rows} times")
   length = parts(sharding.ACTIVATION_AXES["length"])
   # Tokens of a device at a time; a batch's arrays [B, T] are of the same ones.
-  tokens = max(
-    config.batch_size // rows * -(-shape.shape[1] // length)
-    for shape in sizes.batch.values()
-    if len(shape.shape) == 2
-  )
+  lengths = (shape.shape[1] for shape in sizes.batch.values() if len(shape.shape) == 2)
+  tokens = config.batch_size // rows * -(-max(sizes.length, *lengths, 0) // length)
   number = jnp.dtype(config.model.dtype).itemsize
   weights, layers = 0, {"carry": 0, "products": 0, "attention": 0, "widest": 0, "logits": 0}
   for path, leaf in jax.tree_util.tree_flatten_with_path(sizes.params)[0]:

@@ -269,8 +269,8 @@ class Program(NamedTuple):
   @property
   def sizes(self) -> memory.Sizes:
     """What estimates of memory go by."""
-    state = self.state
-    return memory.Sizes(state.params, self.batch, self.mesh.size, state.variables)
+    state, length = self.state, self.task.length(self.config)
+    return memory.Sizes(state.params, self.batch, self.mesh.size, state.variables, length)
 
   @property
   def device(self) -> jax.Device:

@@ -62,6 +62,17 @@ def test_the_state_is_estimated_as_it_lies(mesh):
   assert memory.estimate(parts, sizes._replace(batch=twice)) - base == own
 
 
+def test_what_a_model_keeps_and_images_patches_are_estimated():
+  """The former whole on every device; of a batch of images alone the tokens are those of a row."""
+  config, sizes = config_of(), sizes_of(config_of())
+  base = memory.estimate(config, sizes)
+  kept = {"codes": jax.ShapeDtypeStruct((10, 32), jnp.float32)}
+  assert memory.estimate(config, sizes._replace(variables=kept)) - base == 10 * 32 * 4
+  images = {"image": jax.ShapeDtypeStruct((config.batch_size, 16, 16, 3), jnp.float32)}
+  length = sizes.batch["inputs"].shape[1]
+  assert memory.estimate(config, sizes._replace(batch=images, length=length)) == base
+
+
 def test_what_is_held_is_counted_by_shards():
   mesh = AbstractMesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
   at = lambda *spec: NamedSharding(mesh, PartitionSpec(*spec))
