@@ -81,7 +81,7 @@ def tiny(config):
   """Half a million parameters; some minutes on two CPU cores."""
   _tiny_encoder(config)
   config.task = "masked_image"
-  config.steps = 1200
+  config.steps = 2000
   config.batch_size = 64
   config.eval_every = config.checkpoint_every = 200
   config.model.image_vocab_size = 64
