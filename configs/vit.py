@@ -6,14 +6,15 @@ mnist
 
   python -m magneto_jax.evaluate --workdir=runs/mnist --split=test
 
-  Target, on the test part: an accuracy of 0.96, and more than a logistic regression on pixels has
-  (python -m benchmarks.image_baselines).
+  Target: an accuracy of 0.96 on the test part, and more than a logistic regression on pixels has
+  there (python -m benchmarks.image_baselines): 0.910. Of 500 the standard error is 0.009.
 
 emoji
   Of which of Unicode's eight groups is this emoji? 1,265 to train on, 157 to validate and 157 to
   test; near-copies lie in one part.
 
-  Target, on the test part: more than a logistic regression on pixels has.
+  Target: an accuracy of 0.55 on the test part, and more than a logistic regression on pixels has
+  there: 0.529. Of 157 the standard error is 0.04.
 
 imagenet_base, imagenet_base_deepscalelm
   ViT-B/16 on ImageNet-1k at 224 pixels, with the recipes magneto and deepscalelm, trained as DeiT
@@ -50,7 +51,6 @@ def _tiny(config):
   config.ema = 0.998
   config.model.layers = 4
   config.model.width = 96
-  config.model.patch_size = 4
   config.model.positions = "learned"
   config.model.pooling = "mean"
   config.optimizer.schedule = "cosine"
@@ -63,15 +63,16 @@ def mnist(config):
   """The digits."""
   _tiny(config)
   config.steps = 3000
-  config.batch_size = 32
+  config.batch_size = 64
   config.eval_every = config.checkpoint_every = 500
   config.model.image_size = 28
+  config.model.patch_size = 7
   config.model.relative_patches = True
   config.model.drop_path = 0.1
   config.data.name = "embedded/mnist5k"
   config.data.augment.crop_scale = 0.6
   config.label_smoothing = 0.1
-  config.optimizer.learning_rate = 1.5e-3
+  config.optimizer.learning_rate = 2e-3
   config.optimizer.warmup_steps = 150
 
 
@@ -82,6 +83,7 @@ def emoji(config):
   config.batch_size = 64
   config.eval_every = config.checkpoint_every = 250
   config.model.image_size = 32
+  config.model.patch_size = 4
   config.model.dropout = 0.1
   config.model.drop_path = 0.1
   config.data.name = "embedded/emoji"

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from magneto_jax import config as config_lib
 from magneto_jax import distributed, hlo, memory, program, sharding
-from magneto_jax.config import DataConfig, from_config_dict, tasks_reading
+from magneto_jax.config import from_config_dict
 from magneto_jax.models import Encoder, MaskedLM, VisionEncoder
 from magneto_jax.tasks import TASKS
 from magneto_jax.theory import recipes, records
@@ -119,22 +120,23 @@ def vision(rng, config):
   return task, model, batch
 
 
-def of_task(name: str, **fields):
-  """A family whose task is in the table: random integers for what is of integers."""
+def of_task(name: str, data: config_lib.DataConfig | None = None, **fields):
+  """A family whose task is in the table: random integers for what is of integers.
+
+  Its config has other data, if they are given, and other fields of the model.
+  """
 
   def family(rng, config):
     model = dataclasses.replace(config.model, **fields)
-    # Of a text nothing is set where none is read.
-    reads_text = name in (tasks_reading("data.seq_length") or (name,))
-    data = config.data if reads_text else DataConfig()
-    config = dataclasses.replace(config, task=name, model=model, data=data)
+    config = dataclasses.replace(config, task=name, model=model, data=data or config.data)
     task = TASKS[name]
     task = task._replace(dummy_inputs=lambda _, make=task.dummy_inputs: make(config))
     facts = task.planned_facts(config)
     batch = {}
     for key, spec in task.batch_spec(config).items():
       high = 2 if "mask" in key or spec.dtype == bool else VOCAB
-      high = {"segment_ids": 3, "positions": LENGTH}.get(key.removeprefix("source_"), high)
+      highest = {"segment_ids": 3, "positions": LENGTH, "label": 10, "other_label": 10}
+      high = highest.get(key.removeprefix("source_"), high)
       values = rng.integers(0, high, spec.shape)
       if jnp.issubdtype(spec.dtype, jnp.floating):
         values = rng.normal(size=spec.shape) if "image" in key else rng.integers(0, 2, spec.shape)
@@ -150,8 +152,18 @@ FAMILIES = {
   "vision": vision,
   "translation": of_task("translation"),
   "beit3": of_task("beit3", positions="learned", image_size=16, patch_size=4),
+  # 16 patches without a class token.
+  "image_classification": of_task(
+    "image_classification",
+    config_lib.DataConfig(name="embedded/mnist5k"),
+    image_size=16,
+    patch_size=4,
+    pooling="mean",
+    relative_patches=True,
+  ),
   "image_tokenizer": of_task(
     "image_tokenizer",
+    config_lib.DataConfig(),
     positions="learned",
     image_size=16,
     patch_size=4,

@@ -5,7 +5,7 @@ import math
 import jax
 import pytest
 
-from configs import beit3, bert, gpt, image_tokenizer, text_classification, translation
+from configs import beit3, bert, gpt, image_tokenizer, text_classification, translation, vit
 from magneto_jax import sharding
 from magneto_jax.config import ConfigError, flatten, from_config_dict
 from magneto_jax.tasks import TASKS
@@ -93,6 +93,7 @@ FILES = {
   "text_classification": text_classification,
   "translation": translation,
   "beit3": beit3,
+  "vit": vit,
   "image_tokenizer": image_tokenizer,
 }
 VARIANTS = [(file, variant) for file, module in FILES.items() for variant in module.VARIANTS]
@@ -172,6 +173,45 @@ def test_glue_is_tuned_as_the_papers_do(name):
     assert config["steps"] // config["eval_every"] == (5 if name in ("cola", "mrpc", "stsb") else 3)
     assert config["optimizer.warmup_steps"] == config["steps"] // 10
     assert (config["batch_size"], config["optimizer.weight_decay"]) == (32, 0.01)
+
+
+# DeiT (arXiv 2012.12877), table 9.
+DEIT = {
+  "batch_size": 1024,
+  "label_smoothing": 0.1,
+  "model.layers": 12,
+  "model.width": 768,
+  "model.ffn_width": 3072,
+  "model.heads": 12,
+  "model.dropout": 0.0,
+  "model.drop_path": 0.1,
+  "optimizer.learning_rate": 1e-3,
+  "optimizer.weight_decay": 0.05,
+  "optimizer.schedule": "cosine",
+  "optimizer.clip_norm": 0.0,
+  "data.augment.rand_augment": 2,
+  "data.augment.rand_augment_magnitude": 9.0,
+  "data.augment.rand_augment_std": 0.5,
+  "data.augment.mixup": 0.8,
+  "data.augment.cutmix": 1.0,
+  "data.augment.erase": 0.25,
+}
+
+
+@pytest.mark.parametrize("variant", ("imagenet_base", "imagenet_base_deepscalelm"))
+def test_a_vit_is_trained_as_deit_is(variant):
+  """300 epochs, five of them to warm up; 86 million parameters, the head's among them."""
+  config = from_config_dict(vit.get_config(variant))
+  flat = flatten(config)
+  assert {name: flat[name] for name in DEIT} == DEIT
+  epoch = 1_281_167 / 1024
+  assert config.steps / epoch == pytest.approx(300, rel=1e-3)
+  assert config.optimizer.warmup_steps / epoch == pytest.approx(5, rel=1e-3)
+  task = TASKS[config.task]
+  model = task.build_model(config, task.planned_facts(config))
+  params = jax.eval_shape(model.init, jax.random.key(0), *task.dummy_inputs(config))["params"]
+  count = sum(leaf.size for leaf in jax.tree.leaves(params))
+  assert count / 1e6 == pytest.approx(86.6, abs=0.1)
 
 
 # Made for 256 chips: parameters in billions, tokens of a step in thousands, and the papers' sizes.

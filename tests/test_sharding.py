@@ -23,6 +23,7 @@ from magneto_jax.models import (
   CausalLM,
   Encoder,
   EncoderDecoder,
+  ImageClassifier,
   MaskedBEiT3,
   MaskedLM,
   TextClassifier,
@@ -112,6 +113,14 @@ MODELS = {
   "VisionEncoder": lambda: (
     VisionEncoder(
       encoder=encoder(positions="learned", max_length=17), patch_size=4, mask_token=True
+    ),
+    (IMAGES,),
+  ),
+  "ImageClassifier": lambda: (
+    ImageClassifier(
+      encoder=VisionEncoder(encoder=encoder(), patch_size=4, relative_grid=(4, 4)),
+      classes=3,
+      pooling="mean",
     ),
     (IMAGES,),
   ),

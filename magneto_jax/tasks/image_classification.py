@@ -12,7 +12,6 @@ Reference: An Image is Worth 16x16 Words, arXiv 2010.11929; Foundation Transform
 2210.06423, section 4.5; ImageNet-A, arXiv 1907.07174; ImageNet-R, arXiv 2006.16241.
 """
 
-import dataclasses
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -196,8 +195,8 @@ def metrics(totals: Totals, data: images.ImageData, *, whole: bool) -> dict[str,
 
 
 def _is_of_another_set(data: images.ImageData) -> bool:
-  train, validation = (data.identity[part]["source"] for part in ("train", "validation"))
-  return train != validation
+  train, validation = (data.identity[part] for part in ("train", "validation"))
+  return any(train.get(name) != validation.get(name) for name in ("source", "name"))
 
 
 def baselines(data: images.ImageData) -> dict[str, dict[str, float]]:
@@ -251,26 +250,10 @@ def dummy_inputs(config: TrainConfig) -> tuple:
 def load_data(
   config: TrainConfig, directory: str | os.PathLike, expected: Mapping[str, Any] | None = None
 ) -> images.ImageData:
-  """Images and their classes; see above for splits of other data sets."""
+  """Images and their classes."""
   del directory  # Nothing is derived.
   view = images.Classification.of(**common.image_options(config))
-  load = lambda config, expected: common.load_images(config, "image_classification", view, expected)
-  name, _, split = config.data.validation_split.rpartition("/")
-  if not name or expected is None:
-    return load(config, expected)
-  own = load(_with_data(config, validation_split=config.data.train_split), expected)
-  other = load(_with_data(config, name=name, train_split=split, validation_split=split), {})
-  if other.classes != own.classes:
-    raise ConfigError(
-      f"{name} does not name the classes of data.name={config.data.name!r} in their order: evaluate"
-      " on a set of the same classes"
-    )
-  identity = {**own.identity, "validation": other.identity["validation"]}
-  return dataclasses.replace(own, validation=other.validation, shared=None, identity=identity)
-
-
-def _with_data(config: TrainConfig, **fields: str) -> TrainConfig:
-  return dataclasses.replace(config, data=dataclasses.replace(config.data, **fields))
+  return common.load_images(config, "image_classification", view, expected)
 
 
 TASK = Task(

@@ -20,6 +20,7 @@ PLANNED = {
   "text_classification": {},
   "translation": {"encoder_layers": 3},
   "beit3": {"positions": "learned", "image_size": 8, "patch_size": 4, "image_vocab_size": 11},
+  "image_classification": {},
   "image_tokenizer": {"image_size": 8, "patch_size": 4, "image_vocab_size": 11},
 }
 
