@@ -12,7 +12,7 @@ mnist
 
 emoji
   The emoji that ship with the package, each as 8 x 8 words of 128. Target: the same, a perplexity
-  of 32.
+  of 32. Not yet trained here.
 
 base
   BEiT v2's tokenizer (arXiv 2208.06366, section 2.1 and appendix, and its code): a ViT-B/16 of 12
