@@ -6,11 +6,13 @@ mnist
   python -m magneto_jax.train --config=configs/image_tokenizer.py:mnist --workdir=runs/tokens
 
   Target: a squared error of 0.08 on the validation images, less than half of what patches of one
-  colour each have, and a codebook perplexity of at least 16, a quarter of the codes.
+  colour each have, and a codebook perplexity of at least 16, a quarter of the codes. Reached:
+  0.0397 of 0.165, and 39.4 with all 64 codes in use; on two cores of an Intel Xeon (2.8 GHz), which
+  others used at the same time (16 minutes), 28 November 2026, jax 0.10.2.
 
 emoji
   The emoji that ship with the package, each as 8 x 8 words of 128. Target: the same, a perplexity
-  of 32.
+  of 32. Not yet trained here.
 
 base
   BEiT v2's tokenizer (arXiv 2208.06366, section 2.1 and appendix, and its code): a ViT-B/16 of 12
@@ -62,6 +64,7 @@ def emoji(config):
   _tiny(config)
   config.data.name = "embedded/emoji"
   config.data.augment.flip = 0.5
+  config.batch_size = 32
   config.model.image_size = 32
   config.model.image_vocab_size = 128
 
