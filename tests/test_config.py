@@ -111,7 +111,7 @@ def test_every_number_has_a_range_on_both_sides():
     (
       "optimizer.decay_mask",
       "bert",
-      r"'bert' must be one of matrices, all, beit; did you mean beit",
+      r"'bert' must be one of matrices, all, beit; did you",
     ),
     ("init_from", "runs/bert", r"init_from is not read with config.task='causal_lm', only with"),
     ("data.too_long", "truncate", r"data.too_long is not read with config.task='causal_lm', only"),
