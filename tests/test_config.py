@@ -108,6 +108,14 @@ def test_every_number_has_a_range_on_both_sides():
     ("model", {"encoder_layers": 5, "unroll": 2}, r"unroll=2 must divide model.encoder_layers=5"),
     ("model.pooling", "last", r"pooling='last' must be one of first, mean"),
     ("model.pooling", "mean", r"pooling is not read with config.task='causal_lm', only with 'text"),
+    ("model.relative_patches", True, r"relative_patches is not read with config.task='causal_lm'"),
+    ("optimizer.layer_decay", 0.0, r"config.optimizer.layer_decay=0.0 must be above 0.0"),
+    ("optimizer.layer_decay", 1.1, r"config.optimizer.layer_decay=1.1 must be at most 1.0"),
+    (
+      "optimizer.decay_mask",
+      "bert",
+      r"'bert' must be one of matrices, all, beit; did you",
+    ),
     ("init_from", "runs/bert", r"init_from is not read with config.task='causal_lm', only with"),
     ("data.too_long", "truncate", r"data.too_long is not read with config.task='causal_lm', only"),
     ("data.too_long", "cut", r"data.too_long='cut' must be one of refuse, skip, trunc"),
@@ -191,6 +199,7 @@ def test_choices_are_the_tables_they_stand_for():
   assert set(choices["pooling"]) == set(classifier.POOLINGS)
   assert set(choices["remat"]) == set(transformer.REMAT)
   assert set(choices["schedule"]) == set(optimizers.SCHEDULES)
+  assert set(choices["decay_mask"]) == set(optimizers.DECAY_MASKS)
   assert set(choices["task"]) == set(tasks.TASKS)
   assert set(choices["penalty"]) == set(decoding.PENALTIES)
 

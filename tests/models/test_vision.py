@@ -181,7 +181,7 @@ def test_a_bias_and_hidden_pairs_go_together():
   params = reference.random_params(model, IMAGES)
   visible = np.eye(PATCHES, dtype=bool)[None]
   alone = run(model, params, IMAGES, visible_BTT=visible)
-  params["patch_relative_bias"] = params["patch_relative_bias"] + 5
+  params["patch_relative_bias"] = -3 * params["patch_relative_bias"]
   found = run(model, params, IMAGES, visible_BTT=visible)
   np.testing.assert_allclose(found, alone, rtol=0, atol=1e-5)  # float32
 
