@@ -205,7 +205,7 @@ def _gradient(model, batch):
   """`params -> (mean loss, gradient)`."""
 
   def mean_loss(params):
-    loss_sum, weight_sum = causal_lm.TASK.loss(model, params, batch)
+    loss_sum, weight_sum = causal_lm.TASK.loss(model, {"params": params}, batch)
     return loss_sum / weight_sum
 
   return jax.value_and_grad(mean_loss)

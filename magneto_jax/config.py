@@ -83,7 +83,7 @@ class ModelConfig(_Checked):
   )
   encoder_layers: int = _field(
     0,
-    "the number of layers of an encoder-decoder's encoder; 0: as many as layers",
+    "the number of layers of the encoder, where there is a decoder; 0: as many as layers",
     min=0,
     max=_MOST_LAYERS,
   )
@@ -129,8 +129,20 @@ class ModelConfig(_Checked):
   image_vocab_size: int = _positive(
     8192, "how many tokens there are for patches of images", _LONGEST
   )
+  codebook_width: int = _positive(32, "numbers in a code of an image tokenizer", _WIDEST)
+  codebook_decay: float = _rate(0.99, "of a code towards what chooses it, a step")
+  codebook_redraw: float = _rate(
+    0.0,
+    "a code that is chosen less often than this, times the mean, becomes one of the batch's"
+    " encodings; 0: never",
+  )
+  relative_patches: bool = _field(
+    False, "whether layers share a table of two-dimensional relative position biases, as in BEiT"
+  )
   pooling: str = _field(
-    "first", "what a classifier reads: the first token or the mean", choices=("first", "mean")
+    "first",
+    "what a classifier reads: the first token, which images have with `first` alone, or the mean",
+    choices=("first", "mean"),
   )
   window: int = _field(0, "how many earlier tokens attention reaches; 0: all", min=0, max=_LONGEST)
   logits_soft_cap: float = _field(0.0, "cap of the attention logits; 0: none", min=0.0)
@@ -185,17 +197,23 @@ _IMAGE_TASKS = ("image_classification", "image_tokenizer", "masked_image")
 
 # Fields, or groups of them, that some tasks alone read, and which.
 OF_SOME_TASKS: dict[str, tuple[str, ...]] = {
-  "init_from": ("text_classification",),
+  "init_from": ("text_classification", "image_classification"),
   "sample_prompt": ("causal_lm",),
   "sample_temperature": ("causal_lm",),
   "beam": ("translation",),
-  "model.encoder_layers": ("translation",),
-  "model.image_size": ("beit3",),
-  "model.patch_size": ("beit3",),
-  "model.image_vocab_size": ("beit3",),
-  "model.pooling": ("text_classification",),
+  "model.encoder_layers": ("translation", "image_tokenizer"),
+  "model.image_size": ("beit3", *_IMAGE_TASKS),
+  "model.patch_size": ("beit3", *_IMAGE_TASKS),
+  "model.image_vocab_size": ("beit3", "image_tokenizer", "masked_image"),
+  "model.codebook_width": ("image_tokenizer",),
+  "model.codebook_decay": ("image_tokenizer",),
+  "model.codebook_redraw": ("image_tokenizer",),
+  "model.relative_patches": ("image_classification", "masked_image"),
+  "model.pooling": ("text_classification", "image_classification", "masked_image"),
   "model.tied_embeddings": (*_LANGUAGE_MODELS, "translation", "beit3"),
-  "data.mask_rate": ("masked_lm",),
+  "image_tokenizer": ("masked_image",),
+  "data.mask_rate": ("masked_lm", "masked_image"),
+  "data.mask_block": ("masked_image",),
   "data.mask_keep": ("masked_lm",),
   "data.mask_random": ("masked_lm",),
   "data.document_separator": _LANGUAGE_MODELS,
@@ -376,11 +394,17 @@ class DataConfig(_Checked):
   )
   augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
   mask_rate: float = _field(
-    0.15, "share of a masked language model's tokens that are predicted", above=0.0, below=1.0
+    0.15,
+    "share of a masked model's tokens, or of an image's patches, that are predicted",
+    above=0.0,
+    below=1.0,
   )
   mask_keep: float = _field(0.1, "share of those that are read as they are", min=0.0, max=1.0)
   mask_random: float = _field(
     0.1, "share of those that are read as a random token; the rest are hidden", min=0.0, max=1.0
+  )
+  mask_block: int = _positive(
+    16, "patches of the smallest block of an image that is hidden as one", _LONGEST
   )
   cache_dir: str = _field("", "where token files are kept; empty: in the workdir")
   workers: int = _field(
@@ -429,8 +453,15 @@ class OptimizerConfig(_Checked):
   weight_decay: float = _field(0.01, "decoupled, times the learning rate", min=0.0)
   decay_mask: str = _field(
     "matrices",
-    "what decays: kernels and embedding tables, or all parameters (as fairseq does)",
-    choices=("matrices", "all"),
+    "what decays: kernels and embedding tables, all parameters (as fairseq does), or what decays in"
+    " BEiT (no tables of positions, but those of relative biases and the mask token)",
+    choices=("matrices", "all", "beit"),
+  )
+  layer_decay: float = _field(
+    1.0,
+    "factor of the updates from each layer to the one below it, down to the embedding; 1: none",
+    above=0.0,
+    max=1.0,
   )
   clip_norm: float = _field(0.0, "global gradient norm to clip at; 0: no clipping", min=0.0)
   schedule: str = _field("cosine", "after the warm-up", choices=tuple(SCHEDULES))
@@ -495,7 +526,16 @@ class SpikeConfig(_Checked):
 
 
 # What `task` may be: the keys of `tasks.TASKS`, to which `tasks.register` adds.
-TASK_NAMES = ["causal_lm", "masked_lm", "text_classification", "translation", "beit3"]
+TASK_NAMES = [
+  "causal_lm",
+  "masked_lm",
+  "text_classification",
+  "translation",
+  "beit3",
+  "image_classification",
+  "image_tokenizer",
+  "masked_image",
+]
 # Of which it is known what they read.
 _SHIPPED_TASKS = tuple(TASK_NAMES)
 
@@ -538,6 +578,10 @@ class TrainConfig(_Checked):
     "",
     "a pre-trained run's workdir, or a converted model's folder, whose encoder a fresh run starts"
     " with; empty: none",
+  )
+  image_tokenizer: str = _field(
+    "",
+    "the workdir of a run of task image_tokenizer, whose tokens a fresh run's targets are",
   )
   seed: int = _field(0, "of the parameters, the data's order and dropout", min=0, max=2**32 - 1)
   steps: int = _positive(1000, "optimizer steps")

@@ -119,7 +119,7 @@ def diagnose(
         f" {' and '.join(parts)}: train with config.diagnostics_every, or call"
         " magneto_jax.diagnostics.diagnose"
       )
-    batch = diagnostics.first_samples(data, config.batch_size, config.data.seq_length)
+    batch = diagnostics.first_samples(data, config.batch_size, task.length(config))
     calls = diagnostics.calls_of(task)
 
     def measured(recipe: str, layers: int, **options) -> diagnostics.Diagnosis:

@@ -7,6 +7,7 @@ model; `predict` gives the same numbers from `theory.propagation`.
 import dataclasses
 import math
 import pathlib
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -52,7 +53,8 @@ class Part(NamedTuple):
 def parts_of(model: nn.Module) -> dict[str, Part]:
   """The stacks of a model: `encoder`, `decoder`, or both, in the order in which they run."""
   parts = list(_stacks(model, ()))
-  named = {"decoder" if part.is_causal else "encoder": part for part in parts}
+  is_decoder = lambda part: part.is_causal or part.path[-1:] == ("decoder",)
+  named = {"decoder" if is_decoder(part) else "encoder": part for part in parts}
   if not parts or len(named) < len(parts):
     raise TypeError(
       f"{type(model).__name__} has no stack of layers that can be measured: give a model of"
@@ -137,6 +139,10 @@ def random_projection(key: jax.Array) -> Callable[[Any], jax.Array]:
   return loss
 
 
+# Of a model that reads its parameters alone.
+_NONE: Mapping[str, Any] = types.MappingProxyType({})
+
+
 class Call(NamedTuple):
   """How a model is run in training, and what its loss is.
 
@@ -160,20 +166,23 @@ class Call(NamedTuple):
 
   def without_targets(self) -> "Call":
     """The call whose output is what is scored, logits, and not already the targets' nats."""
-    kwargs = {name: value for name, value in self.kwargs.items() if name != "targets_BT"}
+    kwargs = {n: value for n, value in self.kwargs.items() if not n.startswith("targets")}
     return self._replace(kwargs=kwargs)
 
 
-def statistics(model: nn.Module, params, call: Call):
-  """(stream, gradient): the two collections of `layers.probes`; pure, to be jitted."""
+def statistics(model: nn.Module, params, call: Call, others: Mapping[str, Any] = _NONE):
+  """(stream, gradient): the two collections of `layers.probes`; pure, to be jitted.
+
+  `others` are the collections that the model reads beside its parameters.
+  """
+  given = {**others, "params": params}
   shapes = jax.eval_shape(
-    lambda: call.apply(model, {"params": params}, mutable=[probes.GRADIENT])[1][probes.GRADIENT]
+    lambda: call.apply(model, given, mutable=[probes.GRADIENT])[1][probes.GRADIENT]
   )
   zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
   def objective(zeros):
-    variables = {"params": params, probes.GRADIENT: zeros}
-    output, taken = call.apply(model, variables, mutable=[probes.STREAM])
+    output, taken = call.apply(model, {**given, probes.GRADIENT: zeros}, mutable=[probes.STREAM])
     return call.loss(output), taken[probes.STREAM]
 
   gradient, stream = jax.grad(objective, has_aux=True)(zeros)
@@ -183,21 +192,25 @@ def statistics(model: nn.Module, params, call: Call):
 def measurer(
   model: nn.Module, calls: Callable[[Any, jax.Array], Call], batch, key: jax.Array
 ) -> Callable[[Any], tuple[dict[str, Measured], propagation.Update]]:
-  """`params -> (figures of each stack, first update)`, compiled once; arguments as of `examine`."""
+  """`variables -> (figures of each stack, first update)`, compiled once; arguments: `examine`'s."""
+
+  def of(variables, batch):
+    others = {name: tree for name, tree in variables.items() if name != "params"}
+    return {"params": variables["params"], "call": calls(batch, key), "others": others}
 
   @jax.jit
-  def observe(params, batch):
-    return sharding.replicate(statistics(model, params, calls(batch, key)))
+  def observe(variables, batch):
+    return sharding.replicate(statistics(model, **of(variables, batch)))
 
   @jax.jit
-  def move(params, batch):
-    return sharding.replicate(first_update(model, params, calls(batch, key)))
+  def move(variables, batch):
+    return sharding.replicate(first_update(model, **of(variables, batch)))
 
   first = jax.tree.map(lambda leaf: leaf[:1], batch)
 
-  def measure(params):
-    update = propagation.Update(*map(float, move(params, first)))
-    return profiles_of(model, *observe(params, batch)), update
+  def measure(variables):
+    update = propagation.Update(*map(float, move(variables, first)))
+    return profiles_of(model, *observe(variables, batch)), update
 
   return measure
 
@@ -249,7 +262,11 @@ def is_of_a_layer(path: tuple) -> bool:
 
 
 def first_update(
-  model: nn.Module, params, call: Call, on: Call | None = None
+  model: nn.Module,
+  params,
+  call: Call,
+  on: Call | None = None,
+  others: Mapping[str, Any] = _NONE,
 ) -> propagation.Update:
   """How far a step of SGD moves the output, over the learning rate, as that goes to 0.
 
@@ -262,12 +279,14 @@ def first_update(
     call: the batch of the step, and its loss.
     on: where the output is read, if not on that batch: J is that of `on.loss(output)`, which may
       be any tree of arrays.
+    others: the collections that the model reads beside its parameters.
   """
-  gradient = jax.grad(lambda params: call.loss(call.apply(model, {"params": params})))(params)
+  given = lambda params: {**others, "params": params}
+  gradient = jax.grad(lambda params: call.loss(call.apply(model, given(params))))(params)
   output = call.without_targets()
-  read = lambda params: output.apply(model, {"params": params})
+  read = lambda params: output.apply(model, given(params))
   if on is not None:
-    read = lambda params: on.loss(on.apply(model, {"params": params}))
+    read = lambda params: on.loss(on.apply(model, given(params)))
 
   # Both steps at once: the pass through the model is the same.
   steps = jax.tree_util.tree_map_with_path(
@@ -347,6 +366,9 @@ def predict(
 ) -> tuple[dict[str, propagation.Profile], propagation.Update]:
   """What the theory says of the measured model, given its measured input and top gradient.
 
+  Of an encoder and a decoder that no cross-attention joins, given both of each; of the update of
+  such a model nothing.
+
   Args:
     model: that was measured.
     measured: of each stack.
@@ -360,11 +382,18 @@ def predict(
   starts = {
     kind: Moments(0.0, *_moments(m.variance[0], m.correlation[0])) for kind, m in measured.items()
   }
-  last = list(measured.values())[-1]
-  top = Gradient(*_moments(last.gradient[-1], last.gradient_correlation[-1]))
+  tops = {
+    kind: Gradient(*_moments(m.gradient[-1], m.gradient_correlation[-1]))
+    for kind, m in measured.items()
+  }
+  top = list(tops.values())[-1]
   if not np.all(np.isfinite([*top, *(value for start in starts.values() for value in start)])):
     unknown = {kind: _unknown(m) for kind, m in measured.items()}
     return unknown, propagation.Update(math.nan, math.nan)
+  if len(parts) > 1 and not records.has_cross_attention(parts["decoder"][0]):
+    # What joins them is nothing that the theory knows: each from its own ends.
+    alone = lambda kind: propagation.propagate(*parts[kind], starts[kind], top=tops[kind])
+    return {kind: alone(kind) for kind in parts}, propagation.Update(math.nan, math.nan)
   own = Gradient(samples**2 * top.variance, samples**2 * top.covariance)
   update = propagation.first_update(parts, starts, own)
   readout = _readout(list(parts_of(model).values())[-1])
@@ -509,7 +538,7 @@ def examine(
 
   def init(batch):
     call = calls(batch, dropout_key)
-    return model.init(init_key, *call.args, **call.kwargs)["params"]
+    return model.init(init_key, *call.args, **call.kwargs)
 
   measured, update = measurer(model, calls, batch, dropout_key)(jax.jit(init)(batch))
   samples = max(leaf.shape[0] for leaf in jax.tree.leaves(batch))

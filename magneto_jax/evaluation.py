@@ -54,7 +54,7 @@ class Evaluator:
     """Takes a function to the devices of a mesh.
 
     Args:
-      measure: `(params, batch) -> {name: array}`, as `Task.measured` is of a model: numbers, and
+      measure: `(variables, batch) -> {name: array}`, as `Task.measured` is of a model: numbers, and
         arrays with a row for each of the batch's.
       mesh: of `sharding.make_mesh`; to be used by the caller (`sharding.use_mesh`).
       rows: of a batch, over all hosts together.
@@ -68,7 +68,7 @@ class Evaluator:
 
   def totals(
     self,
-    params,
+    variables,
     dataset: Sequence[Sample],
     *,
     batches: int = 0,
@@ -77,7 +77,7 @@ class Evaluator:
     """Of the numbers their sums, in float64; of the arrays all rows, in the samples' order.
 
     Args:
-      params: the measure's.
+      variables: the measure's.
       dataset: random-access samples of equal shapes.
       batches: how many are read at most; 0: all.
       before_each: is called before each of them.
@@ -97,7 +97,7 @@ class Evaluator:
     for batch in itertools.islice(read, batches or None):
       before_each()
       # One batch late: the next one is prepared meanwhile, and no more of them wait on the devices.
-      coming = self._measure(params, {name: self._put(held) for name, held in batch.items()})
+      coming = self._measure(variables, {name: self._put(held) for name, held in batch.items()})
       take(unread)
       unread = coming
     take(unread)
@@ -212,9 +212,9 @@ def open_run(
 
 
 def _placed(mesh: jax.sharding.Mesh, abstract):
-  """The shapes of parameters with the places that they have on a mesh."""
+  """The shapes of a model's variables with the places that they have on a mesh."""
   with config_errors():
-    places = sharding.parameter_shardings(abstract, mesh)
+    places = sharding.variable_shardings(abstract, mesh)
   place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
   return jax.tree.map(place, abstract, places)
 
@@ -292,7 +292,7 @@ def evaluate(opened: Opened, split: str = "validation") -> dict[str, Any]:
   task = TASKS[config.task]
   with config_errors(), sharding.use_mesh(opened.mesh):
     evaluator = Evaluator(functools.partial(task.measured, model), opened.mesh, opened.rows)
-    totals = evaluator.totals(variables["params"], data.validation)
+    totals = evaluator.totals(variables, data.validation)
     refuse_unless_finite(totals["loss"], f"the loss of the split {split!r}", opened)
     scores, counts = task.metrics(totals, data, whole=True), task.counts(data)
     if task.judge is not None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+from types import MappingProxyType
 from typing import NamedTuple
 
 import grain
@@ -15,7 +16,7 @@ from magneto_jax.data import feed, pipelines
 from magneto_jax.memory import held
 from magneto_jax.program import Program, lower_step
 from magneto_jax.tasks import TASKS
-from magneto_jax.tasks.task import Data
+from magneto_jax.tasks.task import Data, Facts
 
 # Damaged documents that are named where a run is described; the log names all.
 _SHOWN_RECORDS = 5
@@ -44,6 +45,7 @@ def prepare(
   program: Program | None = None,
   *,
   tokenizer_file: str = "",
+  facts: Facts = MappingProxyType({}),
 ) -> Job:
   """Loads the data, builds the model and compiles the step for all devices there are.
 
@@ -54,6 +56,8 @@ def prepare(
       anything is written.
     program: the compiled step, of a run that differs in nothing but its data's order, if any.
     tokenizer_file: of the model that the run starts with; empty: as the config says.
+    facts: what the model must know beside what the data say; of a run that is resumed those of its
+      record are known.
 
   Raises:
     ConfigError: if the data cannot be had, or the model not be built, or hosts differ.
@@ -72,7 +76,8 @@ def prepare(
     data = distributed.on_first(lambda: task.load_data(asked, directory, earlier and earlier.data))
   # As JSON gives it back: tuples are lists.
   identity, rewinds = json.loads(json.dumps(data.identity)), earlier.rewinds if earlier else ()
-  record = runs.Record(config, identity, task.facts(data), rewinds)
+  before = earlier.facts if earlier else {}
+  record = runs.Record(config, identity, {**before, **facts, **task.facts(data)}, rewinds)
   with config_errors():
     distributed.agree("run", runs.as_json(record))
 

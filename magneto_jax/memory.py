@@ -82,7 +82,7 @@ def of_refused(error: BaseException, state, batch) -> Memory | None:
 
 def _arguments(state, batch) -> dict[str, int]:
   return {
-    "parameters": held(state.params),
+    "parameters": held((state.params, state.variables)),
     "average": held(state.ema_params),
     "optimizer": held((state.opt_state, state.step, state.skipped, state.skipped_in_a_row)),
     "batch": held(batch),
@@ -158,11 +158,15 @@ class Sizes(NamedTuple):
     params: shapes of the parameters, a tree.
     batch: shapes of a global batch.
     devices: how many there are.
+    variables: shapes of what the model keeps beside them, whole on every device.
+    length: tokens of a row, where no array [B, T] of the batch has as many: of images.
   """
 
   params: Any
   batch: Mapping[str, jax.ShapeDtypeStruct]
   devices: int
+  variables: Any = None
+  length: int = 0
 
 
 def estimate(config: TrainConfig, sizes: Sizes) -> int:
@@ -182,11 +186,8 @@ def estimate(config: TrainConfig, sizes: Sizes) -> int:
     raise ValueError(f"a batch of {config.batch_size} rows cannot be cut {rows} times")
   length = parts(sharding.ACTIVATION_AXES["length"])
   # Tokens of a device at a time; a batch's arrays [B, T] are of the same ones.
-  tokens = max(
-    config.batch_size // rows * -(-shape.shape[1] // length)
-    for shape in sizes.batch.values()
-    if len(shape.shape) == 2
-  )
+  lengths = (shape.shape[1] for shape in sizes.batch.values() if len(shape.shape) == 2)
+  tokens = config.batch_size // rows * -(-max(sizes.length, *lengths, 0) // length)
   number = jnp.dtype(config.model.dtype).itemsize
   weights, layers = 0, {"carry": 0, "products": 0, "attention": 0, "widest": 0, "logits": 0}
   for path, leaf in jax.tree_util.tree_flatten_with_path(sizes.params)[0]:
@@ -200,6 +201,7 @@ def estimate(config: TrainConfig, sizes: Sizes) -> int:
     _count(layers, names, shape, math.prod(leaf.shape) // math.prod(shape), by)
   moments, average, sums = 2, bool(config.ema), 1 + (config.accumulation > 1)
   state = weights * (1 + moments + average + sums)
+  state += sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(sizes.variables))
   if config.cast_weights:
     state += weights * number // 4
   carry, products, attention = (layers[name] for name in ("carry", "products", "attention"))

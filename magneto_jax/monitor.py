@@ -59,9 +59,9 @@ class Monitor:
     """At which steps the run was measured."""
     return [row["step"] for row in self._rows]
 
-  def record(self, step: int, params) -> dict[str, float]:
+  def record(self, step: int, variables) -> dict[str, float]:
     """Measures; returns the figures of the last layer for the metrics."""
-    measured, update = self._measure(params)
+    measured, update = self._measure(variables)
     stacks = {kind: m._asdict() for kind, m in measured.items()}
     row = diagnostics.jsonable({"step": step, "stacks": stacks, "first_update": update._asdict()})
     self._rows.append(row)

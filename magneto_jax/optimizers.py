@@ -1,13 +1,22 @@
-"""AdamW, its decay mask and its learning-rate schedules (all optax)."""
+"""AdamW, its decay masks, its learning-rate schedules, and rates by layer (all optax)."""
+
+import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 # Leaves of the parameter tree that are matrices: what "weight decay" means where the papers do
 # not say. Biases, norm gains, head scales and residual scales are left alone.
 DECAYED = ("kernel", "embedding")
 SCHEDULES = ("cosine", "linear", "polynomial", "inverse_sqrt", "constant")
+# Of BEiT's fine-tuning: also what a masked patch is replaced by, and biases by relative position.
+_BEIT_DECAYED = (*DECAYED, "mask_token", "relative_bias", "patch_relative_bias")
+# What the stream is made of before the first layer.
+_BEFORE_LAYERS = re.compile(
+  r"(.*/)?(patch_embedding|(token|text|position)_embedding(s_\w+)?|embedding_norm)/.*"
+)
 
 
 def decay_mask(params) -> dict:
@@ -16,6 +25,22 @@ def decay_mask(params) -> dict:
   It goes by name: a scanned layer's norm gains are of rank 2, so the rank cannot tell them.
   """
   return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in DECAYED, params)
+
+
+def beit_decay_mask(params) -> dict:
+  """True for kernels, tables of tokens and of relative biases, and the mask token, as in BEiT.
+
+  So tables of positions, the class token, biases and norms do not decay.
+  """
+
+  def decays(path, _) -> bool:
+    of_positions = any(key.key.startswith("position_embedding") for key in path)
+    return path[-1].key in _BEIT_DECAYED and not of_positions
+
+  return jax.tree_util.tree_map_with_path(decays, params)
+
+
+DECAY_MASKS = {"matrices": decay_mask, "all": None, "beit": beit_decay_mask}
 
 
 def schedule(
@@ -77,6 +102,7 @@ def adamw(
   weight_decay: float = 0.01,
   clip_norm: float = 0.0,
   decay: str = "matrices",
+  layer_decay: float = 1.0,
 ) -> optax.GradientTransformation:
   """AdamW behind a clip of the global gradient norm.
 
@@ -85,10 +111,77 @@ def adamw(
     b1, b2, eps: see arXiv 1412.6980.
     weight_decay: decoupled (arXiv 1711.05101), multiplied by the learning rate.
     clip_norm: the largest global norm; 0 for no clipping.
-    decay: `matrices` (`decay_mask`) or `all`, as fairseq does.
+    decay: what decays, one of DECAY_MASKS: `matrices` (`decay_mask`), `all`, as fairseq does, or
+      `beit` (`beit_decay_mask`).
+    layer_decay: see `layer_scales`; 1 for the same rate everywhere.
   """
-  mask = {"matrices": decay_mask, "all": None}[decay]
-  transform = optax.adamw(
-    learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask
-  )
-  return optax.chain(optax.clip_by_global_norm(clip_norm), transform) if clip_norm else transform
+  transforms = [
+    optax.adamw(
+      learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=DECAY_MASKS[decay]
+    )
+  ]
+  if clip_norm:
+    transforms.insert(0, optax.clip_by_global_norm(clip_norm))
+  if layer_decay != 1:
+    transforms.append(_scale_by_layer(layer_decay))
+  return optax.chain(*transforms) if len(transforms) > 1 else transforms[0]
+
+
+def _scale_by_layer(decay: float) -> optax.GradientTransformation:
+  """The updates, whatever they are made of, times `layer_scales`."""
+
+  def scale(updates, params):
+    del params
+    return jax.tree.map(lambda u, s: u * s.astype(u.dtype), updates, layer_scales(updates, decay))
+
+  return optax.stateless(scale)
+
+
+def layer_scales(params, decay: float) -> dict:
+  """What layer-wise decay multiplies each parameter's update by: decay^(L + 1 - i).
+
+    i = 0        patches, class and mask token, tables of tokens and positions, the embedding's norm
+    i = 1 .. L   layer i, from the bottom
+    i = L + 1    all else: heads, final norm, tables of relative biases
+
+  Args:
+    params: a model's, of one stack; arrays or shapes.
+    decay: in (0, 1].
+
+  Returns:
+    float32 of rank of the parameter, [layers, 1, ...] where layers lie along its first axis and of
+    one number elsewhere.
+
+  Raises:
+    ValueError: the model has several stacks.
+
+  Reference: BEiT, arXiv 2106.08254, appendix H, and its released code; ELECTRA, arXiv 2003.10555.
+  """
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  names = ["/".join(key.key for key in path) for path, _ in leaves]
+  found = [re.fullmatch(r"(.*?)segment_(\d+)/block_(\d+)/.*", name) for name in names]
+  if len({match[1] for match in found if match}) > 1:
+    raise ValueError(
+      "config.optimizer.layer_decay counts the layers of one stack, and this model has several: set"
+      " optimizer.layer_decay=1"
+    )
+  # By segment: its repeats, and how many layers its pattern has.
+  repeats, patterns = {}, {}
+  for match, (_, leaf) in zip(found, leaves, strict=True):
+    if match:
+      segment, block = int(match[2]), int(match[3])
+      repeats[segment] = leaf.shape[0]
+      patterns[segment] = max(patterns.get(segment, 0), block + 1)
+  depth = sum(repeats[segment] * patterns[segment] for segment in repeats)
+  scales = []
+  for name, match, (_, leaf) in zip(names, found, leaves, strict=True):
+    if match:
+      segment, block = int(match[2]), int(match[3])
+      below = sum(repeats[s] * patterns[s] for s in repeats if s < segment)
+      number = below + block + 1 + patterns[segment] * np.arange(repeats[segment])
+    else:
+      number = np.array(0 if _BEFORE_LAYERS.fullmatch(name) else depth + 1)
+    scale = np.asarray(decay ** (depth + 1.0 - number), np.float32)
+    shape = (*scale.shape, *(1,) * (leaf.ndim - scale.ndim))
+    scales.append(jnp.asarray(scale.reshape(shape)))
+  return jax.tree.unflatten(jax.tree.structure(params), scales)

@@ -339,7 +339,8 @@ def show(plan: Plan, console: rich.console.Console) -> None:
   axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
   parameters = reporting.count(lowered.state.params)
   line(f"{config.recipe}, {parameters:,} parameters, on {plan.topology}", "bold")
-  rows = f"{config.batch_size:,} rows of {config.data.seq_length:,} tokens a step"
+  length = lowered.task.length(config)
+  rows = f"{config.batch_size:,} rows of {length:,} tokens a step"
   parts = f", in {config.accumulation} parts" if config.accumulation > 1 else ""
   line(
     f"mesh {axes or 'of one device'}; {rows}{parts}; {config.model.dtype}, remat"
@@ -357,7 +358,7 @@ def show(plan: Plan, console: rich.console.Console) -> None:
     line()
   if plan.roofline:
     roofline = plan.roofline
-    tokens = config.batch_size * config.data.seq_length / mesh.size
+    tokens = config.batch_size * length / mesh.size
     line(f"bound by {roofline.bound}", "bold")
     for seconds, share, case in (
       (roofline.overlapped, roofline.utilisation[0], "if everything overlaps"),

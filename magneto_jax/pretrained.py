@@ -1,22 +1,28 @@
-"""What a run starts with, where that is not drawn: the encoder of a pre-trained model."""
+"""What a run starts with, where that is not drawn: a pre-trained encoder, an image tokenizer."""
 
 import dataclasses
 import math
 import pathlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax import traverse_util
+from scipy import interpolate, optimize
 
 from magneto_jax import runs, sharding
-from magneto_jax.config import ConfigError, TrainConfig, config_errors
+from magneto_jax.config import ConfigError, TrainConfig, config_errors, flatten, tasks_reading
 from magneto_jax.convert import saved
 from magneto_jax.convert.facts import facts
 from magneto_jax.data import text
+from magneto_jax.models.backbone import Backbone
+from magneto_jax.models.masked_image import TOKENIZER
+from magneto_jax.models.vision import VisionEncoder
 from magneto_jax.program import Program, TrainState
+from magneto_jax.tasks.task import Facts
 
 # Of a model's facts: the config's field that decides them. All others are of the recipe.
 _FIELDS = {
@@ -39,15 +45,51 @@ _FIELDS = {
 }
 _TOKENS = ("token_embedding", "embedding")
 _POSITIONS = ("position_embedding", "embedding")
+_PATCH_POSITIONS = ("encoder", *_POSITIONS)
+_PATCH_BIASES = ("patch_relative_bias",)
+# What an image tokenizer and what learns its tokens read alike.
+_OF_IMAGES = ("model.image_size", "model.patch_size", "model.image_vocab_size")
+_OF_IMAGES += ("data.normalization",)
+
+
+class Source(Protocol):
+  """What a fresh run is given of another one.
+
+  Attributes:
+    folder: the other run's workdir, or a converted model's folder.
+    tokenizer_file: the tokenizer of texts that the run is given; empty for the config's own.
+  """
+
+  folder: str
+  tokenizer_file: str
+
+  def facts(self) -> Facts:
+    """What the run's model must know of it, beside what its data say."""
+
+  def refuse_others(self, program: Program, tokenizer: Mapping[str, Any]) -> None:
+    """Raises ConfigError, naming the field, unless it fits the run.
+
+    Args:
+      program: the run's step.
+      tokenizer: the identity of its tokenizer of texts.
+    """
+
+  def into(self, state: TrainState, program: Program) -> TrainState:
+    """The state with what is taken, laid out as it was; all else stays as it was drawn."""
+
+  def in_words(self, program: Program) -> str:
+    """What is taken."""
 
 
 class Start(NamedTuple):
   """A pre-trained model that a run starts with.
 
   Its encoder is its module `encoder`, or itself, where it is one stack (an `Encoder`, a
-  `CausalLM`). Tables may be longer than the run's: of tokens by one row, which a masked model has
-  for its mask behind the tokenizer's; of learned positions by any number. Then the first rows are
-  taken, of positions those from the model's first one on.
+  `CausalLM`) or a `VisionEncoder`. Of texts, tables may be longer than the run's: of tokens by one
+  row, which a masked model has for its mask behind the tokenizer's; of learned positions by any
+  number. Then the first rows are taken, of positions those from the model's first one on. Of
+  images, tables may be of another grid of patches: then they are interpolated (`resized_positions`,
+  `resized_biases`), and what they hold of a class token is left out where the run has none.
 
   Attributes:
     folder: the run's workdir, or a converted model's folder.
@@ -65,16 +107,28 @@ class Start(NamedTuple):
   def encoder(self) -> nn.Module:
     """The module whose weights are taken."""
     inner = getattr(self.model, "encoder", None)
-    return inner if isinstance(inner, nn.Module) else self.model
+    is_whole = isinstance(self.model, VisionEncoder) or not isinstance(inner, nn.Module)
+    return self.model if is_whole else inner
+
+  def facts(self) -> Facts:
+    """None: the encoder's sizes are the config's."""
+    return {}
+
+  def in_words(self, program: Program) -> str:
+    """Which part of the model starts with what."""
+    return f"its {program.task.pretrained} starts with {self.folder}"
 
   def refuse_others(self, program: Program, tokenizer: Mapping[str, Any]) -> None:
     """Raises ConfigError, naming the field, unless the run's encoder computes what this one does.
 
     Args:
       program: the run's step.
-      tokenizer: the identity of its tokenizer.
+      tokenizer: the identity of its tokenizer; nothing where it reads images.
     """
     config, ours = program.config, getattr(program.model, program.task.pretrained)
+    if isinstance(ours, VisionEncoder):
+      self._refuse_other_patches(config, ours)
+      return
     if self.tokenizer is not None and dict(self.tokenizer) != dict(tokenizer):
       raise ConfigError(
         f"config.data.tokenizer_file={config.data.tokenizer_file!r} is not the tokenizer of"
@@ -83,19 +137,7 @@ class Start(NamedTuple):
     theirs = self.encoder
     if getattr(theirs, "vocab_size", None) is None:
       raise ConfigError(f"the model of init_from={self.folder} has no encoder that reads tokens")
-    own, other = facts(ours), facts(theirs)
-    for name in own | other:
-      mine, its = own.get(name), other.get(name)
-      # Of tables see below; () and None: no experts, no window.
-      if name in ("vocab_size", "max_length", "position_offset") or not (mine or its):
-        continue
-      if mine == its or _are_close(mine, its):
-        continue
-      what = "" if name in _FIELDS else f": its {name}"
-      raise ConfigError(
-        f"config.{_FIELDS.get(name, 'recipe')} does not agree with init_from={self.folder}{what}:"
-        f" it must be {its!r:.80}, not {mine!r:.80}"
-      )
+    self._refuse_another_stack(ours, theirs)
     if theirs.vocab_size - ours.vocab_size not in (0, 1):
       raise ConfigError(
         f"the vocabulary of init_from={self.folder} has {theirs.vocab_size:,} tokens, and the run's"
@@ -106,8 +148,75 @@ class Start(NamedTuple):
         f"config.data.seq_length={ours.longest} is more than the {theirs.longest} learned positions"
         f" of init_from={self.folder}"
       )
-    if theirs.longest is None and getattr(theirs, "position_offset", 0) != ours.position_offset:
+
+  def _refuse_another_stack(self, ours: Backbone, theirs: Backbone) -> None:
+    """The same of two stacks, whatever the sizes of their tables."""
+    own, other = facts(ours), facts(theirs)
+    for name in own | other:
+      mine, its = own.get(name), other.get(name)
+      # () and None: no experts, no window.
+      if name in ("vocab_size", "max_length", "position_offset") or not (mine or its):
+        continue
+      if mine == its or _are_close(mine, its):
+        continue
+      what = "" if name in _FIELDS else f": its {name}"
+      raise ConfigError(
+        f"config.{_FIELDS.get(name, 'recipe')} does not agree with init_from={self.folder}{what}:"
+        f" it must be {its!r:.80}, not {mine!r:.80}"
+      )
+    if theirs.longest is None and theirs.position_offset != ours.position_offset:
       raise ConfigError(f"the positions of init_from={self.folder} begin at another number")
+
+  def _refuse_other_patches(self, config: TrainConfig, ours: VisionEncoder) -> None:
+    """The same of two encoders of images, whose grids may differ."""
+    theirs = self.encoder
+    if not isinstance(theirs, VisionEncoder):
+      raise ConfigError(f"the model of init_from={self.folder} has no encoder that reads images")
+    wanted = {
+      "patch_size": (ours.patch_size, theirs.patch_size),
+      "relative_patches": (ours.relative_grid is not None, theirs.relative_grid is not None),
+    }
+    for name, (mine, its) in wanted.items():
+      if mine != its:
+        raise ConfigError(
+          f"config.model.{name} does not agree with init_from={self.folder}: it must be {its}, not"
+          f" {mine}"
+        )
+    if ours.class_token and not theirs.class_token:
+      raise ConfigError(
+        f"config.model.pooling={config.model.pooling!r} reads a class token, which"
+        f" init_from={self.folder} has not: set model.pooling='mean'"
+      )
+    self._refuse_another_stack(ours.encoder, theirs.encoder)
+
+  def _on_our_grid(self, ours: VisionEncoder, taken: Mapping[tuple, jax.Array]) -> dict:
+    """Of an encoder's arrays those that go by the grid of patches, for the run's grid."""
+    theirs, found = self.encoder, {}
+    if _PATCH_POSITIONS not in taken and _PATCH_BIASES not in taken:
+      return found
+    old, new = map(self._grid, (theirs, ours))
+    if _PATCH_POSITIONS in taken:
+      table = np.asarray(taken[_PATCH_POSITIONS])[theirs.encoder.position_offset :]
+      patches = resized_positions(table[int(theirs.class_token) :], old, new)
+      found[_PATCH_POSITIONS] = np.concatenate([table[: int(ours.class_token)], patches])
+    if _PATCH_BIASES in taken:
+      table, offsets = np.asarray(taken[_PATCH_BIASES]), math.prod(2 * side - 1 for side in old)
+      of_class = table[offsets : offsets + 3 * ours.class_token]
+      found[_PATCH_BIASES] = np.concatenate([resized_biases(table[:offsets], old, new), of_class])
+    return found
+
+  def _grid(self, vision: VisionEncoder) -> tuple[int, int]:
+    """Patches on an image's sides, by the sizes of the tables that go by them."""
+    if vision.relative_grid is not None:
+      return vision.relative_grid
+    patches = vision.encoder.max_length - vision.class_token
+    side = math.isqrt(patches)
+    if side * side != patches:
+      raise ConfigError(
+        f"the {patches} learned positions of init_from={self.folder} are no square of patches, and"
+        " cannot be interpolated"
+      )
+    return side, side
 
   def into(self, state: TrainState, program: Program) -> TrainState:
     """The state with this model's encoder, laid out as it was; all else stays as it was drawn.
@@ -121,8 +230,11 @@ class Start(NamedTuple):
     whole = sharding.replicated(program.mesh)
 
     def place(abstract):
-      """Where a source's arrays are read to: to their place, where the run has such an array."""
-      flat = traverse_util.flatten_dict(dict(abstract))
+      """Where a source's arrays are read to: to their place, where the run has such an array.
+
+      What it keeps beside its parameters is not read.
+      """
+      flat = traverse_util.flatten_dict(dict(abstract["params"]))
       held = {path[len(prefix) :]: path for path in flat if path[: len(prefix)] == prefix}
       if missing := sorted("/".join(path) for path in wanted.keys() - held.keys()):
         raise ConfigError(
@@ -135,12 +247,14 @@ class Start(NamedTuple):
         same = mine is not None and mine.shape == leaf.shape
         where = mine.sharding if same else whole
         placed[path] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
-      return traverse_util.unflatten_dict(placed)
+      return {"params": traverse_util.unflatten_dict(placed)}
 
     with config_errors():
       source = runs.load(self.folder, place=place).variables["params"]
     flat = traverse_util.flatten_dict(dict(source))
     taken = {path: flat[(*prefix, *path)] for path in wanted}
+    if isinstance(ours := getattr(program.model, name), VisionEncoder):
+      taken |= self._on_our_grid(ours, taken)
     shapes = {path: leaf.shape for path, leaf in wanted.items()}
     first = getattr(self.encoder, "position_offset", 0)
 
@@ -170,19 +284,154 @@ class Start(NamedTuple):
     return dataclasses.replace(state, params=params, ema_params=copy(params))
 
 
+def resized_positions(
+  table_PD: np.ndarray, old: tuple[int, int], new: tuple[int, int]
+) -> np.ndarray:
+  """A table of learned positions of patches, read row by row, for another grid of them.
+
+  Bicubic, channel by channel, each grid spread over the same image, and the kernel not widened
+  where there are fewer patches; the same table for the same grid.
+
+  Args:
+    table_PD: [hw, D] without a class token's row.
+    old, new: (h, w), patches on an image's sides.
+
+  Reference: An Image is Worth 16x16 Words, arXiv 2010.11929, section 3.2.
+  """
+  width = table_PD.shape[-1]
+  image_HWD = table_PD.reshape(*old, width)
+  resized = jax.image.resize(image_HWD, (*new, width), "bicubic", antialias=False)
+  return np.asarray(resized).reshape(-1, width)
+
+
+def resized_biases(table_RN: np.ndarray, old: tuple[int, int], new: tuple[int, int]) -> np.ndarray:
+  """A table of relative position biases of patches for another grid of them, as in BEiT.
+
+  What was of an offset of k patches along a side of h is taken to be of 1 + q + ... + q^(k - 1),
+  with q so that the farthest of the old grid, h - 1, becomes the farthest of the new one: near
+  offsets stay what they were, and far ones are spread. Between them lies a cubic spline of both
+  dimensions. Of a smaller grid all offsets are among the old ones, and stay what they were.
+
+  Args:
+    table_RN: [(2h - 1)(2w - 1), N] without a class token's rows; see `vision.relative_rows`.
+    old, new: (h, w), patches on an image's sides.
+
+  Raises:
+    ConfigError: the old grid is one patch wide, so that it tells of no distance.
+
+  Reference: BEiT, arXiv 2106.08254, its released code.
+  """
+  if tuple(old) == tuple(new):
+    return table_RN
+  if min(old) < 2:
+    raise ConfigError(f"biases of {old} patches cannot be interpolated to {new}: sides need two")
+  down, right = (_spread(h, to) for h, to in zip(old, new, strict=True))
+  degrees = {"kx": min(3, len(down) - 1), "ky": min(3, len(right) - 1)}
+  wanted = [np.arange(1 - to, to) for to in new]
+  tables = table_RN.T.astype(np.float64).reshape(-1, len(down), len(right))
+  splines = (interpolate.RectBivariateSpline(down, right, x, **degrees) for x in tables)
+  resized = np.stack([spline(*wanted) for spline in splines], axis=-1)
+  return resized.reshape(-1, resized.shape[-1]).astype(table_RN.dtype)
+
+
+def _spread(old: int, new: int) -> np.ndarray:
+  """Where the offsets 1 - old .. old - 1 come to lie in a grid whose farthest is new - 1."""
+  if new <= old:
+    return np.arange(1.0 - old, old)
+  if old == 2:  # Only one distance, which is the farthest.
+    steps = np.array([new - 1.0])
+  else:
+    excess = lambda q: np.polyval(np.ones(old - 1), q) - (new - 1)
+    steps = np.cumsum(optimize.brentq(excess, 1, new, xtol=1e-12) ** np.arange(old - 1))
+  return np.concatenate([-steps[::-1], [0], steps])
+
+
 def _are_close(one, other) -> bool:
   floats = isinstance(one, float) and isinstance(other, float)
   return floats and math.isclose(one, other, rel_tol=1e-6)
 
 
-def find(config: TrainConfig) -> Start | None:
-  """The model that a fresh run of the config starts with; None if it draws all.
+class ImageTokenizer(NamedTuple):
+  """A trained image tokenizer, which a masked image model holds and does not change.
+
+  Attributes:
+    folder: the workdir of its run.
+    record: of that run.
+  """
+
+  folder: str
+  record: runs.Record
+  tokenizer_file: str = ""
+
+  def facts(self) -> Facts:
+    """Its config and facts, so that the run's own record says all of its model."""
+    record = runs.as_json(self.record)
+    return {TOKENIZER: {name: record[name] for name in ("config", "facts")}}
+
+  def in_words(self, program: Program) -> str:
+    """Whose tokens are learnt."""
+    return f"its targets are the tokens of {self.folder}"
+
+  def refuse_others(self, program: Program, tokenizer: Mapping[str, Any]) -> None:
+    """None: `find` has held the configs against each other, before anything is compiled."""
+
+  def into(self, state: TrainState, program: Program) -> TrainState:
+    """The state with the tokenizer's variables; of a run with `ema`, those of its average."""
+    wanted = program.state.variables[TOKENIZER]
+
+    def place(abstract):
+      put = lambda leaf, mine: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=mine.sharding)
+      return jax.tree.map(put, dict(abstract), dict(wanted))
+
+    with config_errors():
+      found = runs.load(self.folder, place=place).variables
+    return dataclasses.replace(state, variables={**state.variables, TOKENIZER: found})
+
+
+def find(config: TrainConfig) -> Source | None:
+  """What a fresh run of the config starts with; None if it draws all.
+
+  Raises:
+    ConfigError: there is no such model, or one of another kind, or none is named where one is
+      needed.
+  """
+  if config.task in (tasks_reading("image_tokenizer") or ()):
+    return _image_tokenizer(config)
+  return _encoder(config) if config.init_from else None
+
+
+def _image_tokenizer(config: TrainConfig) -> ImageTokenizer:
+  """The run that `image_tokenizer` names; its images, patches and tokens are the config's."""
+  folder, record = config.image_tokenizer, None
+  if folder:
+    record = runs.read_record(folder)
+  if record is None or not runs.last_step(folder):
+    raise ConfigError(
+      f"image_tokenizer={folder!r} holds no run with a checkpoint, and config.task={config.task!r}"
+      " learns an image tokenizer's tokens: train one with configs/image_tokenizer.py, and give its"
+      " workdir"
+    )
+  if record.config.task != "image_tokenizer":
+    raise ConfigError(
+      f"image_tokenizer={folder} holds a run of task {record.config.task!r}: give the workdir of"
+      " one of task 'image_tokenizer'"
+    )
+  own, other = flatten(config), flatten(record.config)
+  for name in _OF_IMAGES:
+    if own[name] != other[name]:
+      raise ConfigError(
+        f"config.{name} does not agree with image_tokenizer={folder}: it must be {other[name]!r},"
+        f" not {own[name]!r}"
+      )
+  return ImageTokenizer(folder, record)
+
+
+def _encoder(config: TrainConfig) -> Start:
+  """The model that `init_from` names.
 
   Raises:
     ConfigError: there is none, or its tokens are of another kind.
   """
-  if not config.init_from:
-    return None
   folder, data = config.init_from, config.data
   if saved.holds_model(folder):
     with config_errors():
@@ -193,6 +442,9 @@ def find(config: TrainConfig) -> Start | None:
       f"init_from={folder} holds neither a run with a checkpoint nor a converted model: give the"
       " workdir of one, or leave it empty"
     )
+  if config.task not in (tasks_reading("data.tokenizer") or (config.task,)):
+    with config_errors():
+      return Start(folder, runs.model_of(record), None, "")
   if record.config.data.tokenizer != data.tokenizer:
     raise ConfigError(
       f"config.data.tokenizer={data.tokenizer!r} is not that of init_from={folder}: set"

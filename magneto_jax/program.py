@@ -33,6 +33,8 @@ class TrainState:
     ema_params: an exponential moving average of the parameters, or None.
     skipped: of the steps, how many have changed nothing, as their numbers were not finite.
     skipped_in_a_row: how many of those were the last ones.
+    variables: the model's collection `state`: what it keeps beside its parameters, and changes
+      itself while it trains, by no gradient; None of a model that has none.
   """
 
   step: jax.Array
@@ -41,21 +43,29 @@ class TrainState:
   ema_params: Any
   skipped: jax.Array
   skipped_in_a_row: jax.Array
+  variables: Any = None
 
   @property
-  def eval_params(self):
-    """The parameters that evaluation and checkpoints' readers use."""
-    return self.params if self.ema_params is None else self.ema_params
+  def live_variables(self) -> dict[str, Any]:
+    """What the next step applies the model to."""
+    return _variables(self.params, self.variables)
+
+  @property
+  def eval_variables(self) -> dict[str, Any]:
+    """What evaluation and checkpoints' readers apply it to."""
+    params = self.params if self.ema_params is None else self.ema_params
+    return _variables(params, self.variables)
 
   def parts(self) -> dict[str, Any]:
-    """The state as a checkpoint's parts; `ema_params` only where there are any."""
+    """The state as a checkpoint's parts; `ema_params` and `variables` only where there are any."""
     counts = {
       "step": self.step,
       "skipped": self.skipped,
       "skipped_in_a_row": self.skipped_in_a_row,
     }
     parts = {"params": self.params, "optimizer": {**counts, "state": self.opt_state}}
-    return parts if self.ema_params is None else {**parts, "ema_params": self.ema_params}
+    others = {"ema_params": self.ema_params, "variables": self.variables}
+    return parts | {name: tree for name, tree in others.items() if tree is not None}
 
   @classmethod
   def from_parts(cls, parts: dict[str, Any]) -> "TrainState":
@@ -65,6 +75,7 @@ class TrainState:
       params=parts["params"],
       opt_state=optimizer.pop("state"),
       ema_params=parts.get("ema_params"),
+      variables=parts.get("variables"),
       **optimizer,
     )
 
@@ -87,13 +98,15 @@ def make_optimizer(config: OptimizerConfig, steps: int):
     weight_decay=config.weight_decay,
     clip_norm=config.clip_norm,
     decay=config.decay_mask,
+    layer_decay=config.layer_decay,
   )
   return optimizer, schedule
 
 
 def init_state(key: jax.Array, *, model: nn.Module, inputs: tuple, optimizer, ema: float):
   """The state before the first step."""
-  params = model.init(key, *inputs)["params"]
+  variables = model.init(key, *inputs)
+  params = variables["params"]
   # A copy: the step donates its arguments, and one buffer cannot be donated twice.
   ema_params = jax.tree.map(jnp.copy, params) if ema else None
   return TrainState(
@@ -103,6 +116,7 @@ def init_state(key: jax.Array, *, model: nn.Module, inputs: tuple, optimizer, em
     ema_params=ema_params,
     skipped=jnp.int32(0),
     skipped_in_a_row=jnp.int32(0),
+    variables=variables.get("state"),
   )
 
 
@@ -131,7 +145,8 @@ def train_step(
     model, task, optimizer: static.
     accumulation: parts that the batch is cut into, so that only one part's activations live at a
       time: part i is the rows i, i + accumulation, ..., of which every device has some. The
-      gradient is that of the whole batch's mean, however its weights fall.
+      gradient is that of the whole batch's mean, however its weights fall. The model's `state` goes
+      from part to part.
     ema: decay of `ema_params`; early on it is (1 + step) / (10 + step), so that they forget the
       initial parameters.
     weights_dtype: to which kernels are cast once; None leaves it to each layer, at each use. It
@@ -144,14 +159,16 @@ def train_step(
   weight_sum = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
   dropout_key = jax.random.fold_in(dropout_key, state.step)
 
-  def mean_loss(params, part, index):
-    loss_sum, _ = task.loss(model, params, part, jax.random.fold_in(dropout_key, index))
-    return loss_sum / weight_sum
+  def mean_loss(params, variables, part, index):
+    key = jax.random.fold_in(dropout_key, index)
+    given = _variables(params, variables)
+    (loss_sum, _), variables = task.loss_and_state(model, given, part, key)
+    return loss_sum / weight_sum, variables
 
   weights = state.params if weights_dtype is None else _cast_kernels(state.params, weights_dtype)
-  grad = jax.value_and_grad(mean_loss)
+  grad = jax.value_and_grad(mean_loss, has_aux=True)
   if accumulation == 1:
-    loss, gradients = grad(weights, batch, 0)
+    (loss, variables), gradients = grad(weights, state.variables, batch, 0)
     gradients = optax.tree.cast_like(gradients, state.params)
   else:
 
@@ -160,35 +177,42 @@ def train_step(
       parts = x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1)
       return sharding.constrain(parts, None, "batch", *[None] * (x.ndim - 1))
 
-    def add(total, part):
-      return jax.tree.map(jnp.add, total, grad(weights, *part)), None
+    def add(carry, part):
+      total, variables = carry
+      (loss, variables), gradients = grad(weights, variables, *part)
+      return (jax.tree.map(jnp.add, total, (loss, gradients)), variables), None
 
     zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
     cuts = (jax.tree.map(cut, batch), jnp.arange(accumulation))
-    (loss, gradients), _ = jax.lax.scan(add, zero, cuts)
+    ((loss, gradients), variables), _ = jax.lax.scan(add, (zero, state.variables), cuts)
   gradients = sharding.constrain_parameters(gradients)
 
   gradient_norm = optax.tree.norm(gradients)
   finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
 
-  def take(params, opt_state, ema_params):
+  def take(params, opt_state, ema_params, _):
     updates, opt_state = optimizer.update(gradients, opt_state, params)
     params = optax.apply_updates(params, updates)
     if ema:
       decay = jnp.minimum(ema, (1 + state.step) / (10 + state.step))
       ema_params = optax.incremental_update(params, ema_params, 1 - decay)
-    return params, opt_state, ema_params
+    return params, opt_state, ema_params, variables
 
   # A branch and no `where`: XLA updates the donated state in place, and rounds as if there were no
   # branch. The flag is of sums over all devices, so that they take the same one.
-  parts = state.params, state.opt_state, state.ema_params
-  parts = jax.lax.cond(finite, take, lambda *unchanged: unchanged, *parts)
+  parts = state.params, state.opt_state, state.ema_params, state.variables
+  *parts, variables = jax.lax.cond(finite, take, lambda *unchanged: unchanged, *parts)
   counters = {
     "skipped": state.skipped + ~finite,
     "skipped_in_a_row": jnp.where(finite, 0, state.skipped_in_a_row + 1),
   }
   metrics = {"loss": loss, "gradient_norm": gradient_norm, **counters}
-  return TrainState(state.step + 1, *parts, **counters), metrics
+  return TrainState(state.step + 1, *parts, **counters, variables=variables), metrics
+
+
+def _variables(params, state) -> dict[str, Any]:
+  """What a model is applied to: its parameters and, where it has one, its collection `state`."""
+  return {"params": params} if state is None else {"params": params, "state": state}
 
 
 def _cast_kernels(params, dtype):
@@ -245,7 +269,8 @@ class Program(NamedTuple):
   @property
   def sizes(self) -> memory.Sizes:
     """What estimates of memory go by."""
-    return memory.Sizes(self.state.params, self.batch, self.mesh.size)
+    state, length = self.state, self.task.length(self.config)
+    return memory.Sizes(state.params, self.batch, self.mesh.size, state.variables, length)
 
   @property
   def device(self) -> jax.Device:
@@ -366,7 +391,8 @@ def _init(config: TrainConfig, task: Task, model: nn.Module, optimizer):
 
 def state_shardings(state: TrainState, optimizer, mesh: jax.sharding.Mesh) -> TrainState:
   """Where a state lies: what is kept for a parameter lies with it, the rest is on every device."""
-  params, whole = sharding.parameter_shardings(state.params, mesh), sharding.replicated(mesh)
+  places = sharding.variable_shardings(state.live_variables, mesh)
+  params, whole = places["params"], sharding.replicated(mesh)
   return TrainState(
     step=whole,
     params=params,
@@ -380,6 +406,7 @@ def state_shardings(state: TrainState, optimizer, mesh: jax.sharding.Mesh) -> Tr
     ema_params=None if state.ema_params is None else params,
     skipped=whole,
     skipped_in_a_row=whole,
+    variables=places.get("state"),
   )
 
 

@@ -325,6 +325,18 @@ def draw_images(
   return path
 
 
+# What is drawn at the end of a run of images.
+IMAGES = "images.png"
+
+
+def draw_rows(workdir: pathlib.Path, rows: Mapping[str, np.ndarray], *, title: str) -> pathlib.Path:
+  """Draws rows of images, uint8 [N, H, W, 3] of each name, into `images.png`; see `draw_images`."""
+  images = [image for of_row in rows.values() for image in of_row]
+  columns = len(images) // len(rows)
+  captions = [caption for name in rows for caption in (name, *[""] * (columns - 1))]
+  return draw_images(workdir / IMAGES, images, captions, title=title, columns=columns)
+
+
 # Okabe and Ito's colours, which people with any colour vision tell apart; beyond them lines are
 # told apart by their dashes and marks.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

@@ -5,6 +5,7 @@
 <workdir>/rewound/<n>/<step>/  checkpoints after the step to which the run was taken back
 <workdir>/data/                the tokenizer and the token files
 <workdir>/metrics.jsonl, tensorboard/, learning_curve.png, summary.json
+<workdir>/images.png           of a task that draws what its model makes of images
 <workdir>/.lock                held by the run that writes all this
 """
 
@@ -268,7 +269,9 @@ def _checked(record: Record) -> Record:
     raise ValueError(f"it has no fact {min(missing)}")
   for name, fact in record.facts.items():
     kind = kinds.get(name, float)
-    if not isinstance(fact, kind | int) or isinstance(fact, bool) or not 0 < fact < 2**31:
+    if kind is dict:  # Of a model within the model.
+      _checked(Record(from_config_dict(fact["config"]), {}, fact["facts"]))
+    elif not isinstance(fact, kind | int) or isinstance(fact, bool) or not 0 < fact < 2**31:
       raise ValueError(f"its fact {name[:40]}={fact!r:.40} must be a positive {kind.__name__}")
   return record
 
@@ -355,8 +358,8 @@ def load(
     workdir: of the run; or a folder that `magneto_jax.convert` has written.
     step: of the checkpoint; the newest by default; "best" for that with the best validation metric,
       of a run with `keep_best`.
-    place: from the tree of the parameters' shapes to the same with shardings; by default they are
-      on the first device.
+    place: from the shapes of the variables to the same with shardings, or to those collections
+      that are wanted; by default all are on the first device.
 
   Returns:
     The pair (model, variables).
@@ -373,8 +376,8 @@ def load(
       raise FileNotFoundError(f"{workdir} is a converted model, it has no steps")
     with config_errors():
       model, variables = saved.load(workdir)
-    placed = jax.tree.map(_put, variables["params"], place(variables["params"]))
-    return Run(model, {"params": placed})
+    placed = place(variables)
+    return Run(model, {name: jax.tree.map(_put, variables[name], placed[name]) for name in placed})
   record = held_record(workdir)
   with config_errors():
     model = model_of(record)
@@ -386,9 +389,12 @@ def load(
       raise FileNotFoundError(f"{checkpoints_in(workdir)} has {held}")
     part = "ema_params" if "ema_params" in checkpointer.parts(step) else "params"
     inputs = TASKS[record.config.task].dummy_inputs(record.config)
-    abstract = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
-    params = checkpointer.restore(step, {part: place(abstract)})[part]
-  return Run(model, {"params": params})
+    abstract = jax.eval_shape(model.init, jax.random.key(0), *inputs)
+    # Where a checkpoint has what collection.
+    part_of = {"params": part, "state": "variables"}
+    placed = place({name: abstract[name] for name in part_of if name in abstract})
+    found = checkpointer.restore(step, {part_of[name]: tree for name, tree in placed.items()})
+  return Run(model, {name: found[part_of[name]] for name in placed})
 
 
 def chosen_step(

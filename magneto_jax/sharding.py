@@ -61,10 +61,14 @@ PARAMETERS: list[tuple[str, tuple[str | None, ...]]] = [
   ("(embedding|final|head)_norm/(scale|bias)", (None,)),
   ("(token|text|output)_embedding/embedding", ("vocab", "embed")),
   (r"position_embedding(s_\w+)?/embedding", (None, "embed")),
-  ("(cross_)?relative_bias", (None, "heads")),
+  ("(cross_|patch_)?relative_bias", (None, "heads")),
   ("patch_embedding/projection/kernel", (None, None, None, "embed")),
   ("patch_embedding/projection/bias", (None,)),
   ("patch_embedding/(class|mask)_token", (None,)),
+  ("quantizer/(hidden|projection)/kernel", ("embed", None)),
+  ("quantizer/(hidden|projection)/bias", (None,)),
+  ("code_embedding/kernel", (None, "embed")),
+  ("code_embedding/bias", (None,)),
   ("head_dense/kernel", (None, "embed")),
   ("head_dense/bias", (None,)),
   ("head_bias", ("vocab",)),
@@ -282,6 +286,13 @@ def parameter_shardings(params, mesh: Mesh, patterns=PARAMETERS):
     return NamedSharding(mesh, _spec(mesh, cut))
 
   return jax.tree_util.tree_map_with_path(place, params)
+
+
+def variable_shardings(variables: Mapping, mesh: Mesh) -> dict:
+  """Of all collections: of `params` see `parameter_shardings`; others are whole on every device."""
+  whole = replicated(mesh)
+  others = {name: jax.tree.map(lambda _: whole, tree) for name, tree in variables.items()}
+  return others | {"params": parameter_shardings(variables["params"], mesh)}
 
 
 def constrain_parameters(params, patterns=PARAMETERS):

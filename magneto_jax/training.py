@@ -56,11 +56,13 @@ def _prepared(
   directory: pathlib.Path,
   earlier: runs.Record | None,
   program: Program | None,
-  source: pretrained.Start | None,
+  source: pretrained.Source | None,
 ) -> jobs.Job:
   """The job, which the model that it starts with, if any, has been held against."""
-  file = "" if source is None else source.tokenizer_file
-  job = jobs.prepare(config, directory, earlier, program, tokenizer_file=file)
+  given = {}
+  if source is not None:
+    given = {"tokenizer_file": source.tokenizer_file, "facts": source.facts()}
+  job = jobs.prepare(config, directory, earlier, program, **given)
   if source is not None:
     source.refuse_others(job.program, job.record.data.get("tokenizer", {}))
   return job
@@ -179,7 +181,7 @@ class _Loop:
     workdir: pathlib.Path,
     notice: preemption.Notice,
     console: rich.console.Console,
-    source: pretrained.Start | None,
+    source: pretrained.Source | None,
   ):
     self.source = source
     self.job, self.workdir, self.notice, self.console = job, workdir, notice, console
@@ -244,7 +246,7 @@ class _Loop:
         self.checkpointer.prepare(self.state.parts())
         if self.source is not None:
           self.state = self.source.into(self.state, program)
-          _print(self.console, [f"its {self.task.pretrained} starts with {self.source.folder}"])
+          _print(self.console, [self.source.in_words(program)])
         self.console.print(reporting.parameter_table(self.state.params))
       self.start = self.saved = start
       if self.is_first:
@@ -255,7 +257,7 @@ class _Loop:
       stack.enter_context(contextlib.closing(self.writer))
       if config.diagnostics_every:
         # No more rows than a step holds at a time.
-        rows, length = config.batch_size // config.accumulation, config.data.seq_length
+        rows, length = config.batch_size // config.accumulation, self.task.length(config)
         self.monitor = Monitor(
           self.workdir,
           program.model,
@@ -415,7 +417,7 @@ class _Loop:
   def diagnose(self, step: int) -> None:
     """Stream and gradient by layer."""
     if step not in self.monitor.steps:
-      self.writer.write(step, self.monitor.record(step, self.state.params))
+      self.writer.write(step, self.monitor.record(step, self.state.live_variables))
 
   # -------------------------------------------------------------------------------- Evaluation
 
@@ -430,7 +432,7 @@ class _Loop:
     """The validation set's metrics."""
     config, data = self.config, self.job.data
     totals = self.evaluator.totals(
-      self.state.eval_params,
+      self.state.eval_variables,
       data.validation,
       batches=config.accumulation * config.eval_batches,
       before_each=lambda: self.notice.check(self.saved),
@@ -447,13 +449,17 @@ class _Loop:
   def summary(self) -> dict[str, Any]:
     """What the run has come to, once it is over."""
     config, program, task, data = self.config, self.program, self.task, self.job.data
-    variables = {"params": self.state.eval_params}
+    variables = self.state.eval_variables
     with sharding.use_mesh(program.mesh), program.memory_in_words():
       scores, judged = self.scores or self.validate(), {}
       if task.judge is not None:
         written, texts = task.judge(config, program.model, variables, data, program.mesh)
         scores, judged = scores | written, {"judged": texts}
       sample = task.sample(config, program.model, variables, data, self.sample_key)
+      if task.picture is not None:
+        rows = task.picture(config, program.model, variables, data)
+        if self.is_first:
+          reporting.draw_rows(self.workdir, rows, title=jobs.title(config))
     summary = {
       **{f"validation_{k}": v for k, v in scores.items()},
       **judged,
@@ -567,6 +573,7 @@ def _closing(summary: dict, workdir: pathlib.Path) -> list[str]:
     f"checkpoints      {runs.checkpoints_in(workdir)}",
     f"metrics          {workdir / 'metrics.jsonl'}, {workdir / 'tensorboard'}",
     f"picture          {workdir / 'learning_curve.png'}",
+    *([f"pictures         {images}"] if (images := workdir / reporting.IMAGES).exists() else []),
     f"summary          {workdir / 'summary.json'}",
   ]
 

@@ -54,6 +54,7 @@ LAYERS = {
   ),
   "PatchEmbedding": Patches,
   "Residual": ResidualBlock,
+  "VectorQuantizer": functools.partial(layers.VectorQuantizer, 5, 8),
   "norm_factory": layers.norm_factory("layer_norm"),
 }
 # ... and every public init function.

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from magneto_jax import config as config_lib
 from magneto_jax import distributed, hlo, memory, program, sharding
 from magneto_jax.config import from_config_dict
 from magneto_jax.models import Encoder, MaskedLM, VisionEncoder
@@ -119,19 +120,24 @@ def vision(rng, config):
   return task, model, batch
 
 
-def of_task(name: str, **fields):
-  """A family whose task is in the table: random integers for what is of integers."""
+def of_task(name: str, data: config_lib.DataConfig | None = None, **fields):
+  """A family whose task is in the table: random integers for what is of integers.
+
+  Its config has other data, if they are given, and other fields of the model.
+  """
 
   def family(rng, config):
     model = dataclasses.replace(config.model, **fields)
-    config = dataclasses.replace(config, task=name, model=model)
+    config = dataclasses.replace(config, task=name, model=model, data=data or config.data)
     task = TASKS[name]
     task = task._replace(dummy_inputs=lambda _, make=task.dummy_inputs: make(config))
     facts = task.planned_facts(config)
     batch = {}
     for key, spec in task.batch_spec(config).items():
       high = 2 if "mask" in key or spec.dtype == bool else VOCAB
-      high = {"segment_ids": 3, "positions": LENGTH}.get(key.removeprefix("source_"), high)
+      highest = {"segment_ids": 3, "positions": LENGTH, "label": 10, "other_label": 10}
+      highest |= {"places": 16}
+      high = highest.get(key.removeprefix("source_"), high)
       values = rng.integers(0, high, spec.shape)
       if jnp.issubdtype(spec.dtype, jnp.floating):
         values = rng.normal(size=spec.shape) if "image" in key else rng.integers(0, 2, spec.shape)
@@ -147,11 +153,38 @@ FAMILIES = {
   "vision": vision,
   "translation": of_task("translation"),
   "beit3": of_task("beit3", positions="learned", image_size=16, patch_size=4),
+  # 16 patches without a class token.
+  "image_classification": of_task(
+    "image_classification",
+    config_lib.DataConfig(name="embedded/mnist5k"),
+    image_size=16,
+    patch_size=4,
+    pooling="mean",
+    relative_patches=True,
+  ),
+  "image_tokenizer": of_task(
+    "image_tokenizer",
+    config_lib.DataConfig(name="embedded/mnist5k"),
+    positions="learned",
+    image_size=16,
+    patch_size=4,
+    image_vocab_size=8,
+    codebook_decay=0.5,
+    codebook_redraw=0.9,
+  ),
+  "masked_image": of_task(
+    "masked_image",
+    config_lib.DataConfig(name="embedded/mnist5k", mask_rate=0.4),
+    image_size=16,
+    patch_size=4,
+    image_vocab_size=16,
+    relative_patches=True,
+  ),
 }
 
 
 # Of lengths that no sequence axis divides: a run refuses them (`program.lower_step`).
-UNEVEN = ("vision", "beit3")
+UNEVEN = ("vision", "beit3", "masked_image")
 
 # ---------------------------------------------------------------------------------------------
 # The steps
@@ -159,7 +192,7 @@ UNEVEN = ("vision", "beit3")
 
 
 def take_steps(case: dict, dtype) -> dict[str, np.ndarray]:
-  """Parameters by path, and losses, after some steps of a case."""
+  """Parameters and the model's own state by path, and losses, after some steps of a case."""
   changes = {**case.get("config", {})}
   conf = config(**changes)
   task, model, batch = FAMILIES[case["family"]](np.random.default_rng(0), conf)
@@ -210,8 +243,9 @@ def take_steps(case: dict, dtype) -> dict[str, np.ndarray]:
     for _ in range(STEPS):
       state, metrics = step(state, batch, key)
       losses.append(float(metrics["loss"]))
-    params = jax.jit(sharding.replicate)(state.eval_params)
-  leaves = jax.tree_util.tree_leaves_with_path(params)
+    variables = jax.jit(sharding.replicate)(state.eval_variables)
+  leaves = jax.tree_util.tree_leaves_with_path(variables.pop("params"))
+  leaves += jax.tree_util.tree_leaves_with_path(variables)
   found = {sharding.path_name(path): np.asarray(leaf) for path, leaf in leaves}
   return {**found, "losses": np.array(losses), "other_loss": np.array(other_loss)}
 

@@ -88,6 +88,9 @@ def test_every_number_has_a_range_on_both_sides():
     ("data.train_files", "a.txt", r"are not read with data.name='embedded': set data.name=text_fi"),
     ("data.mask_rate", 0.0, r"config.data.mask_rate=0.0 must be above 0.0"),
     ("data.mask_rate", 0.2, r"data.mask_rate is not read with config.task='causal_lm', only with"),
+    ("data.mask_block", 0, r"config.data.mask_block=0 must be at least 1"),
+    ("data.mask_block", 4, r"mask_block is not read with config.task='causal_lm', only with 'mask"),
+    ("image_tokenizer", "runs/i", r"image_tokenizer is not read with config.task='causal_lm', onl"),
     ("data", {"mask_keep": 0.6, "mask_random": 0.5}, r"mask_random=0.5 are shares of the same"),
     ("data.name", "pair_files", r"only with 'translation': set data.name=text_files$"),
     (
@@ -105,6 +108,14 @@ def test_every_number_has_a_range_on_both_sides():
     ("model", {"encoder_layers": 5, "unroll": 2}, r"unroll=2 must divide model.encoder_layers=5"),
     ("model.pooling", "last", r"pooling='last' must be one of first, mean"),
     ("model.pooling", "mean", r"pooling is not read with config.task='causal_lm', only with 'text"),
+    ("model.relative_patches", True, r"relative_patches is not read with config.task='causal_lm'"),
+    ("optimizer.layer_decay", 0.0, r"config.optimizer.layer_decay=0.0 must be above 0.0"),
+    ("optimizer.layer_decay", 1.1, r"config.optimizer.layer_decay=1.1 must be at most 1.0"),
+    (
+      "optimizer.decay_mask",
+      "bert",
+      r"'bert' must be one of matrices, all, beit; did you",
+    ),
     ("init_from", "runs/bert", r"init_from is not read with config.task='causal_lm', only with"),
     ("data.too_long", "truncate", r"data.too_long is not read with config.task='causal_lm', only"),
     ("data.too_long", "cut", r"data.too_long='cut' must be one of refuse, skip, trunc"),
@@ -190,6 +201,7 @@ def test_choices_are_the_tables_they_stand_for():
   assert set(choices["pooling"]) == set(classifier.POOLINGS)
   assert set(choices["remat"]) == set(transformer.REMAT)
   assert set(choices["schedule"]) == set(optimizers.SCHEDULES)
+  assert set(choices["decay_mask"]) == set(optimizers.DECAY_MASKS)
   assert set(choices["task"]) == set(tasks.TASKS)
   assert set(choices["penalty"]) == set(decoding.PENALTIES)
 

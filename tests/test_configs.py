@@ -5,10 +5,10 @@ import math
 import jax
 import pytest
 
-from configs import beit3, bert, gpt, text_classification, translation
+from configs import beit, beit3, bert, gpt, image_tokenizer, text_classification, translation, vit
 from magneto_jax import sharding
 from magneto_jax.config import ConfigError, flatten, from_config_dict
-from magneto_jax.tasks import TASKS
+from magneto_jax.tasks import TASKS, masked_image
 
 # Foundation Transformers (arXiv 2210.06423), section 4.1 and table 9.
 TABLE_9 = {
@@ -93,6 +93,9 @@ FILES = {
   "text_classification": text_classification,
   "translation": translation,
   "beit3": beit3,
+  "image_tokenizer": image_tokenizer,
+  "vit": vit,
+  "beit": beit,
 }
 VARIANTS = [(file, variant) for file, module in FILES.items() for variant in module.VARIANTS]
 
@@ -101,6 +104,40 @@ VARIANTS = [(file, variant) for file, module in FILES.items() for variant in mod
 def test_every_variant_is_a_config(file, variant):
   from_config_dict(FILES[file].get_config(variant))
   assert f"\n{variant}" in FILES[file].__doc__ or f", {variant}" in FILES[file].__doc__
+
+
+# BEiT v2 (arXiv 2208.06366), its code's TOKENIZER.md: the decoder of three layers.
+VQ_KD = {
+  "batch_size": 512,
+  "steps": 100 * (1_281_167 // 512),
+  "model.encoder_layers": 12,
+  "model.layers": 3,
+  "model.width": 768,
+  "model.ffn_width": 3072,
+  "model.heads": 12,
+  "model.image_size": 224,
+  "model.patch_size": 16,
+  "model.image_vocab_size": 8192,
+  "model.codebook_width": 32,
+  "model.codebook_decay": 0.99,
+  "model.codebook_redraw": 0.0,
+  "optimizer.learning_rate": 2e-4,
+  "optimizer.b1": 0.9,
+  "optimizer.b2": 0.99,
+  "optimizer.weight_decay": 1e-4,
+  "optimizer.schedule": "cosine",
+  "optimizer.warmup_steps": 10 * (1_281_167 // 512),
+  "optimizer.end_factor": 0.05,
+  "data.augment.crop_scale": 0.08,
+  "data.augment.flip": 0.5,
+  "data.augment.color_jitter": 0.0,
+  "data.normalization": "half",
+}
+
+
+def test_the_image_tokenizer_is_trained_as_beit_2_trains_its_own():
+  config = flatten(from_config_dict(image_tokenizer.get_config("base")))
+  assert {name: config[name] for name in VQ_KD} == VQ_KD
 
 
 # RoBERTa's fine-tuning (arXiv 1907.11692, its code's configs): batch, rate, updates, warm-up.
@@ -137,6 +174,45 @@ def test_glue_is_tuned_as_the_papers_do(name):
     assert config["steps"] // config["eval_every"] == (5 if name in ("cola", "mrpc", "stsb") else 3)
     assert config["optimizer.warmup_steps"] == config["steps"] // 10
     assert (config["batch_size"], config["optimizer.weight_decay"]) == (32, 0.01)
+
+
+# DeiT (arXiv 2012.12877), table 9.
+DEIT = {
+  "batch_size": 1024,
+  "label_smoothing": 0.1,
+  "model.layers": 12,
+  "model.width": 768,
+  "model.ffn_width": 3072,
+  "model.heads": 12,
+  "model.dropout": 0.0,
+  "model.drop_path": 0.1,
+  "optimizer.learning_rate": 1e-3,
+  "optimizer.weight_decay": 0.05,
+  "optimizer.schedule": "cosine",
+  "optimizer.clip_norm": 0.0,
+  "data.augment.rand_augment": 2,
+  "data.augment.rand_augment_magnitude": 9.0,
+  "data.augment.rand_augment_std": 0.5,
+  "data.augment.mixup": 0.8,
+  "data.augment.cutmix": 1.0,
+  "data.augment.erase": 0.25,
+}
+
+
+@pytest.mark.parametrize("variant", ("imagenet_base", "imagenet_base_deepscalelm"))
+def test_a_vit_is_trained_as_deit_is(variant):
+  """300 epochs, five of them to warm up; 86 million parameters, the head's among them."""
+  config = from_config_dict(vit.get_config(variant))
+  flat = flatten(config)
+  assert {name: flat[name] for name in DEIT} == DEIT
+  epoch = 1_281_167 / 1024
+  assert config.steps / epoch == pytest.approx(300, rel=1e-3)
+  assert config.optimizer.warmup_steps / epoch == pytest.approx(5, rel=1e-3)
+  task = TASKS[config.task]
+  model = task.build_model(config, task.planned_facts(config))
+  params = jax.eval_shape(model.init, jax.random.key(0), *task.dummy_inputs(config))["params"]
+  count = sum(leaf.size for leaf in jax.tree.leaves(params))
+  assert count / 1e6 == pytest.approx(86.6, abs=0.1)
 
 
 # Made for 256 chips: parameters in billions, tokens of a step in thousands, and the papers' sizes.
@@ -249,3 +325,107 @@ def test_a_classifier_has_the_sizes_of_the_model_that_it_starts_with(variant, st
     assert getattr(ours.model, name) == getattr(theirs.model, name), name
   assert (ours.recipe, ours.data.vocab_size) == (theirs.recipe, theirs.data.vocab_size)
   assert ours.data.seq_length <= theirs.data.seq_length
+
+
+# BEiT v2 (arXiv 2208.06366), its code's PRETRAINING.md, 300 epochs; 75 of 196 patches.
+BEIT_2 = {
+  "recipe": "magneto",
+  "batch_size": 2048,
+  "steps": 300 * (1_281_167 // 2048),
+  "model.ffn_width": 3072,
+  "model.image_size": 224,
+  "model.patch_size": 16,
+  "model.image_vocab_size": 8192,
+  "model.relative_patches": True,
+  "model.positions": "none",
+  "model.drop_path": 0.0,
+  "data.mask_block": 16,
+  "data.augment.crop_scale": 0.2,
+  "data.augment.flip": 0.5,
+  "data.augment.color_jitter": 0.4,
+  "data.normalization": "half",
+  "optimizer.learning_rate": 1.5e-3,
+  "optimizer.b1": 0.9,
+  "optimizer.b2": 0.98,
+  "optimizer.eps": 1e-8,
+  "optimizer.weight_decay": 0.05,
+  "optimizer.decay_mask": "beit",
+  "optimizer.clip_norm": 3.0,
+  "optimizer.schedule": "cosine",
+  "optimizer.warmup_steps": 10 * (1_281_167 // 2048),
+}
+LARGE = {"model.layers": 24, "model.width": 1024, "model.heads": 16, "model.ffn_width": 4096}
+# BEiT (arXiv 2106.08254), table 12.
+BEIT_1 = {
+  "recipe": "layer_scale",
+  "steps": 800 * (1_281_167 // 2048),
+  "model.drop_path": 0.1,
+  "data.augment.crop_scale": 0.08,
+  "optimizer.b2": 0.999,
+}
+# BEiT v2's fine-tuning after 300 epochs; BEiT's mixing and erasing.
+FINE = {
+  "task": "image_classification",
+  "batch_size": 1024,
+  "steps": 100 * (1_281_167 // 1024),
+  "label_smoothing": 0.1,
+  "model.drop_path": 0.1,
+  "model.pooling": "mean",
+  "data.augment.mixup": 0.8,
+  "data.augment.cutmix": 1.0,
+  "data.augment.mix_rate": 1.0,
+  "data.augment.cutmix_share": 0.5,
+  "data.augment.rand_augment": 2,
+  "data.augment.rand_augment_magnitude": 9.0,
+  "data.augment.rand_augment_std": 0.5,
+  "data.augment.erase": 0.25,
+  "data.eval_crop": 0.875,
+  "optimizer.learning_rate": 5e-4,
+  "optimizer.b2": 0.999,
+  "optimizer.weight_decay": 0.05,
+  "optimizer.layer_decay": 0.65,
+  "optimizer.clip_norm": 0.0,
+  "optimizer.warmup_steps": 20 * (1_281_167 // 1024),
+}
+FINE_LARGE = LARGE | {
+  "steps": 50 * (1_281_167 // 1024),
+  "model.drop_path": 0.2,
+  "optimizer.layer_decay": 0.8,
+  "optimizer.warmup_steps": 5 * (1_281_167 // 1024),
+}
+
+
+@pytest.mark.parametrize(
+  "variant, expected, last",
+  [
+    ("base", BEIT_2, 1e-5),
+    ("large", BEIT_2 | LARGE, 1e-5),
+    ("beit_base", BEIT_2 | BEIT_1, 1e-5),
+    ("finetune_base", FINE, 1e-6),
+    ("finetune_large", FINE | FINE_LARGE, 1e-6),
+  ],
+)
+def test_beit_is_as_in_the_papers(variant, expected, last):
+  typed = from_config_dict(beit.get_config(variant))
+  config = flatten(typed)
+  assert {name: config[name] for name in expected} == expected
+  assert typed.optimizer.learning_rate * typed.optimizer.end_factor == pytest.approx(last)
+  if typed.task == "masked_image":
+    masks = masked_image.masks(typed)
+    assert (masks.grid, masks.count) == ((14, 14), 75)
+
+
+def test_the_small_beit_reads_what_the_small_tokenizer_does():
+  """And is fine-tuned with the encoder that it has."""
+  one, other, fine = (
+    flatten(from_config_dict(config))
+    for config in (
+      beit.get_config("tiny"),
+      image_tokenizer.get_config("mnist"),
+      beit.get_config("finetune_tiny"),
+    )
+  )
+  for name in ("model.image_size", "model.patch_size", "model.image_vocab_size", "data.name"):
+    assert one[name] == other[name]
+  differing = {n for n in one if n.startswith("model.") and one[n] != fine[n]}
+  assert differing == {"model.image_vocab_size", "model.drop_path"}

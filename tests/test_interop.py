@@ -28,17 +28,24 @@ def params_of(module):
   return nnx.to_pure_dict(nnx.state(module, nnx.Param))
 
 
+def others_of(linen):
+  """What a layer keeps beside its parameters, as it is drawn from the seed 0."""
+  drawn = linen.init(nnx.Rngs(0).params(), X)
+  return {name: tree for name, tree in drawn.items() if name != "params"}
+
+
 @pytest.mark.parametrize("layer", LAYERS)
 def test_layer_computes_what_linen_computes(layer):
   """With its own parameters and with given ones, called as it is and under jit: the same bits."""
   linen = LAYERS[layer]()
-  given = {"params": reference.random_params(linen, X)}
+  others = others_of(linen)
+  given = {**others, "params": reference.random_params(linen, X)}
   for module in (
     to_nnx(linen, X, rngs=nnx.Rngs(0)),
     to_nnx(linen, variables=given, rngs=nnx.Rngs(0)),
   ):
     params = params_of(module)
-    apply = lambda params, x: output(linen.apply({"params": params}, x))
+    apply = lambda params, x: output(linen.apply({**others, "params": params}, x))
     np.testing.assert_array_equal(output(module(X)), apply(params, X))
     compiled = nnx.jit(lambda m, x: output(m(x)))
     np.testing.assert_array_equal(compiled(module, X), jax.jit(apply)(params, X))
@@ -48,10 +55,13 @@ def test_layer_computes_what_linen_computes(layer):
 @pytest.mark.parametrize("layer", common.main_and_slow(LAYERS, ("Attention", "FeedForward")))
 def test_gradients_are_linens(layer):
   linen = LAYERS[layer]()
-  module = to_nnx(linen, variables={"params": reference.random_params(linen, X)}, rngs=nnx.Rngs(0))
+  others = others_of(linen)
+  given = {**others, "params": reference.random_params(linen, X)}
+  module = to_nnx(linen, variables=given, rngs=nnx.Rngs(0))
   loss = lambda y: jnp.sum(jnp.square(output(y) + X))
   gradients = nnx.to_pure_dict(nnx.grad(lambda m: loss(m(X)))(module))
-  expected = jax.grad(lambda params: loss(linen.apply({"params": params}, X)))(params_of(module))
+  of = lambda params: loss(linen.apply({**others, "params": params}, X))
+  expected = jax.grad(of)(params_of(module))
   jax.tree.map(np.testing.assert_array_equal, gradients, expected)
   assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradients))
 

@@ -62,6 +62,17 @@ def test_the_state_is_estimated_as_it_lies(mesh):
   assert memory.estimate(parts, sizes._replace(batch=twice)) - base == own
 
 
+def test_what_a_model_keeps_and_images_patches_are_estimated():
+  """The former whole on every device; of a batch of images alone the tokens are those of a row."""
+  config, sizes = config_of(), sizes_of(config_of())
+  base = memory.estimate(config, sizes)
+  kept = {"codes": jax.ShapeDtypeStruct((10, 32), jnp.float32)}
+  assert memory.estimate(config, sizes._replace(variables=kept)) - base == 10 * 32 * 4
+  images = {"image": jax.ShapeDtypeStruct((config.batch_size, 16, 16, 3), jnp.float32)}
+  length = sizes.batch["inputs"].shape[1]
+  assert memory.estimate(config, sizes._replace(batch=images, length=length)) == base
+
+
 def test_what_is_held_is_counted_by_shards():
   mesh = AbstractMesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
   at = lambda *spec: NamedSharding(mesh, PartitionSpec(*spec))
@@ -165,13 +176,14 @@ def test_what_a_compiler_refuses_is_told_apart():
   at = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   array = jax.ShapeDtypeStruct((2**18,), jnp.float32, sharding=at)  # 1 MiB.
   counters = {"step": (), "skipped": (), "skipped_in_a_row": ()}
-  state = types.SimpleNamespace(params=array, ema_params=None, opt_state=(array,) * 2, **counters)
+  counters |= {"ema_params": None, "variables": array}
+  state = types.SimpleNamespace(params=array, opt_state=(array,) * 2, **counters)
   of = lambda text: memory.of_refused(jax.errors.JaxRuntimeError(text), state, {"x": array})
   said = "RESOURCE_EXHAUSTED: Ran out of memory"
   alone = of(f"{said} on HBM, total HLO temporaries (9.00M) exceeds available HBM (8.00M)")
-  together = of(f"{said} in memory space hbm. Used 13.00M of 8.00M hbm.")
-  expected = memory.Memory(*(m * 2**20 for m in (1, 0, 2, 1, 0, 0, 9, 0)))
-  assert alone == together == expected and expected.peak == 13 * 2**20
+  together = of(f"{said} in memory space hbm. Used 14.00M of 8.00M hbm.")
+  expected = memory.Memory(*(m * 2**20 for m in (2, 0, 2, 1, 0, 0, 9, 0)))
+  assert alone == together == expected and expected.peak == 14 * 2**20
   assert of(f"{said}, so much for that") is None
 
 

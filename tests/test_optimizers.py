@@ -73,3 +73,121 @@ def test_clipping_bounds_the_global_norm():
   large, _ = transform.update({"kernel": jnp.full((2, 2), 50.0)}, state, params)
   unit, _ = transform.update({"kernel": jnp.full((2, 2), 0.5)}, state, params)
   np.testing.assert_allclose(large["kernel"], unit["kernel"], rtol=1e-5)  # float32
+
+
+# ---------------------------------------------------------------------------------------------
+# Rates by layer
+# ---------------------------------------------------------------------------------------------
+
+
+def stack_of(segments, **others):
+  """Parameters of a stack: (repeats, blocks) of each segment, a scalar and a matrix a block."""
+  blocks = {
+    f"segment_{i}": {
+      f"block_{j}": {"wi": {"kernel": jnp.ones((repeats, 2, 3))}, "skip": jnp.ones((repeats,))}
+      for j in range(count)
+    }
+    for i, (repeats, count) in enumerate(segments)
+  }
+  return {"stack": {**blocks, "final_norm": {"scale": jnp.ones(2)}}, **others}
+
+
+def test_layer_decay_is_beits():
+  """.65 over 12 layers: .003697 at the embeddings, .65 at layer 12, 1 at the head."""
+  inner = stack_of([(12, 1)], position_embedding={"embedding": jnp.ones((5, 2))})
+  inner["embedding_norm"] = {"scale": jnp.ones(2)}
+  params = {
+    "encoder": {
+      "encoder": inner,
+      "patch_embedding": {"projection": {"bias": jnp.ones(2)}, "mask_token": jnp.ones(2)},
+      "patch_relative_bias": jnp.ones((12, 2)),
+    },
+    "head_out": {"kernel": jnp.ones((2, 3))},
+    "scalar": jnp.ones(()),
+  }
+  scales = optimizers.layer_scales(params, 0.65)
+  jax.tree.map(lambda scale, leaf: np.broadcast_to(scale, leaf.shape), scales, params)
+  encoder = scales["encoder"]
+  for lowest in (
+    encoder["patch_embedding"]["projection"]["bias"],
+    encoder["patch_embedding"]["mask_token"],
+    encoder["encoder"]["position_embedding"]["embedding"],
+    encoder["encoder"]["embedding_norm"]["scale"],
+  ):
+    np.testing.assert_allclose(np.ravel(lowest), 0.003697, atol=5e-7)
+  for highest in (
+    encoder["patch_relative_bias"],
+    encoder["encoder"]["stack"]["final_norm"]["scale"],
+    scales["head_out"]["kernel"],
+    scales["scalar"],
+  ):
+    np.testing.assert_array_equal(np.ravel(highest), 1)
+  block = encoder["encoder"]["stack"]["segment_0"]["block_0"]
+  layers = 0.65 ** np.arange(12, 0, -1)
+  np.testing.assert_allclose(block["wi"]["kernel"][:, 0, 0], layers, rtol=1e-6)  # float32
+  np.testing.assert_allclose(block["skip"], layers, rtol=1e-6)
+
+
+def test_layers_are_counted_over_segments_and_patterns():
+  """Two layers a repeat, three times, then one: 7 layers, in the order in which they run."""
+  scales = optimizers.layer_scales(stack_of([(3, 2), (1, 1)]), 0.5)["stack"]
+  of = lambda segment, block: scales[f"segment_{segment}"][f"block_{block}"]["skip"]
+  np.testing.assert_allclose(of(0, 0), 0.5 ** np.array([7, 5, 3]))
+  np.testing.assert_allclose(of(0, 1), 0.5 ** np.array([6, 4, 2]))
+  np.testing.assert_allclose(of(1, 0), [0.5])
+
+
+def test_layer_decay_is_of_the_whole_update():
+  """Of weight decay too, behind the clip; 1 changes neither updates nor the state's structure."""
+  params = stack_of([(2, 1)])
+  gradient = jax.tree.map(lambda x: 0.1 * x, params)
+
+  def update(**options):
+    transform = optimizers.adamw(
+      optax.constant_schedule(0.1), weight_decay=0.5, clip_norm=1.0, **options
+    )
+    state = transform.init(params)
+    return transform.update(gradient, state, params)[0], jax.tree.structure(state)
+
+  plain, structure = update()
+  same, as_before = update(layer_decay=1.0)
+  assert structure == as_before
+  jax.tree.map(np.testing.assert_array_equal, plain, same)
+  scaled, _ = update(layer_decay=0.5)
+  scales = optimizers.layer_scales(params, 0.5)
+  wanted = jax.tree.map(lambda u, s: u * s, plain, scales)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), scaled, wanted)
+  zero = jax.tree.map(jnp.zeros_like, params)
+  transform = optimizers.adamw(optax.constant_schedule(0.1), weight_decay=0.5, layer_decay=0.5)
+  decayed, _ = transform.update(zero, transform.init(params), params)
+  kernel = decayed["stack"]["segment_0"]["block_0"]["wi"]["kernel"]
+  np.testing.assert_allclose(kernel[:, 0, 0], -0.05 * np.array([0.25, 0.5]), rtol=1e-6)
+
+
+def test_layer_decay_is_of_one_stack():
+  params = {"encoder": stack_of([(2, 1)]), "decoder": stack_of([(2, 1)])}
+  with pytest.raises(ValueError, match="this model has several: set optimizer.layer_decay=1"):
+    optimizers.layer_scales(params, 0.9)
+
+
+def test_beits_decay_leaves_positions_and_the_class_token_alone():
+  leaf = jnp.ones((2, 2))
+  params = {
+    "patch_embedding": {
+      "projection": {"kernel": leaf, "bias": leaf},
+      "class_token": leaf,
+      "mask_token": leaf,
+    },
+    "patch_relative_bias": leaf,
+    "position_embedding": {"embedding": leaf},
+    "token_embedding": {"embedding": leaf},
+    "final_norm": {"scale": leaf},
+  }
+  mask = optimizers.beit_decay_mask(params)
+  leaves = jax.tree_util.tree_leaves_with_path(mask)
+  assert {"/".join(key.key for key in path) for path, decays in leaves if decays} == {
+    "patch_embedding/projection/kernel",
+    "patch_embedding/mask_token",
+    "patch_relative_bias",
+    "token_embedding/embedding",
+  }

@@ -236,3 +236,152 @@ def test_a_mesh_holds_the_same_weights_and_a_run_starts_with_them_once(tmp_path)
   command = [sys.executable, "-W", "error", "-c", textwrap.dedent(code)]
   result = subprocess.run(command, env=simulated.devices(4), capture_output=True, text=True)
   assert result.returncode == 0, result.stderr
+
+
+# ---------------------------------------------------------------------------------------------
+# Encoders of images
+# ---------------------------------------------------------------------------------------------
+
+IMAGE_FACTS = {"classes": 3, "token_correlation": 0.3}
+
+
+def image_config(init_from, *, size=8, model=None, **fields):
+  sizes = {"image_size": size, "patch_size": 2, "relative_patches": True, "pooling": "mean"}
+  given = {"task": "image_classification", "init_from": str(init_from), "batch_size": 4}
+  return from_config_dict({**given, "model": MODEL | sizes | (model or {}), **fields})
+
+
+def image_model(folder, *, size=8, class_token=True, **model):
+  """A converted encoder of images with a mask token, and random weights."""
+  config = image_config("", size=size, model={"pooling": "first"} | model)
+  vision = TASKS[config.task].build_model(config, IMAGE_FACTS).encoder
+  vision = vision.clone(class_token=class_token, mask_token=True)
+  params = reference.random_params(vision, np.zeros((1, size, size, 3), np.float32))
+  saved.save(folder, vision, {"params": params})
+  return params
+
+
+def bare_of_images(config):
+  task = TASKS[config.task]
+  model = task.build_model(config, IMAGE_FACTS)
+  return types.SimpleNamespace(config=config, model=model, task=task)
+
+
+def started_on_images(config):
+  """The state of a run of the config that has started, and its fresh one; nothing is lowered."""
+  task = TASKS[config.task]
+  model = task.build_model(config, IMAGE_FACTS)
+  init = functools.partial(
+    program.init_state,
+    model=model,
+    inputs=task.dummy_inputs(config),
+    optimizer=optax.sgd(1.0),
+    ema=config.ema,
+  )
+  fresh = common.compiled(init)(jax.random.key(0))
+  mesh = sharding.make_mesh({}, jax.devices()[:1])
+  run = types.SimpleNamespace(config=config, model=model, task=task, mesh=mesh, state=fresh)
+  start = pretrained.find(config)
+  start.refuse_others(run, {})
+  return start.into(fresh, run), fresh
+
+
+@pytest.mark.ci
+def test_an_encoder_of_images_is_the_pretrained_one_and_the_head_is_drawn(tmp_path):
+  """Of the same grid every array is; what it holds of a class token is left out without one."""
+  params = image_model(tmp_path / "model")
+  state, fresh = started_on_images(image_config(tmp_path / "model"))
+  found, drawn = state.params, fresh.params
+  jax.tree.map(np.testing.assert_array_equal, found["head_out"], drawn["head_out"])
+  jax.tree.map(np.testing.assert_array_equal, found["head_norm"], drawn["head_norm"])
+  expected = {**params, "patch_embedding": {"projection": params["patch_embedding"]["projection"]}}
+  expected["patch_relative_bias"] = params["patch_relative_bias"][:-3]
+  table = params["encoder"]["position_embedding"]["embedding"][1:]
+  expected["encoder"] = {**params["encoder"], "position_embedding": {"embedding": table}}
+  jax.tree.map(np.testing.assert_array_equal, found["encoder"], expected)
+
+
+def test_tables_of_another_grid_are_interpolated(tmp_path):
+  """4 x 4 patches to 6 x 6: what is of the class token is kept, all else as the functions say."""
+  params = image_model(tmp_path / "model")
+  config = image_config(tmp_path / "model", size=12, model={"pooling": "first"})
+  found = started_on_images(config)[0].params["encoder"]
+  biases, old = found["patch_relative_bias"], params["patch_relative_bias"]
+  assert biases.shape == (11 * 11 + 3, 2)
+  np.testing.assert_array_equal(biases[-3:], old[-3:])
+  wanted = pretrained.resized_biases(old[:-3], (4, 4), (6, 6))
+  np.testing.assert_array_equal(biases[:-3], wanted)
+  table = params["encoder"]["position_embedding"]["embedding"]
+  resized = found["encoder"]["position_embedding"]["embedding"]
+  assert resized.shape == (37, 8)
+  np.testing.assert_array_equal(resized[0], table[0])
+  wanted = pretrained.resized_positions(table[1:], (4, 4), (6, 6))
+  np.testing.assert_array_equal(resized[1:], wanted)
+
+
+def test_positions_of_another_grid_lie_where_the_patches_do():
+  """A table that is linear in the patches' places stays so, but for the rim; the same is the same.
+
+  Twice as many patches a side lie a quarter of a patch beside the old ones.
+  """
+  y, x = np.indices((14, 14), dtype=np.float32) + 0.5
+  table = np.stack([y / 14, x / 14, 0 * x + 3], axis=-1).reshape(-1, 3)
+  np.testing.assert_array_equal(pretrained.resized_positions(table, (14, 14), (14, 14)), table)
+  found = pretrained.resized_positions(table, (14, 14), (24, 24)).reshape(24, 24, 3)
+  y, x = (np.indices((24, 24), dtype=np.float32) + 0.5) / 24
+  inner = (slice(4, -4), slice(4, -4))
+  wanted = np.stack([y, x, 0 * x + 3], axis=-1)
+  np.testing.assert_allclose(found[inner], wanted[inner], atol=1e-5)  # float32
+  assert pretrained.resized_positions(table, (14, 14), (7, 7)).shape == (49, 3)
+
+
+@pytest.mark.parametrize(("old", "new"), [(14, 24), (24, 14), (2, 5), (5, 2), (3, 4)])
+def test_biases_of_another_grid_are_beits(old, new):
+  """Offsets stretch by a geometric series: a plane over what they become stays one."""
+  places = pretrained._spread(old, new)
+  assert places[-1] == pytest.approx(max(new, old) - 1) and places[old - 1] == 0
+  steps = np.diff(places[old - 1 :])
+  if len(steps) > 2:
+    np.testing.assert_allclose(steps[1:] / steps[:-1], steps[1] / steps[0], rtol=1e-6)
+  plane = places[:, None] + 2 * places + 3
+  table = np.stack([plane, -plane], axis=-1).reshape(-1, 2)
+  np.testing.assert_array_equal(pretrained.resized_biases(table, (old, old), (old, old)), table)
+  found = pretrained.resized_biases(table, (old, old), (new, new)).reshape(2 * new - 1, -1, 2)
+  offsets = np.arange(1 - new, new)
+  wanted = offsets[:, None] + 2 * offsets + 3
+  np.testing.assert_allclose(found, np.stack([wanted, -wanted], axis=-1), atol=1e-6)
+  with pytest.raises(ConfigError, match=r"biases of \(1, 1\) patches cannot be .*: sides need two"):
+    pretrained.resized_biases(table[:1], (1, 1), (new, new))
+
+
+@pytest.mark.parametrize(
+  ("model", "of_start", "message"),
+  (
+    ({"patch_size": 4}, {}, "config.model.patch_size does not agree .* must be 2, not 4"),
+    ({"relative_patches": False}, {}, "relative_patches does not agree .* must be True, not False"),
+    ({"width": 16}, {}, "config.model.width does not agree .* must be 8, not 16"),
+    ({"positions": "none"}, {}, "config.model.positions does not agree"),
+    ({"pooling": "first"}, {"class_token": False}, "has not: set model.pooling='mean'"),
+  ),
+)
+def test_another_encoder_of_images_is_refused_with_its_field(model, of_start, message, tmp_path):
+  image_model(tmp_path / "model", **of_start)
+  config = image_config(tmp_path / "model", model=model)
+  run = bare_of_images(config)
+  with pytest.raises(ConfigError, match=message) as error:
+    pretrained.find(config).refuse_others(run, {})
+  assert "\n" not in str(error.value)
+
+
+def test_images_and_texts_do_not_start_with_each_other(tmp_path):
+  causal_run(tmp_path / "run")
+  config = image_config(tmp_path / "run")
+  run = bare_of_images(config)
+  with pytest.raises(ConfigError, match="has no encoder that reads images"):
+    pretrained.find(config).refuse_others(run, {})
+  image_model(tmp_path / "model")
+  config = config_of(tmp_path / "model")
+  task = TASKS[config.task]
+  run = types.SimpleNamespace(config=config, model=task.build_model(config, FACTS), task=task)
+  with pytest.raises(ConfigError, match="has no encoder that reads tokens"):
+    pretrained.find(config).refuse_others(run, BYTES)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 
 import magneto_jax
 from magneto_jax import program, sharding
@@ -81,17 +82,18 @@ def test_accumulation_is_the_gradient_of_the_whole_batch():
   )
 
 
-def drawn(model, params, batch, dropout_key):
+def drawn(model, variables, batch, dropout_key):
   """A loss whose gradient is what is drawn for each row, if the rows are one-hot."""
   del model
+  params = variables["params"]
   noise_B = jax.random.uniform(dropout_key, batch["weights"].shape)
-  return jnp.sum(batch["weights"] * noise_B * (batch["x"] @ params["w"])), None
+  return (jnp.sum(batch["weights"] * noise_B * (batch["x"] @ params["w"])), None), None
 
 
 def steps_on_draws(count, **options):
   """All states of `count` steps of rate 1/2 on one batch of that loss, and their metrics."""
   optimizer, params = optax.sgd(0.5), {"w": jnp.arange(1.0, 5.0)}
-  task = types.SimpleNamespace(loss=drawn)
+  task = types.SimpleNamespace(loss_and_state=drawn)
   step = functools.partial(
     program.train_step, model=None, task=task, optimizer=optimizer, **options
   )
@@ -121,7 +123,7 @@ def test_every_step_and_every_part_draws_its_own_dropout(accumulation):
 def test_a_step_that_is_not_finite_changes_only_its_counters(accumulation, value):
   """Of whichever row; what follows is as if its update had been left out."""
   optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.1))
-  params, task = {"w": jnp.arange(1.0, 5.0)}, types.SimpleNamespace(loss=drawn)
+  params, task = {"w": jnp.arange(1.0, 5.0)}, types.SimpleNamespace(loss_and_state=drawn)
   options = {"model": None, "task": task, "optimizer": optimizer, "ema": 0.5}
   step = jax.jit(functools.partial(program.train_step, accumulation=accumulation, **options))
   none = jnp.int32(0)
@@ -141,12 +143,69 @@ def test_a_step_that_is_not_finite_changes_only_its_counters(accumulation, value
   assert (int(metrics["skipped"]), int(metrics["skipped_in_a_row"])) == (2, 0)
 
 
+class Centred(nn.Module):
+  """(x - mean) w, with the mean of all x that it has been trained on, later ones counting more."""
+
+  @nn.compact
+  def __call__(self, x_BD, *, deterministic=True):
+    mean_D = self.variable("state", "mean", jnp.zeros, x_BD.shape[1:])
+    w_D = self.param("w", nn.initializers.ones, x_BD.shape[1:])
+    if self.is_mutable_collection("state") and not self.is_initializing():
+      mean_D.value = (mean_D.value + x_BD.mean(0)) / 2
+    return (x_BD - mean_D.value[None]) @ w_D
+
+
+CENTRED = TASKS["causal_lm"]._replace(
+  inputs=lambda batch: ((batch["x"],), {}),
+  score=lambda y_B, batch: (jnp.sum(y_B * batch["weights"]), jnp.sum(batch["weights"])),
+)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_models_own_state_goes_from_part_to_part_and_from_step_to_step(accumulation):
+  """And stays where a step is skipped, as the rest does; without training nothing changes it."""
+  optimizer, x = optax.sgd(0.5), np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+  make = {"model": Centred(), "inputs": (x,), "optimizer": optimizer, "ema": 0.0}
+  state = program.init_state(jax.random.key(0), **make)
+  assert state.variables["mean"].tolist() == [0.0, 0.0, 0.0]
+  step = functools.partial(
+    program.train_step,
+    model=Centred(),
+    task=CENTRED,
+    optimizer=optimizer,
+    accumulation=accumulation,
+  )
+  step, key = jax.jit(step), jax.random.key(1)
+  batch = {"x": x, "weights": np.ones(4, np.float32)}
+  mean, w = np.zeros(3), np.ones(3)
+  for _ in range(2):
+    state, metrics = step(state, batch, key)
+    losses, gradient = [], np.zeros(3)
+    for part in range(accumulation):
+      rows = x[part::accumulation].astype(np.float64)
+      mean = (mean + rows.mean(0)) / 2
+      losses.append(np.sum((rows - mean) @ w) / 4)
+      gradient += np.sum(rows - mean, axis=0) / 4
+    w -= 0.5 * gradient
+    np.testing.assert_allclose(state.variables["mean"], mean, rtol=1e-6)
+    np.testing.assert_allclose(state.params["w"], w, rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], sum(losses), rtol=1e-4, atol=1e-6)
+  bad = {**batch, "weights": np.array([1, 1, np.nan, 1], np.float32)}
+  skipped, _ = step(state, bad, key)
+  jax.tree.map(np.testing.assert_array_equal, skipped.eval_variables, state.eval_variables)
+  measured = CENTRED.measured(Centred(), state.eval_variables, batch)
+  np.testing.assert_allclose(measured["loss"], np.sum((x - mean) @ w), rtol=1e-4)
+
+
 def test_a_state_is_put_together_from_its_parts():
-  for ema_params in (None, {"w": jnp.int32(5)}):
+  for more in itertools.product((None, {"w": jnp.int32(5)}), (None, {"mean": jnp.int32(6)})):
     numbers = map(jnp.int32, range(5))
     step, w, moment, skipped, in_a_row = numbers
-    state = program.TrainState(step, {"w": w}, (moment,), ema_params, skipped, in_a_row)
-    assert program.TrainState.from_parts(state.parts()) == state
+    ema_params, variables = more
+    state = program.TrainState(step, {"w": w}, (moment,), ema_params, skipped, in_a_row, variables)
+    parts = state.parts()
+    assert program.TrainState.from_parts(parts) == state
+    assert len(parts) == 2 + sum(tree is not None for tree in more)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +265,7 @@ def test_every_recipe_lowers_the_loss_on_one_batch(recipe):
   task = TASKS[config.task]
   before, after, metrics = a_step(config, a_batch())
   model = task.build_model(config, FACTS)
-  loss_sum, weight_sum = task.loss(model, after.params, a_batch())
+  loss_sum, weight_sum = task.loss(model, {"params": after.params}, a_batch())
   assert float(loss_sum / weight_sum) < float(metrics["loss"])
 
 

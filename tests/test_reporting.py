@@ -67,3 +67,15 @@ def test_pictures_hold_the_images(tmp_path):
     pixels = np.asarray(picture.convert("RGB"))
   counts = [(pixels == colour).all(-1).sum() for colour in colours]
   assert min(counts) == max(counts) > 10_000
+
+
+def test_rows_of_images_stand_under_their_names(monkeypatch, tmp_path):
+  """Each row its own, in its order, with the name above the first."""
+  given = []
+  monkeypatch.setattr(reporting, "draw_images", lambda *args, **named: given.append((args, named)))
+  rows = {name: np.full((3, 2, 2, 3), value, np.uint8) for name, value in (("a", 1), ("b", 2))}
+  reporting.draw_rows(tmp_path, rows, title="t")
+  (((path, images, captions), named),) = given
+  assert path == tmp_path / "images.png" and named == {"title": "t", "columns": 3}
+  assert [int(image.max()) for image in images] == [1, 1, 1, 2, 2, 2]
+  assert captions == ["a", "", "", "b", "", ""]

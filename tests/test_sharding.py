@@ -23,6 +23,7 @@ from magneto_jax.models import (
   CausalLM,
   Encoder,
   EncoderDecoder,
+  ImageClassifier,
   MaskedBEiT3,
   MaskedLM,
   TextClassifier,
@@ -112,6 +113,14 @@ MODELS = {
   "VisionEncoder": lambda: (
     VisionEncoder(
       encoder=encoder(positions="learned", max_length=17), patch_size=4, mask_token=True
+    ),
+    (IMAGES,),
+  ),
+  "ImageClassifier": lambda: (
+    ImageClassifier(
+      encoder=VisionEncoder(encoder=encoder(), patch_size=4, relative_grid=(4, 4)),
+      classes=3,
+      pooling="mean",
     ),
     (IMAGES,),
   ),
@@ -337,9 +346,9 @@ def distance(a: dict, b: dict) -> float:
   """Norm of the difference of all parameters over their norm."""
   assert a.keys() == b.keys()
   names = a.keys() - {"losses", "other_loss"}
-  return math.sqrt(
-    sum(np.sum(np.square(a[n] - b[n])) for n in names) / sum(np.sum(np.square(b[n])) for n in names)
-  )
+  # Flags of a model's state count as numbers.
+  apart = sum(np.sum(np.subtract(a[n], b[n], dtype=np.float64) ** 2) for n in names)
+  return math.sqrt(apart / sum(np.sum(np.square(b[n])) for n in names))
 
 
 def causal(mesh, devices=None, **changes):

@@ -185,7 +185,7 @@ def skipped(positions: int, seed: int, folder: pathlib.Path) -> Row:
     finite = True
     for batch in batches[begin:]:
       state, _ = take(state, batch)
-      finite &= _finite(state.eval_params)
+      finite &= _finite(state.eval_variables)
     return state, finite
 
   failed = []
@@ -195,7 +195,7 @@ def skipped(positions: int, seed: int, folder: pathlib.Path) -> Row:
     weights[position % shape[0], 0] = mark
     bad, metrics = take(copy(state), {**batches[position], "weights": weights})
     values = np.array([metrics["loss"], metrics["gradient_norm"]])
-    parts = lambda state: (state.params, state.opt_state, state.ema_params)
+    parts = lambda state: (state.params, state.opt_state, state.ema_params, state.variables)
     reference = copy(state)
     moved = {"skipped": reference.skipped + 1, "skipped_in_a_row": reference.skipped_in_a_row + 1}
     reference = reference.replace(step=reference.step + 1, **moved)

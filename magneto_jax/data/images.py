@@ -259,6 +259,36 @@ class Classification:
     return {"image": image, "label": label, "other_label": label, "share": one, "weights": one}
 
 
+@dataclasses.dataclass(frozen=True)
+class Pixels:
+  """The view of a task that reads no labels: a `View`.
+
+  A sample that reaches a batch is
+    image: float32 [S, S, 3], normalised.
+    weights: float32 [], 1.
+
+  Attributes:
+    spatial: the pixels that are seen.
+    normalization: a name in `augmentation.NORMALIZATIONS`.
+  """
+
+  spatial: Spatial
+  normalization: str = "half"
+  mix: None = None
+
+  def training(self, sample: Sample, generator: np.random.Generator) -> Sample:
+    """The augmented image."""
+    return self._normalized(self.spatial.training(sample["image"], generator))
+
+  def evaluation(self, sample: Sample) -> Sample:
+    """The central square."""
+    return self._normalized(self.spatial.evaluation(sample["image"]))
+
+  def _normalized(self, image: np.ndarray) -> Sample:
+    pixels = augmentation.normalize(image, self.normalization)
+    return {"image": pixels, "weights": np.float32(1)}
+
+
 # ---------------------------------------------------------------------------------------------
 # Sources
 # ---------------------------------------------------------------------------------------------
@@ -296,7 +326,8 @@ def load_images(
     validation_fraction: without validation_files, about which part of every class is held out, by
       digests of the files (`image_folder`).
     data_dir, train_split, validation_split: of TFDS; the others have the splits train, validation
-      and test.
+      and test. As validation_split also `set/split`, such as imagenet_r/test: of another set that
+      has the same classes, TFDS's or an embedded one.
     skip_bad: how many bad files may be left out, of training and validation together; not of TFDS,
       whose images are decoded when they are read.
     expected: the `identity` of an earlier call, whose images these must be. Without its
@@ -307,8 +338,9 @@ def load_images(
     ValueError: of one line: no such source or split, files that cannot be read, fewer than two
       classes, the same images to train and to evaluate on, or others than expected.
   """
-  splits = train_split, validation_split
   bad, shared = documents.BadRecords(skip_bad), None
+  other, _, split = validation_split.rpartition("/")
+  splits = train_split, train_split if other else split
   if name in _EMBEDDED:
     train, validation = (embedded(name, split) for split in splits)
     classes = _EMBEDDED[name][2]
@@ -322,7 +354,7 @@ def load_images(
       bad,
       labelled=bool(label_key),
       fraction=validation_fraction,
-      split=validation_split,
+      split=splits[1],
     )
     classes = folders.classes
     train, validation = (_of_files(part, classes) for part in (folders.train, folders.validation))
@@ -330,6 +362,13 @@ def load_images(
     shared = sum(file.digest in seen for file in folders.validation)
   else:
     train, validation, classes = _of_tfds(name, splits, image_key, label_key, data_dir, skip_bad)
+  if other:
+    validation, theirs = _another(other, split, image_key, label_key, data_dir)
+    if label_key and theirs != classes:
+      raise ValueError(
+        f"{other} does not name the classes of {name} in their order: evaluate on a split of it, or"
+        " of a data set that does"
+      )
   if expected is None and train.identity == validation.identity:
     raise ValueError(f"{name}: training and validation images are the same: {train.identity}")
   identities = {"train": dict(train.identity), "validation": dict(validation.identity)}
@@ -348,6 +387,16 @@ def load_images(
     bad_records=tuple(bad.found),
     identity={**identities, **({"left_out": len(bad.found)} if bad.found else {})},
   )
+
+
+def _another(
+  name: str, split: str, image_key: str, label_key: str, data_dir: str
+) -> tuple[Images, tuple[str, ...]]:
+  """A split of a data set that is not the run's own, and its classes."""
+  if name in _EMBEDDED:
+    return embedded(name, split), _EMBEDDED[name][2]
+  images, _, classes = _of_tfds(name, (split, split), image_key, label_key, data_dir, 0)
+  return images, classes
 
 
 def embedded(name: str, split: str) -> Images:

@@ -8,6 +8,7 @@ from magneto_jax.layers.multiway import Multiway, multiway
 from magneto_jax.layers.norms import norm_factory
 from magneto_jax.layers.patches import PatchEmbedding
 from magneto_jax.layers.positions import ROTATIONS, rotary, sinusoidal, xpos
+from magneto_jax.layers.quantizer import Quantized, VectorQuantizer
 from magneto_jax.layers.residual import Residual, drop_path
 
 __all__ = [
@@ -17,8 +18,10 @@ __all__ = [
   "KVCache",
   "Multiway",
   "PatchEmbedding",
+  "Quantized",
   "ROTATIONS",
   "Residual",
+  "VectorQuantizer",
   "bias_init",
   "cross_entropy",
   "dense_init",

@@ -50,6 +50,7 @@ class Encoder(Backbone, kw_only=True):
     positions_BT: jax.Array | None = None,
     segment_ids_BT: jax.Array | None = None,
     visible_BTT: jax.Array | None = None,
+    bias_BNTT: jax.Array | None = None,
     lengths: tuple[int, ...] | None = None,
     recipe: records.Stack | None = None,
     return_hidden_states: bool = False,
@@ -67,6 +68,7 @@ class Encoder(Backbone, kw_only=True):
       segment_ids_BT: tokens attend within their segment only. Positive; where no mask is given,
         0 is padding.
       visible_BTT: [B, T, T] or [1, T, T]; True where the query (first) may see the key.
+      bias_BNTT: [B, N, T, T] or [1, N, T, T], added to the logits of every layer's attention.
       lengths: how many of the T tokens belong to each expert, in their order.
       recipe: a record of the same structure to run instead; see `CausalLM`.
       return_hidden_states: whether to return the stream as well.
@@ -102,18 +104,18 @@ class Encoder(Backbone, kw_only=True):
     x_BTD = self._start(
       embeddings_BTD, positions_BT, recipe, self._norm(wrap), mask_BT, deterministic=deterministic
     )
-    bias = None
     if visible_BTT is not None:
       rows = 1 if jnp.shape(visible_BTT)[:1] == (1,) else shape[0]
       visible_BTT = as_mask(visible_BTT, (rows, shape[1], shape[1]), "visible_BTT")
-      bias = jnp.where(visible_BTT, 0.0, -jnp.inf)[:, None]
+      hidden = jnp.where(visible_BTT, 0.0, -jnp.inf)[:, None]
+      bias_BNTT = hidden if bias_BNTT is None else bias_BNTT + hidden
     out = self._run(
       x_BTD,
       recipe,
       Context(
         positions_BT=positions_BT,
         segment_ids=visibility(shape, mask_BT, segment_ids_BT),
-        bias=bias,
+        bias=bias_BNTT,
       ),
       is_causal=False,
       wrap=wrap,

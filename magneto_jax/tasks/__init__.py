@@ -4,7 +4,16 @@ from collections.abc import Sequence
 
 from magneto_jax import sharding
 from magneto_jax.config import TASK_NAMES
-from magneto_jax.tasks import beit3, causal_lm, masked_lm, text_classification, translation
+from magneto_jax.tasks import (
+  beit3,
+  causal_lm,
+  image_classification,
+  image_tokenizer,
+  masked_image,
+  masked_lm,
+  text_classification,
+  translation,
+)
 from magneto_jax.tasks.task import Task
 
 TASKS: dict[str, Task] = {
@@ -13,6 +22,9 @@ TASKS: dict[str, Task] = {
   "text_classification": text_classification.TASK,
   "translation": translation.TASK,
   "beit3": beit3.TASK,
+  "image_classification": image_classification.TASK,
+  "image_tokenizer": image_tokenizer.TASK,
+  "masked_image": masked_image.TASK,
 }
 _OWN = frozenset(TASKS)
 

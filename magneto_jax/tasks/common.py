@@ -26,13 +26,16 @@ OF_A_TEXT = ("deepscalelm", "deepscalelm_simple")
 
 
 def architecture(
-  config: TrainConfig, facts: Facts, kind: str, **layers: int
+  config: TrainConfig, facts: Facts, kind: str, *, length: int | None = None, **layers: int
 ) -> records.Architecture:
-  """What the recipe needs to know of a model of this kind, whose stacks read a text."""
+  """What the recipe needs to know of a model of this kind; its rows have `length` tokens.
+
+  By default that is `data.seq_length`, a text's.
+  """
   model = config.model
   of_text = {}
   if config.recipe in OF_A_TEXT:
-    of_text["token_correlation"] = input_correlation(config, facts)
+    of_text["token_correlation"] = input_correlation(config, facts, length)
   return records.Architecture(
     kind=kind,
     width=model.width,
@@ -50,7 +53,7 @@ def _tables(model: ModelConfig) -> int:
   return 2 if model.positions == "learned" else 1
 
 
-def input_correlation(config: TrainConfig, facts: Facts) -> float:
+def input_correlation(config: TrainConfig, facts: Facts, length: int | None = None) -> float:
   """r_0, the correlation of two tokens of a sample at DeepScaleLM's input, before its dropout.
 
   Two rows of a table agree if they are the same row: in s = sum_k p_k^2 of the text's pairs of
@@ -70,7 +73,7 @@ def input_correlation(config: TrainConfig, facts: Facts) -> float:
   same, model = facts["token_correlation"], config.model
   if model.positions != "sinusoidal":
     return same / _tables(model)
-  variance, covariance = _sinusoidal_moments(config.data.seq_length, model.width)
+  variance, covariance = _sinusoidal_moments(length or config.data.seq_length, model.width)
   tokens = 1 - model.dropout
   return (tokens * same + covariance) / (tokens + variance)
 

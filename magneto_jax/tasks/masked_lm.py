@@ -96,14 +96,14 @@ def inputs(batch: Batch) -> tuple[tuple, dict[str, Any]]:
   return (batch["inputs"],), {keyword: batch[name] for keyword, name in keywords.items()}
 
 
-def measure(model: MaskedLM, params, batch: Batch) -> dict[str, jax.Array]:
+def measure(model: MaskedLM, variables, batch: Batch) -> dict[str, jax.Array]:
   """Sums over the chosen tokens: -log p, their number, and how many of them come first of all ids.
 
   Holds K V logits of each row at a time, whatever `vocab_chunk`.
   """
   args, keywords = inputs(batch)
   targets_BK, weights_BK = keywords.pop("targets_BT"), batch["weights"]
-  logits_BKV = model.apply({"params": params}, *args, **keywords)
+  logits_BKV = model.apply(variables, *args, **keywords)
   nats_BK = optax.softmax_cross_entropy_with_integer_labels(logits_BKV, targets_BK)
   return {
     "loss": jnp.sum(nats_BK * weights_BK),

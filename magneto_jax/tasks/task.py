@@ -15,7 +15,7 @@ from magneto_jax.theory.records import Architecture
 
 Batch = dict[str, jax.Array]
 Sample = dict[str, np.ndarray]
-Facts = dict[str, int | float]
+Facts = Mapping[str, Any]
 Totals = Mapping[str, float | np.ndarray]
 
 
@@ -63,7 +63,8 @@ class Task(NamedTuple):
   Attributes:
     load_data: `(config, directory for what is derived from it, identity that the data must
       have or None) -> data`.
-    facts: `data -> {name: number}`: what a model must know of its data, kept beside its weights.
+    facts: `data -> {name: number}`: what a model must know of its data, kept beside its weights; of
+      a model within the model, which is no fact of the data, they have its config and facts.
     describe: `(config, facts) -> lines` that say in words what the config's recipe does.
     build_model: `(config, facts) -> module`.
     dummy_inputs: `config -> positional arguments` that initialise the module.
@@ -77,10 +78,12 @@ class Task(NamedTuple):
     flops: `(config, facts) -> FLOPs` of one optimizer step.
     planned_facts: `config -> facts` as they would be, without reading data.
     batch_spec: `config -> {name: jax.ShapeDtypeStruct}` of the global batch [batch_size, ...].
-    measure: `(model, params, batch) -> {name: array}` of an evaluation: numbers, of which the sum
-      over batches is taken, and arrays [batch, ...], which are joined in the samples' order; `loss`
-      and `weight` are among the numbers. None: these two, of `score`.
+    measure: `(model, variables, batch) -> {name: array}` of an evaluation: numbers, of which the
+      sum over batches is taken, and arrays [batch, ...], which are joined in the samples' order;
+      `loss` and `weight` are among the numbers. None: these two, of `score`.
     sample: `(config, model, variables, data, key) -> text` that shows what the model does, or None.
+    picture: `(config, model, variables, data) -> {row: images [N, H, W, 3], uint8}`: what is drawn,
+      row by row, at the end of a run, on every host; None: nothing is.
     counts: `data -> {name: number}`: how much there is of the validation set, and what of it the
       metrics leave out or see changed.
     judge: `(config, model, variables, data, mesh) -> ({name: value}, number of texts)`: further
@@ -91,6 +94,7 @@ class Task(NamedTuple):
     loss_name: the metric that is the mean loss; `loss_nats_per_token` is in nats a token.
     best: the metric by which a model is chosen, and whether more is better.
     unit: what a sample is counted in; `size`: `config -> how many of them a sample has`.
+    length: `config -> how many tokens, or patches, a row of the stack has`.
     fact_kinds: the facts without which there is no model, and their types.
     pretrained: the module, and so the part of the parameters, that `config.init_from` gives; empty
       for none.
@@ -111,6 +115,7 @@ class Task(NamedTuple):
   batch_spec: Callable[[TrainConfig], dict[str, jax.ShapeDtypeStruct]]
   measure: Callable[[nn.Module, Any, Batch], dict[str, jax.Array]] | None = None
   sample: Callable[..., str | None] = lambda config, model, variables, data, key: None
+  picture: Callable[..., dict[str, np.ndarray]] | None = None
   counts: Callable[[Data], dict[str, int]] = lambda data: {"samples": len(data.validation)}
   judge: Callable[..., tuple[dict[str, float], int]] | None = None
   signatures: Callable[[], dict[str, str]] = dict
@@ -119,26 +124,38 @@ class Task(NamedTuple):
   best: tuple[str, bool] = ("loss_nats_per_token", False)
   unit: str = "tokens"
   size: Callable[[TrainConfig], int] = lambda config: config.data.seq_length
+  length: Callable[[TrainConfig], int] = lambda config: config.data.seq_length
   fact_kinds: Mapping[str, type] = {"vocab_size": int}
   pretrained: str = ""
 
   def loss(
-    self, model: nn.Module, params, batch: Batch, dropout_key: jax.Array | None = None
+    self, model: nn.Module, variables, batch: Batch, dropout_key: jax.Array | None = None
   ) -> tuple[jax.Array, jax.Array]:
     """(sum of losses, sum of weights); with a key in training mode."""
+    return self.loss_and_state(model, variables, batch, dropout_key)[0]
+
+  def loss_and_state(
+    self, model: nn.Module, variables, batch: Batch, dropout_key: jax.Array | None = None
+  ) -> tuple[tuple[jax.Array, jax.Array], Any]:
+    """What `loss` is, and the model's collection `state` after it, None if it is not training.
+
+    A model that keeps more than parameters has it in that collection, which can be changed
+    (`is_mutable_collection`) in a step of training alone.
+    """
     args, kwargs = self.inputs(batch)
-    output = model.apply(
-      {"params": params},
+    output, changed = model.apply(
+      variables,
       *args,
       deterministic=dropout_key is None,
       rngs=None if dropout_key is None else {"dropout": dropout_key},
+      mutable=[] if dropout_key is None else ["state"],
       **kwargs,
     )
-    return self.score(output, batch)
+    return self.score(output, batch), changed.get("state")
 
-  def measured(self, model: nn.Module, params, batch: Batch) -> dict[str, jax.Array]:
+  def measured(self, model: nn.Module, variables, batch: Batch) -> dict[str, jax.Array]:
     """What an evaluation keeps of a batch; see `measure`."""
     if self.measure is not None:
-      return self.measure(model, params, batch)
-    loss, weight = self.loss(model, params, batch)
+      return self.measure(model, variables, batch)
+    loss, weight = self.loss(model, variables, batch)
     return {"loss": loss, "weight": weight}

@@ -108,10 +108,10 @@ def score(scores_BC: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
   return jnp.sum(losses_B * weights_B), jnp.sum(weights_B)
 
 
-def measure(model: TextClassifier, params, batch: Batch) -> dict[str, jax.Array]:
+def measure(model: TextClassifier, variables, batch: Batch) -> dict[str, jax.Array]:
   """The loss's sums, and of every sample the target and the prediction."""
   args, kwargs = inputs(batch)
-  scores_BC = model.apply({"params": params}, *args, **kwargs)
+  scores_BC = model.apply(variables, *args, **kwargs)
   loss, weight = score(scores_BC, batch)
   predicted = scores_BC[:, 0] if model.classes == 1 else jnp.argmax(scores_BC, axis=-1)
   return {"loss": loss, "weight": weight, "targets": batch["targets"], "predictions": predicted}

@@ -86,6 +86,29 @@ def masked_pairs_step_flops(
   return batch_size * (6 * (stack + heads) + 4 * patches * patch_pixels * width)
 
 
+def image_step_flops(
+  *,
+  classes: int,
+  length: int,
+  patches: int,
+  patch_pixels: int,
+  batch_size: int,
+  layers: int,
+  width: int,
+  **sizes,
+) -> int:
+  """FLOPs of one step of a classifier of images, with a linear head on one vector.
+
+  Args:
+    length: tokens of an image, with the class token if there is one.
+    patches, patch_pixels: see `masked_pairs_step_flops`.
+    **sizes: and the others: see `train_step_flops`.
+  """
+  stack = stack_products(layers=layers, width=width, length=length, **sizes)
+  # Pixels need no gradient: two products, not three.
+  return batch_size * (6 * (stack + width * classes) + 4 * patches * patch_pixels * width)
+
+
 def stack_products(
   *,
   layers: int,

@@ -18,7 +18,7 @@ from tests.foreign import BIASES, KERNELS, LAYERS, Foreign, X
 
 # One weight an output, so that no gradient is zero by a norm's symmetry.
 WEIGHTS = np.random.default_rng(1).standard_normal(X.shape).astype(np.float32)
-STACKED = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+STACKED = {"variable_axes": {"params": 0, "state": 0}, "split_rngs": {"params": True}}
 
 
 class ScanBody(nn.Module):
@@ -29,35 +29,38 @@ class ScanBody(nn.Module):
     return Foreign(self.layer, name="foreign")(x), None
 
 
-def member(params, i):
-  return jax.tree.map(lambda leaf: leaf[i], params)
+def member(variables, i):
+  return jax.tree.map(lambda leaf: leaf[i], variables)
 
 
-def plain(layer, params, x):
-  return Foreign(layer).apply({"params": params}, x)
+def plain(layer, variables, x):
+  return Foreign(layer).apply(variables, x)
 
 
 def scanned(layer):
   """Two repeats, and the layer twice."""
   module = nn.scan(ScanBody, length=2, **STACKED)(layer)
 
-  def loop(params):
-    step = lambda x, i: plain(layer, member(params["foreign"], i), x)
+  def loop(variables):
+    inner = {name: tree["foreign"] for name, tree in variables.items()}
+    step = lambda x, i: plain(layer, member(inner, i), x)
     return functools.reduce(step, range(2), X)
 
-  return module, lambda params: module.apply({"params": params}, X, None)[0], loop
+  return module, lambda variables: module.apply(variables, X, None)[0], loop
 
 
 def mapped(layer):
   """An ensemble of two, and the two one by one."""
   module = nn.vmap(Foreign, in_axes=None, axis_size=2, **STACKED)(layer)
-  one_by_one = lambda params: jnp.stack([plain(layer, member(params, i), X) for i in range(2)])
-  return module, lambda params: module.apply({"params": params}, X), one_by_one
+  one_by_one = lambda variables: jnp.stack(
+    [plain(layer, member(variables, i), X) for i in range(2)]
+  )
+  return module, lambda variables: module.apply(variables, X), one_by_one
 
 
 def rematerialised(layer):
   module = nn.remat(Foreign)(layer)
-  return module, lambda params: module.apply({"params": params}, X), lambda p: plain(layer, p, X)
+  return module, lambda variables: module.apply(variables, X), lambda v: plain(layer, v, X)
 
 
 LIFTS = {"scan": scanned, "vmap": mapped, "remat": rematerialised}
@@ -95,14 +98,14 @@ def test_layer_under_a_foreign_lift_is_the_layer(lift, layer):
   """Its output and the gradient of every parameter, float32, of sums of at most 96 numbers."""
   module, lifted, unlifted = LIFTS[lift](layer)
   inputs = (X, None) if lift == "scan" else (X,)
-  params = jax.jit(module.init)(jax.random.key(0), *inputs)["params"]
+  variables = jax.jit(module.init)(jax.random.key(0), *inputs)
 
   def run(apply):
     def loss(params):
-      y = apply(params)
+      y = apply({**variables, "params": params})
       return jnp.sum(y * np.broadcast_to(WEIGHTS, y.shape)), y
 
-    gradients, y = jax.jit(jax.grad(loss, has_aux=True))(params)
+    gradients, y = jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
     return y, gradients
 
   (y, gradients), (expected, expected_gradients) = run(lifted), run(unlifted)

@@ -229,7 +229,7 @@ def losses():
   config = from_config_dict({"model": sizes, "data": {"seq_length": 8}})
   model = TASK.build_model(config, {"vocab_size": 20})
   params = model.init(jax.random.key(0), *TASK.dummy_inputs(config))["params"]
-  return jax.jit(lambda batch, key=None: TASK.loss(model, params, batch, key))
+  return jax.jit(lambda batch, key=None: TASK.loss(model, {"params": params}, batch, key))
 
 
 def packed(*rows):

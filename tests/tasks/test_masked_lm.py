@@ -95,9 +95,9 @@ def test_the_loss_is_of_the_chosen_tokens_alone(built, smoothing):
     right = jnp.take_along_axis(jnp.argmax(logits, -1), batch["places"], axis=1)
     return (
       logits,
-      TASK.loss(smooth, params, batch, jax.random.key(0)),
-      TASK.measured(model, params, batch),
-      TASK.measured(model, params, batch | {"targets": right}),
+      TASK.loss(smooth, {"params": params}, batch, jax.random.key(0)),
+      TASK.measured(model, {"params": params}, batch),
+      TASK.measured(model, {"params": params}, batch | {"targets": right}),
     )
 
   logits, loss, measured, of_right = run(params)
@@ -124,7 +124,7 @@ def test_a_uniform_answer_costs_the_logarithm_of_the_vocabulary(vocab_size, expe
   model = TASK.build_model(config, {"vocab_size": vocab_size})
   shapes = jax.eval_shape(model.init, jax.random.key(0), *TASK.dummy_inputs(config))["params"]
   params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes)
-  totals = compiled(lambda params: TASK.measured(model, params, stacked(A)))(params)
+  totals = compiled(lambda params: TASK.measured(model, {"params": params}, stacked(A)))(params)
   found = TASK.metrics({k: float(v) for k, v in totals.items()}, None, whole=True)
   assert found["loss_nats_per_token"] == pytest.approx(expected, abs=1e-4)
   assert found["pseudo_perplexity"] == pytest.approx(vocab_size, rel=1e-4)

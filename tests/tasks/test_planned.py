@@ -20,6 +20,9 @@ PLANNED = {
   "text_classification": {},
   "translation": {"encoder_layers": 3},
   "beit3": {"positions": "learned", "image_size": 8, "patch_size": 4, "image_vocab_size": 11},
+  "image_classification": {},
+  "image_tokenizer": {"image_size": 8, "patch_size": 4, "image_vocab_size": 11},
+  "masked_image": {"image_size": 8, "patch_size": 2, "image_vocab_size": 11},
 }
 
 
@@ -156,9 +159,9 @@ def test_the_loss_is_of_what_counts_and_smooth_in_training_alone(name):
   @compiled
   def run(params):
     losses = [
-      task.loss(model, params, batch),
-      task.loss(smoothed, params, batch),
-      task.loss(smoothed, params, batch, jax.random.key(1)),
+      task.loss(model, {"params": params}, batch),
+      task.loss(smoothed, {"params": params}, batch),
+      task.loss(smoothed, {"params": params}, batch, jax.random.key(1)),
     ]
     return model.apply({"params": params}, *args, **keywords), losses
 
@@ -189,7 +192,7 @@ def test_each_part_of_a_pair_is_seen_by_the_other():
   batch["weights"][:] = [0, 0, 0, 0, 1, 1, 1, 1, 1, 1]
   model = task.build_model(config, {"vocab_size": 40})
   params = reference.random_params(model, *task.dummy_inputs(config))
-  loss = compiled(lambda params, batch: task.loss(model, params, batch)[0])
+  loss = compiled(lambda params, batch: task.loss(model, {"params": params}, batch)[0])
   before = loss(params, batch)
   hidden, seen = batch["image"].copy(), batch["image"].copy()
   hidden[:, :4, 4:], seen[:, :4, :4] = 5.0, 5.0

@@ -202,7 +202,7 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(bags, tmp_path, capsys):
 
   model, variables = magneto_jax.load(workdir, step="best")
   data = TASK.load_data(config, runs.data_in(workdir))
-  measure = functools.partial(TASK.measured, model, variables["params"])
+  measure = functools.partial(TASK.measured, model, variables)
   batch = {
     name: np.stack([data.validation[i][name] for i in range(30)]) for name in data.validation[0]
   }

@@ -65,7 +65,7 @@ def test_a_row_costs_what_its_pairs_cost_alone(positions):
   """Sums of nats and of tokens, whatever the rows, in float64 to 1e-12."""
   with jax.enable_x64(True):
     model, params = built(np.float64, model={"positions": positions})
-    losses = compiled(lambda batch: TASK.loss(model, params, batch))
+    losses = compiled(lambda batch: TASK.loss(model, {"params": params}, batch))
     alone = losses(rows(*([pair] for pair in PAIRS)))
     for packed in ([PAIRS, [], []], [PAIRS[2:], PAIRS[:2], []], [[], PAIRS[::-1], []]):
       np.testing.assert_allclose(losses(rows(*packed)), alone, rtol=1e-12)
@@ -115,7 +115,9 @@ def test_nothing_of_padding_reaches_loss_or_gradient(small):
     for name in names:
       other[name] = np.where(batch[ids] == 0, 9, batch[name])
   assert any((other[name] != batch[name]).any() for name in batch)
-  grad = compiled(jax.value_and_grad(lambda params, batch: TASK.loss(model, params, batch)[0]))
+  grad = compiled(
+    jax.value_and_grad(lambda params, batch: TASK.loss(model, {"params": params}, batch)[0])
+  )
   (loss, gradient), found = grad(params, batch), grad(params, other)
   assert found[0] == loss
   jax.tree.map(np.testing.assert_array_equal, found[1], gradient)
