@@ -26,6 +26,7 @@ from magneto_jax.config import (
   from_config_dict,
   unknown_field,
 )
+from magneto_jax.data.documents import BadRecord
 from magneto_jax.preemption import Preempted
 
 # What a command ends with, beside 0; docs/launch.md explains them.
@@ -146,7 +147,7 @@ def run(main: Callable[[], None]) -> None:
       if argv[1:]:
         raise ConfigError(f"{argv[1]!r} is not a flag: flags are --name=value")
       main()
-    except (ConfigError, OSError) as error:
+    except (ConfigError, OSError, BadRecord) as error:
       fail(str(error))
     except FloatingPointError as error:
       fail(str(error), DIVERGED)

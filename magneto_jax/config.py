@@ -338,11 +338,11 @@ class DataConfig(_Checked):
     "files or globs of name=text_files or pair_files, separated by commas; of name=image_folder a"
     " folder that holds a folder for each class",
   )
-  validation_files: str = _field("", "the same; empty: a tail of the training text")
+  validation_files: str = _field("", "the same; empty: a part of the training data")
   test_files: str = _field("", "the same, of the split `test` (magneto_jax.evaluate)")
   document_separator: str = _field("", "splits a text file into documents; empty: one a file")
   validation_fraction: float = _field(
-    0.1, "tail held out when there are no validation_files", above=0.0, below=1.0
+    0.1, "part held out when there are no validation_files", above=0.0, below=1.0
   )
   data_dir: str = _field("", "where TFDS data sets lie prepared; empty: TFDS's own default")
   train_split: str = _field("train", "TFDS split to train on")
@@ -390,7 +390,7 @@ class DataConfig(_Checked):
   )
   prefetch: int = _field(2, "batches placed on the devices ahead of the step", min=0, max=1024)
   skip_bad: int = _field(
-    0, "damaged documents that are left out, counted and logged; one more ends the run", min=0
+    0, "damaged texts or images that are left out, counted and logged; one more ends the run", min=0
   )
 
   def __post_init__(self):

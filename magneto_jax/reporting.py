@@ -8,6 +8,7 @@ import pathlib
 import platform
 import statistics
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -286,6 +287,40 @@ def draw_learning_curve(workdir: pathlib.Path, *, title: str, loss_name: str) ->
   axes.spines[["top", "right"]].set_visible(False)
   axes.legend(frameon=False)
   path = pathlib.Path(workdir) / "learning_curve.png"
+  figure.savefig(path)
+  return path
+
+
+def draw_images(
+  path: pathlib.Path,
+  images: Sequence[np.ndarray],
+  captions: Sequence[str],
+  *,
+  title: str,
+  columns: int = 8,
+) -> pathlib.Path:
+  """Draws images in rows, each pixel with sharp edges.
+
+  Args:
+    path: of the picture.
+    images: uint8 [H, W, 3].
+    captions: what stands above each; empty: nothing.
+    title: the title of the picture.
+    columns: images in a row.
+  """
+  from matplotlib.figure import Figure
+
+  rows = -(-len(images) // columns)
+  figure = Figure(figsize=(1.5 * columns, 1.75 * rows + 0.5), dpi=120, layout="constrained")
+  grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+  for axes in grid:
+    axes.set_axis_off()
+  for axes, image, caption in zip(grid, images, captions, strict=False):
+    axes.imshow(image, interpolation="nearest")
+    # Two lines of as many letters as there is room for; names may hold what TeX takes for formulae.
+    lines = textwrap.wrap(caption, 26, max_lines=2, placeholder="...")
+    axes.set_title("\n".join(lines), fontsize=7, parse_math=False)
+  figure.suptitle(title, parse_math=False)
   figure.savefig(path)
   return path
 

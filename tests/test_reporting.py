@@ -3,7 +3,9 @@
 import json
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from PIL import Image
 
 from magneto_jax import reporting
 
@@ -53,3 +55,15 @@ def test_a_resumed_run_drops_what_lies_after_its_checkpoint(tmp_path):
   writer.write(3, {"train/loss": 5.0})
   writer.close()
   assert reporting.read_metrics(tmp_path) == [*rows[:2], {"step": 3, "train/loss": 5.0}]
+
+
+def test_pictures_hold_the_images(tmp_path):
+  """Each of them, whatever its caption is, and nothing where there is none."""
+  colours = ((250, 10, 10), (10, 200, 10), (10, 10, 220))
+  images = [np.full((4, 4, 3), colour, np.uint8) for colour in colours]
+  captions = ("a", "$x$ " * 30, "")
+  path = reporting.draw_images(tmp_path / "x.png", images, captions, title="$", columns=2)
+  with Image.open(path) as picture:
+    pixels = np.asarray(picture.convert("RGB"))
+  counts = [(pixels == colour).all(-1).sum() for colour in colours]
+  assert min(counts) == max(counts) > 10_000

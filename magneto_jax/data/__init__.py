@@ -1,9 +1,10 @@
-"""Text in, batches out: sources, tokenizers, packing and Grain pipelines.
+"""Texts and images in, batches out: sources, tokenizers, packing, augmentation, Grain pipelines.
 
 Importing this package loads neither TensorFlow Datasets nor TensorFlow.
 """
 
 from magneto_jax.data.documents import Documents
+from magneto_jax.data.images import Classification, ImageData, Images, Spatial, View, load_images
 from magneto_jax.data.packing import PackedDataset, TokenStream, tokenize
 from magneto_jax.data.pairs import PackedPairs, PairData, load_pairs
 from magneto_jax.data.pipelines import eval_batches, train_iterator
@@ -15,17 +16,23 @@ __all__ = (
   "SOURCES",
   "TOKENIZERS",
   "ByteTokenizer",
+  "Classification",
   "Documents",
+  "ImageData",
+  "Images",
   "PackedDataset",
   "PackedPairs",
   "PairData",
   "SentencePieceTokenizer",
   "SourceOptions",
+  "Spatial",
   "TextData",
   "TokenStream",
   "Tokenizer",
+  "View",
   "eval_batches",
   "load_documents",
+  "load_images",
   "load_pairs",
   "load_text",
   "tokenize",

@@ -5,7 +5,7 @@ recolours.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -60,25 +60,34 @@ def crop(image: np.ndarray, box: Box) -> np.ndarray:
   return image[top:bottom, left:right]
 
 
-def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
-  """The image at another size: bicubic, and antialiased where it becomes smaller."""
-  if image.shape[:2] == (height, width):
+def resize(
+  image: np.ndarray, height: int, width: int, box: Sequence[float] | None = None
+) -> np.ndarray:
+  """The image at another size: bicubic, and antialiased where it becomes smaller.
+
+  Of a box, (left, top, right, bottom) in pixels, it is what a box of the whole result would be:
+  pixels beside it are read too.
+  """
+  if box is None and image.shape[:2] == (height, width):
     return image
-  return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+  resized = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC, box)
+  return np.asarray(resized)
 
 
 def central_square(image: np.ndarray, size: int, share: float) -> np.ndarray:
   """The central square of `share` of the short side, at `size` pixels.
 
-  The short side becomes int(size / share) pixels, then `size` are cut from the middle of both.
+  As if the short side became int(size / share) pixels, the other one in proportion, rounded down,
+  and `size` of both were cut from the middle; what is cut off is not computed.
   """
   height, width = image.shape[:2]
-  short = int(size / share)
-  tall = height > width
-  long = int(short * max(height, width) / min(height, width))
-  image = resize(image, *((long, short) if tall else (short, long)))
-  top, left = (round((extent - size) / 2) for extent in image.shape[:2])
-  return image[top : top + size, left : left + size]
+  short, low, high = int(size / share), [], []
+  for extent in (width, height):
+    resized = int(short * extent / min(height, width))
+    first = round((resized - size) / 2)
+    low.append(first * extent / resized)
+    high.append(min(extent, (first + size) * extent / resized))  # Not beyond it by rounding.
+  return resize(image, size, size, (*low, *high))
 
 
 def flip(image: np.ndarray) -> np.ndarray:

@@ -15,8 +15,13 @@ class BadRecord(ValueError):
   """
 
   def __init__(self, file: str, index: int | None, reason: str, *, unit: str = "record"):
-    what = file if index is None else f"{file}: {unit} {index}"
-    super().__init__(f"{what} cannot be read ({reason})")
+    super().__init__(file, index, reason)  # Of these it is made again, where a worker raised it.
+    self.unit = unit
+
+  def __str__(self) -> str:
+    file, index, reason = self.args
+    what = file if index is None else f"{file}: {self.unit} {index}"
+    return f"{what} cannot be read ({reason})"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,10 @@
 """Images in files: how their bytes become pixels, and a folder of one's own that holds them."""
 
 import concurrent.futures
+import contextlib
 import hashlib
 import io
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -61,36 +63,24 @@ def verify(content: bytes) -> None:
     ImageOps.exif_transpose(image).load()
 
 
-class _opened:
+@contextlib.contextmanager
+def _opened(content: bytes) -> Iterator[Image.Image]:
   """A Pillow image of bytes; whatever goes wrong with it is a ValueError of one line."""
-
-  def __init__(self, content: bytes):
-    self._content = content
-
-  def __enter__(self) -> Image.Image:
-    try:
-      image = Image.open(io.BytesIO(self._content), formats=_FORMATS)
-    except Exception as error:
-      self.__exit__(type(error), error, None)
-      raise
-    if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-      raise ValueError(_too_large(f"{image.width:,} x {image.height:,} pixels"))
-    return image
-
-  def __exit__(self, kind, error, traceback) -> None:
-    # Pillow's plugins have no common error. Those of the machine are not of the file: there is no
-    # OSError of a disk here.
-    if error is None or isinstance(error, MemoryError) or not isinstance(error, Exception):
-      return
-    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
-      raise ValueError(_too_large(str(error).partition(" exceeds")[0])) from error
-    if isinstance(error, Image.UnidentifiedImageError):
-      raise ValueError(f"it is no {', '.join(_FORMATS[:-1])} or {_FORMATS[-1]} image") from error
+  try:
+    with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
+      most = Image.MAX_IMAGE_PIXELS  # Above it Pillow itself warns, and raises above twice that.
+      if most and image.width * image.height > most:
+        raise Image.DecompressionBombError(f"{image.width:,} x {image.height:,} pixels")
+      yield image
+  except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    size, most = str(error).partition(" exceeds")[0], Image.MAX_IMAGE_PIXELS
+    raise ValueError(f"{size}: more than {most:,} pixels, make it smaller") from error
+  except Image.UnidentifiedImageError as error:
+    raise ValueError(f"it is no {', '.join(_FORMATS[:-1])} or {_FORMATS[-1]} image") from error
+  except MemoryError:
+    raise
+  except Exception as error:  # Pillow's plugins have no common one, and there is no disk here.
     raise ValueError(f"{type(error).__name__}: {' '.join(str(error).split()):.120}") from error
-
-
-def _too_large(size: str) -> str:
-  return f"{size}: more than {Image.MAX_IMAGE_PIXELS:,} pixels, make it smaller"
 
 
 def _rgb(image: Image.Image) -> np.ndarray:
@@ -166,10 +156,11 @@ def find(
   if split == "test":
     given["test"] = test_files
   folders = {part: _folder(names, f"{part}_files") for part, names in given.items()}
-  for part, folder in folders.items():
-    for other in folders:
-      if other != part and folders[other] == folder:
-        raise ValueError(f"{other}_files and {part}_files must not be the same folder: {folder}")
+  for part, other in itertools.combinations(folders, 2):
+    if folders[part] == folders[other]:
+      raise ValueError(
+        f"{part}_files and {other}_files must not be the same folder: {folders[part]}"
+      )
   held = {
     part: _files(folder, labelled, bad)
     for part, folder in folders.items()

@@ -127,16 +127,19 @@ class ImageData:
       words += f"; {self.shared:,} of the validation images are in the training set too"
     return words
 
+  def caption(self, sample: Mapping[str, np.ndarray]) -> str:
+    """A sample's class, or those that it is mixed of; empty without labels."""
+    if "label" not in sample:
+      return ""
+    share, name = float(sample["share"]), self.classes[int(sample["label"])]
+    if share == 1:
+      return name
+    return f"{share:.0%} {name}, {1 - share:.0%} {self.classes[int(sample['other_label'])]}"
+
   def show(self, sample: Mapping[str, np.ndarray]) -> str:
     """A sample's size and its label."""
     height, width, _ = sample["image"].shape
-    words = f"{height} x {width} pixels"
-    if "label" not in sample:
-      return words
-    name = lambda key: repr(self.classes[int(sample[key])])
-    words += f" of {name('label')}"
-    share = float(sample.get("share", 1))
-    return words if share == 1 else f"{words}, {1 - share:.0%} of {name('other_label')}"
+    return ": ".join(filter(None, (f"{height} x {width} pixels", self.caption(sample))))
 
 
 # ---------------------------------------------------------------------------------------------

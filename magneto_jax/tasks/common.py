@@ -2,14 +2,16 @@
 
 import dataclasses
 import os
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from magneto_jax import reporting
 from magneto_jax.config import ConfigError, DataConfig, ModelConfig, TrainConfig, tasks_reading
-from magneto_jax.data import images, text
+from magneto_jax.data import augmentation, images, text
 from magneto_jax.data.tokenizers import ByteTokenizer
 from magneto_jax.layers.feed_forward import GATED
 from magneto_jax.tasks.task import Facts, Task, mean_nats, weighted_sums
@@ -190,6 +192,25 @@ def load_images(
   for name in ("augment", "normalization", "eval_crop"):  # The view's.
     del values[name]
   return images.load_images(view=view, expected=expected, **values)
+
+
+def draw_batch(
+  path: str | os.PathLike,
+  config: TrainConfig,
+  data: images.ImageData,
+  batch: Mapping[str, np.ndarray],
+  *,
+  most: int = 32,
+) -> pathlib.Path:
+  """Draws the first images of a batch as the model sees them, with their labels; returns `path`."""
+  rows = range(min(most, len(batch["image"])))
+  samples = [{name: np.asarray(values[row]) for name, values in batch.items()} for row in rows]
+  return reporting.draw_images(
+    pathlib.Path(path),
+    [augmentation.denormalize(sample["image"], config.data.normalization) for sample in samples],
+    [data.caption(sample) for sample in samples],
+    title=f"{config.data.name}, {config.model.image_size} x {config.model.image_size} pixels",
+  )
 
 
 def token_counts(data: text.TextData) -> np.ndarray:

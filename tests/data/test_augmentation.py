@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from magneto_jax.config import AugmentConfig
+from magneto_jax.config import AugmentConfig, DataConfig
 from magneto_jax.data import augmentation, images
 
 RNG = np.random.default_rng
@@ -110,6 +110,24 @@ def test_the_central_square_is_that_of_the_middle():
   square = picture(28, 28)
   np.testing.assert_array_equal(augmentation.central_square(square, 28, 1.0), square)
   assert augmentation.central_square(picture(1, 7), 5, 0.3).shape == (5, 5, 3)
+
+
+@pytest.mark.parametrize("share", (1.0, 0.875, 0.9))
+def test_what_the_central_square_leaves_out_is_not_computed(share):
+  """It is none the less what is cut from the whole image, resized; also of a thread of pixels."""
+  rng = RNG(0)
+  for _ in range(40):
+    height, width, size = map(int, rng.integers(1, 60, 3))
+    image, short = picture(height, width), int(size / share)
+    shape = [int(short * extent / min(height, width)) for extent in (width, height)]
+    whole = np.asarray(Image.fromarray(image).resize(shape, Image.Resampling.BICUBIC))
+    top, left = (round((extent - size) / 2) for extent in whole.shape[:2])
+    ours = augmentation.central_square(image, size, share)
+    exact = whole[top : top + size, left : left + size]
+    # Pillow's boxes are float32, and it rounds twice.
+    assert np.abs(ours.astype(int) - exact).max() <= 2
+  thread = np.zeros((1, 2_000_000, 3), np.uint8)
+  assert augmentation.central_square(thread, 64, share).shape == (64, 64, 3)
 
 
 def test_a_flip_and_a_crop():
@@ -403,6 +421,12 @@ def test_every_field_of_the_config_reaches_the_view():
     assert value in [getattr(part, name) for part in holders], name
   assert made.spatial.fill == (124, 116, 104) and made.spatial.eval_crop == 0.875
   assert view(AugmentConfig()).mix is None
+
+
+def test_the_config_names_what_there_is():
+  of = lambda record, name: record.__dataclass_fields__[name].metadata["choices"]
+  assert of(AugmentConfig, "rand_augment_set") == tuple(augmentation.RAND_AUGMENT_SETS)
+  assert of(DataConfig, "normalization") == tuple(augmentation.NORMALIZATIONS)
 
 
 def test_without_augmentation_training_sees_what_an_evaluation_sees():

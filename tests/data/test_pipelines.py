@@ -207,6 +207,45 @@ def test_samples_are_changed_anew_in_every_epoch_and_alike_for_a_seed():
   _assert_equal(rows, [{k: v[[5, 2]] for k, v in batch.items()} for batch in batches])
 
 
+def _with_partner(sample, partner, random):
+  return {**sample, "partner": partner["draw"], "shared": random.integers(2**31)}
+
+
+MIXED = dict(batch_size=8, augment=_with_a_draw, mix=_with_partner)
+
+
+@pytest.mark.parametrize("skip", SKIPS[:2])
+def test_samples_are_mixed_with_those_across_the_batch(skip):
+  """All rows of a batch draw alike, no two batches do, and without mixing samples are the same."""
+  batches = _take(pipelines.train_iterator(_dataset(), seed=0, skip=skip, **MIXED), 12)
+  for batch in batches:
+    np.testing.assert_array_equal(batch["partner"], batch["draw"][::-1])
+    assert len(set(batch["shared"])) == 1
+  assert len({batch["shared"][0] for batch in batches}) == 12
+  every = _take(pipelines.train_iterator(_dataset(), seed=0, **MIXED), 14)
+  kept = [k for k in range(14) if not any(begin <= k < end for begin, end in skip)][:12]
+  _assert_equal(batches, [every[k] for k in kept])
+  (other,) = _take(pipelines.train_iterator(_dataset(), seed=1, **MIXED), 1)
+  assert other["shared"][0] != batches[0]["shared"][0]
+  unmixed = _take(pipelines.train_iterator(_dataset(), seed=0, **MIXED | {"mix": None}), 12)
+  for a, b in zip([every[k] for k in range(12)], unmixed, strict=True):
+    np.testing.assert_array_equal(a["draw"], b["draw"])
+
+
+@pytest.mark.parametrize("hosts", (HOSTS["overlapping"], HOSTS["scattered"]))
+def test_mixing_hosts_together_see_the_stream_of_one(hosts):
+  """Also where the partner of a row is another host's; and from any state."""
+  options = MIXED | {"seed": 5}
+  alone = _take(pipelines.train_iterator(_dataset(), **options), 7)
+  each = [_take(pipelines.train_iterator(_dataset(), rows=rows, **options), 7) for rows in hosts]
+  _assert_equal(alone, _joined(hosts, each))
+  iterator = pipelines.train_iterator(_dataset(), **options)
+  _take(iterator, 3)
+  resumed = pipelines.train_iterator(_dataset(), rows=hosts[0], **options)
+  resumed.set_state(json.loads(json.dumps(iterator.get_state())))
+  _assert_equal(_take(resumed, 4), each[0][3:])
+
+
 def test_batches_of_one_row():
   ids = _ids(_take(pipelines.train_iterator(_dataset(5), batch_size=1, seed=0), 10))
   assert sorted(ids[:5]) == sorted(ids[5:]) == list(range(5))
