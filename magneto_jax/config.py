@@ -229,7 +229,6 @@ OF_SOME_TASKS: dict[str, tuple[str, ...]] = {
   "data.label_key": ("text_classification", "image_classification"),
   "data.label_scale": ("text_classification",),
   "data.regression": ("text_classification",),
-  "data.token_dropout": ("text_classification",),
   "data.too_long": ("text_classification", "translation"),
   "data.image_key": _IMAGE_TASKS,
   "data.normalization": _IMAGE_TASKS,
@@ -375,7 +374,6 @@ class DataConfig(_Checked):
     " many there are (translation), or truncate it, the longer of two first (classification)",
     choices=("refuse", "skip", "truncate"),
   )
-  token_dropout: float = _rate(0.0, "share of a training text's tokens that are left out")
   tokenizer: str = _field("sentencepiece", "kind of tokens", choices=("sentencepiece", "byte"))
   vocab_size: int = _field(1024, "pieces to train (sentencepiece)", min=8, max=_LONGEST)
   tokenizer_file: str = _field("", "a sentencepiece model to load instead of training one")

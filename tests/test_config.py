@@ -119,8 +119,6 @@ def test_every_number_has_a_range_on_both_sides():
     ("init_from", "runs/bert", r"init_from is not read with config.task='causal_lm', only with"),
     ("data.too_long", "truncate", r"data.too_long is not read with config.task='causal_lm', only"),
     ("data.too_long", "cut", r"data.too_long='cut' must be one of refuse, skip, trunc"),
-    ("data.token_dropout", 1.0, r"config.data.token_dropout=1.0 must be below 1.0"),
-    ("data.token_dropout", 0.1, r"token_dropout is not read with config.task='causal_lm', only"),
     ("data.augment.crop_scale", 0.0, r"config.data.augment.crop_scale=0.0 must be above 0.0"),
     ("data.augment.flip", 1.5, r"config.data.augment.flip=1.5 must be at most 1.0"),
     ("data.augment.flip", 0.5, r"data.augment.flip is not read with config.task='causal_lm', only"),

@@ -5,20 +5,17 @@ input (arXiv 1907.11692), in which nothing else says where a text ends.
 """
 
 import dataclasses
-import functools
 import hashlib
 import json
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from magneto_jax.data import documents, labelled, text, tokenizers
-
-Sample = dict[str, np.ndarray]
 
 
 class EncodedRows(Sequence):
@@ -60,20 +57,6 @@ class EncodedRows(Sequence):
     }
 
 
-def leave_out(sample: Sample, generator: np.random.Generator, *, rate: float) -> Sample:
-  """The sample without some of its tokens, each left out with the same probability.
-
-  They become padding: nobody sees them, and those behind them move up. The mark of the beginning
-  stays, which a classifier may read.
-
-  Reference: Deep Unordered Composition Rivals Syntactic Methods for Text Classification, ACL 2015
-  (P15-1162), section 3.1, word dropout.
-  """
-  kept = generator.random(len(sample["mask"])) >= rate
-  kept[0] = True
-  return {**sample, "mask": sample["mask"] & kept}
-
-
 @dataclasses.dataclass(frozen=True)
 class SentenceData:
   """Labelled texts, ready for the pipelines.
@@ -88,8 +71,7 @@ class SentenceData:
     shared: how many validation samples are, text by text, in the training set too.
     bad_records: the rows that were left out: file, line, and what is wrong.
     identity: JSON-able values that name all of this exactly.
-    augment: `leave_out` of training rows, or None.
-    mix: nothing.
+    augment, mix: nothing: a row is read as it is.
   """
 
   train: EncodedRows
@@ -102,7 +84,7 @@ class SentenceData:
   shared: int
   bad_records: tuple[str, ...]
   identity: Mapping[str, Any]
-  augment: Callable[[Sample, np.random.Generator], Sample] | None = None
+  augment: None = None
   mix: None = None
 
   def describe(self) -> str:
@@ -142,7 +124,6 @@ def load_sentences(
   regression: bool = False,
   label_scale: float = 1.0,
   too_long: str = "refuse",
-  token_dropout: float = 0.0,
   tokenizer: str = "sentencepiece",
   vocab_size: int = 1024,
   tokenizer_file: str = "",
@@ -169,7 +150,6 @@ def load_sentences(
     label_scale: what such numbers are divided by.
     too_long: of a row of more than `seq_length` tokens: `refuse`, as other bad rows, or `truncate`:
       tokens are taken from the end of the longer text of a pair until both fit.
-    token_dropout: the rate of `leave_out`, of training rows.
     tokenizer, vocab_size, tokenizer_file: see `text.load_text`.
     seq_length: T, tokens of a row, its marks included.
     skip_bad: how many bad rows may be left out, of training and validation together.
@@ -222,7 +202,7 @@ def load_sentences(
     source = labelled.Source(*parts, None, table.metrics)
   else:
     source = labelled.tfds_rows(name, splits, data_dir, table, glue, bad)
-  data = _encoded(
+  return _encoded(
     source,
     table,
     workdir=workdir,
@@ -234,9 +214,6 @@ def load_sentences(
     bad=bad,
     expected=expected,
   )
-  if not token_dropout:
-    return data
-  return dataclasses.replace(data, augment=functools.partial(leave_out, rate=token_dropout))
 
 
 def _encoded(

@@ -121,18 +121,3 @@ def test_glue_has_columns_of_its_own_and_the_embedded_lines_one(tmp_path):
     sentences.load_sentences(workdir=tmp_path, name="glue/rte", text_key="premise")
   with pytest.raises(ValueError, match="the embedded lines are single"):
     sentences.load_sentences(workdir=tmp_path, second_text_key="b")
-
-
-def test_tokens_of_training_rows_are_left_out_at_the_rate_and_drawn_anew(tmp_path):
-  data = load(tmp_path, [("abcdefgh", 0), ("d", 1)], token_dropout=0.25)
-  sample = data.train[0]
-  drawn = [data.augment(sample, np.random.default_rng(seed)) for seed in range(2000)]
-  kept = np.mean([row["mask"] for row in drawn], axis=0)
-  # The beginning stays, of padding nothing comes back; 0.039 is four standard errors.
-  assert kept[0] == 1 and not kept[10:].any()
-  np.testing.assert_allclose(kept[1:10], 0.75, atol=0.039)
-  np.testing.assert_array_equal(drawn[0]["inputs"], sample["inputs"])
-  again = data.augment(sample, np.random.default_rng(0))
-  np.testing.assert_array_equal(again["mask"], drawn[0]["mask"])
-  assert sample["mask"].sum() == 10  # What is drawn from stays whole.
-  assert load(tmp_path, [("p", 0), ("q", 1)]).augment is None
