@@ -47,21 +47,19 @@ class PatchEmbedding(nn.Module):
     if p < 1 or height % p or width % p:
       raise ValueError(f"images of {height} x {width} pixels are not whole patches of {p} x {p}")
 
-    def kernel_init(key, shape, dtype=jnp.float32):
-      # Of the linear map from a patch to D: as a window's, its fan-out would be p^2 D.
-      return self.projection_init.kernel(key, (p * p * channels, self.width), dtype).reshape(shape)
-
-    x_BHWD = nn.Conv(
+    rows, columns = height // p, width // p
+    x_BhpwpC = images_BHWC.reshape(batch, rows, p, columns, p, channels)
+    x_BPppC = x_BhpwpC.swapaxes(2, 3).reshape(batch, rows * columns, p, p, channels)
+    # A product, and not a convolution of strides p: the same kernel [p, p, C, D], but on a mesh
+    # that cuts both patches and D, XLA gives a convolution's kernel a wrong gradient.
+    x_BPD = nn.DenseGeneral(
       self.width,
-      (p, p),
-      strides=(p, p),
-      padding="VALID",
-      kernel_init=kernel_init,
+      axis=(-3, -2, -1),
+      kernel_init=self.projection_init.kernel,
       bias_init=self.projection_init.bias(p * p * channels),
       dtype=self.dtype,
       name="projection",
-    )(images_BHWC)
-    x_BPD = x_BHWD.reshape(batch, (height // p) * (width // p), self.width)
+    )(x_BPppC)
     if self.mask_token:
       token_D = self.param("mask_token", nn.initializers.zeros, (self.width,))
       if masked_BP is not None:
