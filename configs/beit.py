@@ -41,14 +41,19 @@ base, large
 beit_base
   BEiT (arXiv 2106.08254), table 12: 800 epochs, AdamW (0.9, 0.999), drop-path 0.1, crops of 0.08 at
   least; Pre-LN with LayerScale from 0.1.
-  Differs: as base; our tokens, not DALL-E's. Not yet trained here.
+  Differs: as base; our tokens, not DALL-E's; norms have an epsilon of 1e-5 and not 1e-6, the mask
+  token starts at zero, and weights are drawn as the recipe says, without BEiT's division of each
+  layer's last matrices by sqrt(2 l). Not yet trained here.
 
 finetune_base, finetune_large
   BEiT v2's fine-tuning after 300 epochs: batches of 1,024, AdamW (0.9, 0.999), weight decay 0.05,
   learning rate 5e-4 with a decay by layers of 0.65 (large 0.8), cosine to 1e-6, 100 epochs with 20
   of warm-up (large 50 with 5), drop-path 0.1 (0.2), mixup 0.8, cutmix 1.0, label smoothing 0.1,
   RandAugment of two operations of strength 9 -+ 0.5, random erasing 0.25; the mean of the patches
-  is read, evaluation cuts 0.875 of the short side. Not yet trained here.
+  is read, evaluation cuts 0.875 of the short side.
+  Differs: the table of biases stays shared, where BEiT gives each layer a copy; pixels are in
+  [-1, 1], as in pre-training here, where BEiT has ImageNet's means and deviations. Not yet trained
+  here.
 
   python -m magneto_jax.train --config=configs/beit.py:finetune_base --workdir=runs/imagenet \\
     --config.init_from=runs/beit

@@ -21,7 +21,8 @@ imagenet_base, imagenet_base_deepscalelm
   is (arXiv 2012.12877, table 9, and its code): 300 epochs of batches of 1,024, AdamW (0.9, 0.999)
   with a weight decay of 0.05, a learning rate of 1e-3 after five epochs, cosine to 1e-5, drop-path
   0.1, label smoothing 0.1, RandAugment (two operations of strength 9 +- 0.5), mixup 0.8, cutmix 1,
-  and a quarter of the images erased in part. Without DeiT's repeated augmentation. Not yet trained
+  and a quarter of the images erased in part; no decay of positions. Without DeiT's repeated
+  augmentation. Not yet trained
   here.
 
 imagenet_base_384
@@ -119,6 +120,7 @@ def _base(config, *, image_size: int, epochs: int, batch_size: int):
   config.data.name = "imagenet2012"
   config.data.normalization = "imagenet"
   config.data.workers = 16
+  config.data.eval_crop = 0.875
   config.data.augment.crop_scale = 0.08
   config.data.augment.flip = 0.5
   config.data.augment.rand_augment = 2
@@ -126,6 +128,7 @@ def _base(config, *, image_size: int, epochs: int, batch_size: int):
   config.data.augment.cutmix = 1.0
   config.data.augment.erase = 0.25
   config.optimizer.b2 = 0.999
+  config.optimizer.decay_mask = "beit"
   config.optimizer.warmup_steps = 5 * epoch
 
 
@@ -133,7 +136,6 @@ def imagenet_base(config, *, recipe: str = "magneto"):
   """DeiT's training."""
   _base(config, image_size=224, epochs=300, batch_size=1024)
   config.recipe = recipe
-  config.data.eval_crop = 0.875
   config.optimizer.learning_rate = 1e-3
   config.optimizer.end_factor = 0.01
   config.optimizer.weight_decay = 0.05

@@ -305,7 +305,7 @@ class AugmentConfig(_Checked):
   )
   rand_augment: int = _field(0, "operations of RandAugment on an image; 0: none", min=0, max=16)
   rand_augment_set: str = _field(
-    "full", "of which it draws: all 15, or BEiT-3's nine", choices=("full", "beit3")
+    "full", "of which it draws: all 15, or BEiT-3's ten", choices=("full", "beit3")
   )
   rand_augment_magnitude: float = _field(9.0, "their mean strength, of 10", min=0.0, max=10.0)
   rand_augment_std: float = _field(0.5, "its deviation", min=0.0, max=10.0)

@@ -243,8 +243,11 @@ class Start(NamedTuple):
         )
       placed = {}
       for path, leaf in flat.items():
-        mine = wanted.get(path[len(prefix) :]) if path[: len(prefix)] == prefix else None
+        own = path[len(prefix) :]
+        mine = wanted.get(own) if path[: len(prefix)] == prefix else None
         same = mine is not None and mine.shape == leaf.shape
+        # Every host interpolates these, or finds that they stay.
+        same = same and own not in (_PATCH_POSITIONS, _PATCH_BIASES)
         where = mine.sharding if same else whole
         placed[path] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
       return {"params": traverse_util.unflatten_dict(placed)}
@@ -443,6 +446,11 @@ def _encoder(config: TrainConfig) -> Start:
       " workdir of one, or leave it empty"
     )
   if config.task not in (tasks_reading("data.tokenizer") or (config.task,)):
+    if record.config.data.normalization != data.normalization:
+      raise ConfigError(
+        f"config.data.normalization={data.normalization!r} is not that of init_from={folder}: set"
+        f" data.normalization={record.config.data.normalization!r}"
+      )
     with config_errors():
       return Start(folder, runs.model_of(record), None, "")
   if record.config.data.tokenizer != data.tokenizer:

@@ -196,6 +196,13 @@ DEIT = {
   "data.augment.mixup": 0.8,
   "data.augment.cutmix": 1.0,
   "data.augment.erase": 0.25,
+  "data.augment.crop_scale": 0.08,
+  "data.augment.flip": 0.5,
+  "data.eval_crop": 0.875,
+  "data.normalization": "imagenet",
+  "optimizer.b2": 0.999,
+  "optimizer.decay_mask": "beit",
+  "optimizer.end_factor": 0.01,
 }
 
 
@@ -380,6 +387,11 @@ FINE = {
   "data.augment.rand_augment_std": 0.5,
   "data.augment.erase": 0.25,
   "data.eval_crop": 0.875,
+  "data.augment.crop_scale": 0.08,
+  "data.augment.flip": 0.5,
+  "model.positions": "none",
+  "model.relative_patches": True,
+  "optimizer.decay_mask": "beit",
   "optimizer.learning_rate": 5e-4,
   "optimizer.b2": 0.999,
   "optimizer.weight_decay": 0.05,

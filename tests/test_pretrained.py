@@ -354,6 +354,14 @@ def test_biases_of_another_grid_are_beits(old, new):
     pretrained.resized_biases(table[:1], (1, 1), (new, new))
 
 
+def test_pixels_are_scaled_as_those_that_the_encoder_has_read(tmp_path, monkeypatch):
+  runs.write_record(tmp_path, runs.Record(image_config(""), {}, IMAGE_FACTS))
+  monkeypatch.setattr(runs, "last_step", lambda folder: 3)
+  pretrained.find(image_config(tmp_path))
+  with pytest.raises(ConfigError, match="='imagenet' is not that of .*: set data.normalization='h"):
+    pretrained.find(image_config(tmp_path, data={"normalization": "imagenet"}))
+
+
 @pytest.mark.parametrize(
   ("model", "of_start", "message"),
   (

@@ -18,6 +18,8 @@ from magneto_jax.data import documents
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 _ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 _PARTS = ("train", "validation", "test")
+# Of a file: what is larger would be read whole before it is known for what it is.
+_MOST_BYTES = 2**28
 
 
 class File(NamedTuple):
@@ -157,9 +159,10 @@ def find(
     given["test"] = test_files
   folders = {part: _folder(names, f"{part}_files") for part, names in given.items()}
   for part, other in itertools.combinations(folders, 2):
-    if folders[part] == folders[other]:
+    if os.path.commonpath((folders[part], folders[other])) in (folders[part], folders[other]):
       raise ValueError(
-        f"{part}_files and {other}_files must not be the same folder: {folders[part]}"
+        f"{part}_files and {other}_files must not be the same folder, nor one in the other:"
+        f" {folders[part]} and {folders[other]}"
       )
   held = {
     part: _files(folder, labelled, bad)
@@ -262,6 +265,8 @@ def _check(folder: str, name: str) -> tuple[str, str | None]:
   try:
     if not os.path.isfile(path):
       raise ValueError("it is a link to nothing, or no regular file")
+    if (size := os.path.getsize(path)) > _MOST_BYTES:
+      raise ValueError(f"it has {size:,} bytes, more than the {_MOST_BYTES:,} of an image")
     with open(path, "rb") as f:
       content = f.read()
     verify(content)

@@ -141,7 +141,10 @@ def tfds_pictures(
       )
 
   def convert(example: Mapping[str, Any]) -> tuple[np.ndarray, int]:
-    return decode(example[image_key]), int(example[label_key]) if label_key else -1
+    label = int(example[label_key]) if label_key else -1
+    if label_key and label < 0:  # TFDS's way to say that there is none.
+      raise ValueError(f"it has no label ({label})")
+    return decode(example[image_key]), label
 
   return Pictures(
     prepared.size,

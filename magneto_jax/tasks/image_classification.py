@@ -13,7 +13,7 @@ Reference: An Image is Worth 16x16 Words, arXiv 2010.11929; Foundation Transform
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -123,10 +123,10 @@ def facts(data: images.ImageData) -> Facts:
 def correlation(data: images.ImageData) -> float:
   """The `patch_correlation` of the first validation images."""
   counted = range(min(_COUNTED_IMAGES, len(data.validation)))
-  return patch_correlation(np.stack([data.validation[i]["image"] for i in counted]))
+  return patch_correlation(data.validation[i]["image"] for i in counted)
 
 
-def patch_correlation(images_BHWC: np.ndarray) -> float:
+def patch_correlation(images_HWC: Iterable[np.ndarray]) -> float:
   """The correlation of two of an image's patches, each projected by one random matrix.
 
   Such a matrix keeps the products of what it projects, up to a factor. Those of two patches x, y
@@ -134,10 +134,13 @@ def patch_correlation(images_BHWC: np.ndarray) -> float:
   stands out their mean over an image's pairs is that of two of its pixels: with m the means of an
   image's channels, of any size of patches, r = E |m|^2 / E |x|^2.
   """
-  wide = images_BHWC.astype(np.float64)
-  energy = np.mean(wide**2)
+  agreeing = energy = 0.0
+  for image_HWC in images_HWC:
+    wide = image_HWC.astype(np.float64)
+    agreeing += np.mean(wide.mean(axis=(0, 1)) ** 2)
+    energy += np.mean(wide**2)
   # Images of nothing but zeros agree entirely.
-  return float(np.mean(wide.mean(axis=(1, 2)) ** 2) / energy) if energy else 1.0
+  return float(agreeing / energy) if energy else 1.0
 
 
 def planned_facts(config: TrainConfig) -> Facts:
@@ -180,12 +183,12 @@ def measure(model: ImageClassifier, variables, batch: Batch) -> dict[str, jax.Ar
 def metrics(totals: Totals, data: images.ImageData, *, whole: bool) -> dict[str, float]:
   """The mean loss, and the share of images whose class scores best, and is among the best five.
 
-  The latter only where there are more classes. Of a split of another data set those classes
+  The latter only where there are more classes. Of the whole split of another data set those classes
   compete that occur in it; see above.
   """
   labels_N = totals["labels"]
   above_NC = np.unpackbits(totals["above"], axis=-1, count=len(data.classes)).astype(bool)
-  if _is_of_another_set(data):
+  if whole and _is_of_another_set(data):
     above_NC = above_NC[:, np.unique(labels_N)]
   better_N = above_NC.sum(axis=-1)
   found = {"accuracy": float(np.mean(better_N < 1))}
@@ -202,13 +205,14 @@ def _is_of_another_set(data: images.ImageData) -> bool:
 def baselines(data: images.ImageData) -> dict[str, dict[str, float]]:
   """The accuracy of a draw among all classes, and of the commonest one in training.
 
-  The latter where labels are known without reading all images.
+  The latter where labels are known without reading all images; the former not of another data set,
+  of which fewer classes may compete.
   """
-  found = {"chance": 1 / len(data.classes)}
+  found = {} if _is_of_another_set(data) else {"chance": 1 / len(data.classes)}
   labels, train_labels = data.validation.images.labels, data.train.labels
   if labels is not None and train_labels is not None:
     found["majority_class"] = float(np.mean(labels == np.bincount(train_labels).argmax()))
-  return {"accuracy": found}
+  return {"accuracy": found} if found else {}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -252,6 +256,11 @@ def load_data(
 ) -> images.ImageData:
   """Images and their classes."""
   del directory  # Nothing is derived.
+  if not config.data.label_key:
+    raise ConfigError(
+      f"config.data.label_key is empty, and config.task={config.task!r} learns labels: set it to"
+      " the feature that holds them"
+    )
   view = images.Classification.of(**common.image_options(config))
   return common.load_images(config, "image_classification", view, expected)
 

@@ -21,7 +21,7 @@ import numpy as np
 import optax
 
 from magneto_jax import sharding
-from magneto_jax.config import ModelConfig, TrainConfig, from_config_dict
+from magneto_jax.config import ConfigError, ModelConfig, TrainConfig, from_config_dict
 from magneto_jax.data import augmentation, images, patch_masks
 from magneto_jax.models.masked_image import Frozen, MaskedImageModel
 from magneto_jax.tasks import common, image_classification, image_tokenizer
@@ -49,7 +49,18 @@ def masks(config: TrainConfig) -> patch_masks.PatchMasks:
 def load_data(
   config: TrainConfig, directory: str | os.PathLike, expected: Mapping[str, Any] | None = None
 ) -> images.ImageData:
-  """Images without their labels, with masks of their patches."""
+  """Images without their labels, with masks of their patches.
+
+  Raises:
+    ConfigError: no block can be hidden, so that all masks would be of single patches.
+  """
+  drawing = masks(config)
+  most = min(drawing.count, (drawing.grid[0] - 1) * (drawing.grid[1] - 1))
+  if drawing.smallest > most:
+    raise ConfigError(
+      f"config.data.mask_block={drawing.smallest} is more than the {most} patches that a block can"
+      " have of this grid and data.mask_rate: set it to less"
+    )
   return patch_masks.masked(image_tokenizer.load_data(config, directory, expected), masks(config))
 
 

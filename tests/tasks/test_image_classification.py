@@ -91,6 +91,14 @@ def test_another_set_is_scored_among_the_classes_that_occur_in_it():
   assert other["accuracy"] == np.mean(among == 0) > own["accuracy"]
   assert other["top5_accuracy"] == np.mean(among < 5)
   assert own["loss_nats_per_sample"] == other["loss_nats_per_sample"]
+  # Of a part of it, in which by chance fewer classes may occur, among all.
+  assert TASK.metrics(kept, data_of(20, name="b"), whole=False)["accuracy"] == own["accuracy"]
+  assert "chance" not in TASK.baselines(data_of(20, train=[1], validation=[1], name="b"))["accuracy"]
+
+
+def test_labels_are_asked_for(tmp_path):
+  with pytest.raises(ConfigError, match="config.data.label_key is empty, and .*: set it to the fea"):
+    TASK.load_data(config_of(data={"label_key": ""}), tmp_path)
 
 
 def test_scores_that_are_not_numbers_are_not_right():

@@ -292,6 +292,13 @@ def test_other_images_than_the_tokenizers_are_refused(model, data, message, tmp_
   assert f"image_tokenizer={tmp_path}" in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("data", [{"mask_block": 7}, {"mask_block": 10, "mask_rate": 0.8}])
+def test_blocks_that_cannot_be_hidden_are_refused(data, tmp_path):
+  """More than the six hidden patches, or than 3 x 3, the largest block of a grid of 4 x 4."""
+  with pytest.raises(ConfigError, match="mask_block=.* is more than the [69] patches that a block"):
+    TASK.load_data(config_of(data=data), tmp_path)
+
+
 def test_without_a_tokenizers_run_it_says_what_to_train_first(tmp_path):
   for folder in ("", str(tmp_path / "none")):
     with pytest.raises(ConfigError, match="train one with configs/image_tokenizer.py, and give"):
