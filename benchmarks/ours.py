@@ -109,7 +109,7 @@ class Library:
 
   def forward(self) -> float:
     """The mean loss alone."""
-    loss_sum, weight_sum = self._forward(self._state.params, self._batch)
+    loss_sum, weight_sum = self._forward(self._state.live_variables, self._batch)
     return float(loss_sum) / float(weight_sum)
 
   def gradient(self) -> float:
