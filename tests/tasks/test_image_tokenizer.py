@@ -173,7 +173,7 @@ def test_data_are_pixels_without_labels(tmp_path):
 # ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_a_run_is_kept_whole_with_its_codes(tmp_path):
   """Broken off and resumed it is the same to the bit; what is loaded scores what the run did."""
   fields = {"model": {"codebook_redraw": 0.5}, "ema": 0.9, "diagnostics_every": 4}
