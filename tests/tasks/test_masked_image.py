@@ -252,6 +252,7 @@ def tokenizer_run(folder, **fields):
   return variables
 
 
+@pytest.mark.ci
 def test_a_run_starts_with_the_tokenizer_and_draws_the_rest(tmp_path):
   """Its variables, all of them, where the drawn ones were; and its config, in the run's facts."""
   expected = tokenizer_run(tmp_path / "tokens")
