@@ -147,22 +147,40 @@ def metrics(totals: Totals, data: images.ImageData, *, whole: bool) -> dict[str,
   mean_squared_error_of_plain_patches: where each patch is its own mean colour: the baseline.
   """
   mean = lambda name: totals[name] / totals["weight"]
-  shares = np.bincount(totals["tokens"].reshape(-1)) / totals["tokens"].size
-  shares, error = shares[shares > 0], mean("squared_error")
+  shares, error = shares_of(totals["tokens"]), mean("squared_error")
   return {
     "loss_per_sample": mean("loss"),
     "mean_squared_error": error,
     **({"psnr_db": 10 * math.log10(4 / error)} if error else {}),
     "commitment": mean("commitment"),
-    "codebook_perplexity": float(np.exp(-np.sum(shares * np.log(shares)))),
+    "codebook_perplexity": perplexity(shares),
     "codes_used": len(shares),
     "mean_squared_error_of_plain_patches": mean("plain_squared_error"),
   }
 
 
+def shares_of(tokens: np.ndarray) -> np.ndarray:
+  """Which share of all tokens each one is, of those that occur."""
+  counts = np.bincount(tokens.reshape(-1))
+  return counts[counts > 0] / tokens.size
+
+
+def perplexity(shares: np.ndarray) -> float:
+  """exp of the entropy of shares."""
+  return float(np.exp(-np.sum(shares * np.log(shares))))
+
+
 # ---------------------------------------------------------------------------------------------
 # What a person sees
 # ---------------------------------------------------------------------------------------------
+
+
+def shown(data: images.ImageData) -> tuple[np.ndarray, Batch]:
+  """The validation images that a person is shown, evenly apart: their indices, and a batch."""
+  count = min(_DRAWN, len(data.validation))
+  indices = np.linspace(0, len(data.validation) - 1, count).astype(int)
+  samples = [data.validation[i] for i in indices]
+  return indices, {name: np.stack([x[name] for x in samples]) for name in samples[0]}
 
 
 def sample(
@@ -183,9 +201,7 @@ def picture(
   config: TrainConfig, model: ImageTokenizer, variables, data: images.ImageData
 ) -> dict[str, np.ndarray]:
   """Validation images, evenly apart, and below them what is read from their tokens."""
-  count = min(_DRAWN, len(data.validation))
-  chosen = np.linspace(0, len(data.validation) - 1, count).astype(int)
-  pixels = np.stack([data.validation[i]["image"] for i in chosen])
+  pixels = shown(data)[1]["image"]
   restore = jax.jit(lambda v, x: sharding.replicate(model.apply(v, x).images_BHWC))
   as_image = lambda pixels: augmentation.denormalize(pixels, config.data.normalization)
   return {
@@ -219,9 +235,8 @@ def products(config: TrainConfig) -> dict[str, int]:
   }
 
 
-def encoding_products(config: TrainConfig, facts: Facts) -> int:
+def encoding_products(config: TrainConfig) -> int:
   """Multiplications of the products that give an image its tokens."""
-  del facts
   of = products(config)
   return of["pixels"] + of["encoder"] + of["nearest"]
 

@@ -33,8 +33,8 @@ _CHANNELS = 3
 # What a tokenizer is given of the model's sizes where no run says its own.
 _TOKENIZER_SIZES = ("layers", "width", "ffn_width", "heads", "image_size", "patch_size")
 _TOKENIZER_SIZES += ("image_vocab_size", "dtype")
-# So many of the validation images are drawn, hidden patches in grey.
-_DRAWN, _GREY = 8, 96
+# Of hidden patches that are drawn.
+_GREY = 96
 # How a person reads a patch that can be seen, one that is answered right, and one that is not.
 _SEEN, _RIGHT, _WRONG = "·", "o", "x"
 
@@ -135,14 +135,13 @@ def metrics(totals: Totals, data: images.ImageData, *, whole: bool) -> dict[str,
   Of both the commonest is that of the very patches that are scored: more than can be known before.
   """
   targets, places = totals["targets"], totals["places"]
-  counts = np.bincount(targets.reshape(-1))
-  shares = counts[counts > 0] / targets.size
+  shares = image_tokenizer.shares_of(targets)
   by_place = np.zeros((places.max() + 1, targets.max() + 1), np.int64)
   np.add.at(by_place, (places, targets), 1)
   return {
     "loss_nats_per_patch": totals["loss"] / totals["weight"],
     "masked_accuracy": float(np.mean(totals["answers"] == targets)),
-    "codebook_perplexity": float(np.exp(-np.sum(shares * np.log(shares)))),
+    "codebook_perplexity": image_tokenizer.perplexity(shares),
     "commonest_token": float(shares.max()),
     "commonest_token_of_the_place": float(by_place.max(axis=1).sum() / targets.size),
   }
@@ -170,20 +169,12 @@ def answered(model: MaskedImageModel, variables, batch: Batch) -> dict[str, jax.
   return sharding.replicate({"tokens": tokens_BP, "filled": filled_BP, **pictures})
 
 
-def shown(data: images.ImageData) -> tuple[np.ndarray, Batch]:
-  """The validation images that a person is shown, evenly apart: their indices, and a batch."""
-  count = min(_DRAWN, len(data.validation))
-  indices = np.linspace(0, len(data.validation) - 1, count).astype(int)
-  samples = [data.validation[i] for i in indices]
-  return indices, {name: np.stack([x[name] for x in samples]) for name in ("image", "masked")}
-
-
 def sample(
   config: TrainConfig, model: MaskedImageModel, variables, data: images.ImageData, key: jax.Array
 ) -> str:
   """One of the images of the picture, patch by patch: seen, answered right, or wrong."""
   del key
-  indices, batch = shown(data)
+  indices, batch = image_tokenizer.shown(data)
   one, found = len(indices) // 2, answered(model, variables, batch)
   right_P = np.asarray(found["tokens"] == found["filled"])[one]
   marks = np.where(batch["masked"][one], np.where(right_P, _RIGHT, _WRONG), _SEEN)
@@ -199,7 +190,7 @@ def picture(
   config: TrainConfig, model: MaskedImageModel, variables, data: images.ImageData
 ) -> dict[str, np.ndarray]:
   """Validation images; what is seen of them; what is answered; and what could be."""
-  _, batch = shown(data)
+  _, batch = image_tokenizer.shown(data)
   found = answered(model, variables, batch)
   as_image = lambda pixels: augmentation.denormalize(np.asarray(pixels), config.data.normalization)
   whole, pictures = as_image(batch["image"]), as_image(found["pictures"])
@@ -232,7 +223,7 @@ def flops(config: TrainConfig, facts: Facts) -> int:
   stack = theory_flops.stack_products(length=length, **common.sizes(model))
   head = count * model.width * model.image_vocab_size
   pixels = model.image_size**2 * _CHANNELS * model.width
-  encoding = image_tokenizer.encoding_products(*tokenizer(config, facts))
+  encoding = image_tokenizer.encoding_products(tokenizer(config, facts)[0])
   # Pixels need no gradient: two products, not three; the tokenizer needs none at all.
   return config.batch_size * (6 * (stack + head) + 4 * pixels + 2 * encoding)
 

@@ -151,7 +151,7 @@ def test_flops_are_those_of_a_steps_products():
   k_means = 11 * 2 * (2 * patches * width * codes)
   assert product_flops(jax.make_jaxpr(step)(*args).jaxpr) == TASK.flops(config, FACTS) + k_means
   of = image_tokenizer.products(config)
-  assert image_tokenizer.encoding_products(config, FACTS) == sum(of.values()) - of["decoder"]
+  assert image_tokenizer.encoding_products(config) == sum(of.values()) - of["decoder"]
 
 
 def test_data_are_pixels_without_labels(tmp_path):
