@@ -21,6 +21,8 @@ import rich.table
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+# With which the README gives its commands; of Linux, and of speed alone.
+README_VARIABLES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 def environment(threads: int, *, huge_pages: bool = True, platform: str = "cpu") -> dict[str, str]:
@@ -181,6 +183,17 @@ def refuse(parser, args: argparse.Namespace, names: Sequence[str], why: str) -> 
   if given:
     options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
     parser.error(f"{options} cannot be given here: {why}")
+
+
+def command(module: str, arguments: Sequence[str]) -> None:
+  """Runs a command of the package, as the README gives it.
+
+  Raises:
+    SystemExit: if it fails; its own words are on the terminal.
+  """
+  words = [sys.executable, "-m", module, *arguments]
+  if code := subprocess.run(words, env=os.environ | README_VARIABLES, cwd=ROOT).returncode:
+    raise SystemExit(f"the command ended with {code}: {' '.join(words[1:])}")
 
 
 def provenance(benchmark: str, variables: Mapping[str, str] | None = None) -> dict:

@@ -9,9 +9,7 @@ which nothing is chosen by; the pre-training is not counted in the budget, and i
 
 import argparse
 import json
-import os
 import pathlib
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -19,7 +17,6 @@ from collections.abc import Sequence
 from benchmarks import coordinator
 
 _CONFIG = "configs/beit.py:finetune_tiny"
-_VARIABLES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 def train(
@@ -30,12 +27,10 @@ def train(
   Raises:
     SystemExit: if the command fails; its own words are on the terminal.
   """
-  command = [sys.executable, "-m", "magneto_jax.train", f"--config={_CONFIG}"]
-  command += [f"--workdir={workdir}", f"--seeds={','.join(map(str, seeds))}"]
-  command += [f"--config.optimizer.learning_rate={learning_rate}"]
-  command += ["--config.data.validation_split=test", *flags]
-  if code := subprocess.run(command, env=os.environ | _VARIABLES, cwd=coordinator.ROOT).returncode:
-    raise SystemExit(f"the command ended with {code}: {' '.join(command[1:])}")
+  asked = [f"--config={_CONFIG}", f"--workdir={workdir}", f"--seeds={','.join(map(str, seeds))}"]
+  asked += [f"--config.optimizer.learning_rate={learning_rate}"]
+  asked += ["--config.data.validation_split=test", *flags]
+  coordinator.command("magneto_jax.train", asked)
   return json.loads((workdir / "seeds.json").read_text())["metrics"]["validation_accuracy"]
 
 
@@ -99,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.error(f"--beit={args.beit} holds a run of task {summary['task']}, not masked_image")
   seeds = [int(seed) for seed in args.seeds.split(",")]
   rates = [float(rate) for rate in args.learning_rates.split(",")]
-  results = coordinator.provenance("masked_image_finetuning", _VARIABLES)
+  results = coordinator.provenance("masked_image_finetuning", coordinator.README_VARIABLES)
   kept = ("training_seconds", "steps", "validation_masked_accuracy", "validation_commonest_token")
   kept += ("validation_codebook_perplexity", "versions")
   results |= {"config": _CONFIG, "seeds": seeds, "pretraining": {k: summary[k] for k in kept}}

@@ -9,9 +9,7 @@ what the file holds. A task is one row of ENTRIES.
 import argparse
 import dataclasses
 import json
-import os
 import pathlib
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -20,8 +18,6 @@ from benchmarks import coordinator, image_baselines, text_baselines, translation
 from magneto_jax import runs as runs_lib
 
 PATH = coordinator.RESULTS / "tiny_runs.json"
-# As the README's command; of Linux, and of speed alone.
-_VARIABLES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,17 +145,6 @@ ENTRIES: dict[str, Entry] = {
 }
 
 
-def _command(name: str, module: str, arguments: Sequence[str]) -> None:
-  """Runs a command of the package.
-
-  Raises:
-    SystemExit: if it fails; its own words are on the terminal.
-  """
-  command = [sys.executable, "-m", module, *arguments]
-  if code := subprocess.run(command, env=os.environ | _VARIABLES, cwd=coordinator.ROOT).returncode:
-    raise SystemExit(f"{name}: the command ended with {code}: {' '.join(command[1:])}")
-
-
 def _value(name: str, summary: Mapping, workdir: pathlib.Path) -> float:
   """The metric by which a run is judged."""
   entry = ENTRIES[name]
@@ -167,7 +152,7 @@ def _value(name: str, summary: Mapping, workdir: pathlib.Path) -> float:
     return summary[f"validation_{entry.metric}"]
   output = workdir / f"{entry.split}.json"
   asked = [f"--workdir={workdir}", f"--split={entry.split}", f"--output={output}"]
-  _command(name, "magneto_jax.evaluate", asked)
+  coordinator.command("magneto_jax.evaluate", asked)
   return json.loads(output.read_text())["metrics"][entry.metric]
 
 
@@ -191,9 +176,9 @@ def run(name: str, workdirs: Mapping[str, pathlib.Path]) -> dict:
     SystemExit: if the command fails; its own words are on the terminal.
   """
   entry, workdir = ENTRIES[name], workdirs[name]
-  provenance = coordinator.provenance("tiny_runs", _VARIABLES)
+  provenance = coordinator.provenance("tiny_runs", coordinator.README_VARIABLES)
   asked = [f"--config={entry.config}", f"--workdir={workdir}", *entry.flags(workdirs)]
-  _command(name, "magneto_jax.train", asked)
+  coordinator.command("magneto_jax.train", asked)
   summary = json.loads((workdir / "summary.json").read_text())
   baselines = dict(entry.baselines(summary, workdir))
   strongest = best(baselines, entry.higher_is_better)

@@ -13,7 +13,7 @@ from flax import linen as nn
 from flax import traverse_util
 from scipy import interpolate, optimize
 
-from magneto_jax import runs, sharding
+from magneto_jax import distributed, runs, sharding
 from magneto_jax.config import ConfigError, TrainConfig, config_errors, flatten, tasks_reading
 from magneto_jax.convert import saved
 from magneto_jax.convert.facts import facts
@@ -252,8 +252,7 @@ class Start(NamedTuple):
         placed[path] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
       return {"params": traverse_util.unflatten_dict(placed)}
 
-    with config_errors():
-      source = runs.load(self.folder, place=place).variables["params"]
+    source = _load(self.folder, place)["params"]
     flat = traverse_util.flatten_dict(dict(source))
     taken = {path: flat[(*prefix, *path)] for path in wanted}
     if isinstance(ours := getattr(program.model, name), VisionEncoder):
@@ -386,9 +385,21 @@ class ImageTokenizer(NamedTuple):
       put = lambda leaf, mine: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=mine.sharding)
       return jax.tree.map(put, dict(abstract), dict(wanted))
 
-    with config_errors():
-      found = runs.load(self.folder, place=place).variables
+    found = _load(self.folder, place)
     return dataclasses.replace(state, variables={**state.variables, TOKENIZER: found})
+
+
+def _load(folder: str, place) -> Mapping[str, Any]:
+  """The variables of a run's newest checkpoint, or of a converted model; see `runs.load`.
+
+  Raises:
+    ConfigError: it cannot be read, or is not the same on all processes, as where one sees a
+      checkpoint that another does not see yet.
+  """
+  step = None if saved.holds_model(folder) else runs.last_step(folder)
+  with config_errors():
+    distributed.agree(f"the newest checkpoint of {folder}", step)
+    return runs.load(folder, step=step, place=place).variables
 
 
 def find(config: TrainConfig) -> Source | None:

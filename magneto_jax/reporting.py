@@ -291,50 +291,54 @@ def draw_learning_curve(workdir: pathlib.Path, *, title: str, loss_name: str) ->
   return path
 
 
-def draw_images(
-  path: pathlib.Path,
-  images: Sequence[np.ndarray],
-  captions: Sequence[str],
-  *,
-  title: str,
-  columns: int = 8,
-) -> pathlib.Path:
-  """Draws images in rows, each pixel with sharp edges.
+class Row(NamedTuple):
+  """A row of a picture of examples.
 
-  Args:
-    path: of the picture.
-    images: uint8 [H, W, 3].
-    captions: what stands above each; empty: nothing.
-    title: the title of the picture.
-    columns: images in a row.
+  Attributes:
+    title: stands above its first image.
+    images: uint8 [H, W, 3] each.
+    captions: what stands below each; none: nothing.
+  """
+
+  title: str
+  images: Sequence[np.ndarray]
+  captions: Sequence[str] = ()
+
+
+# What is drawn at the end of a run whose task has examples to look at.
+EXAMPLES = "examples.png"
+
+
+def draw_examples(workdir: pathlib.Path, rows: Sequence[Row], *, title: str) -> pathlib.Path:
+  """Draws rows of images into `examples.png`, each pixel with sharp edges; returns its path.
+
+  All of a row are scaled alike, to the room that the longest row's images have.
   """
   from matplotlib.figure import Figure
 
-  rows = -(-len(images) // columns)
-  figure = Figure(figsize=(1.5 * columns, 1.75 * rows + 0.5), dpi=120, layout="constrained")
-  grid = list(figure.subplots(rows, columns, squeeze=False).flat)
-  for axes in grid:
-    axes.set_axis_off()
-  for axes, image, caption in zip(grid, images, captions, strict=False):
-    axes.imshow(image, interpolation="nearest")
-    # Two lines of as many letters as there is room for; names may hold what TeX takes for formulae.
-    lines = textwrap.wrap(caption, 26, max_lines=2, placeholder="...")
-    axes.set_title("\n".join(lines), fontsize=7, parse_math=False)
+  columns = max(len(row.images) for row in rows)
+  width = max(1.5, 6.0 / columns)
+  aspects = [max(image.shape[0] / image.shape[1] for image in row.images) for row in rows]
+  words = [0.55 if any(row.captions) else 0.3 for row in rows]
+  heights = [width * aspect + text for aspect, text in zip(aspects, words, strict=True)]
+  size = (width * columns, sum(heights) + 0.5)
+  figure = Figure(figsize=size, dpi=120, layout="constrained")
+  grid = figure.subplots(len(rows), columns, squeeze=False, height_ratios=heights)
+  for row, of_row in zip(rows, grid, strict=True):
+    for axes in of_row:
+      axes.set(xticks=[], yticks=[])
+      axes.spines[:].set_visible(False)
+    of_row[0].set_title(row.title, loc="left", fontsize=8, parse_math=False)
+    for axes, image in zip(of_row, row.images, strict=False):
+      axes.imshow(image, interpolation="nearest")
+    for axes, caption in zip(of_row, row.captions, strict=False):
+      # As many letters as there is room for; they may hold what TeX takes for formulae.
+      lines = textwrap.wrap(caption, int(17 * width), max_lines=3, placeholder="...")
+      axes.set_xlabel("\n".join(lines), fontsize=7, parse_math=False)
   figure.suptitle(title, parse_math=False)
+  path = workdir / EXAMPLES
   figure.savefig(path)
   return path
-
-
-# What is drawn at the end of a run of images.
-IMAGES = "images.png"
-
-
-def draw_rows(workdir: pathlib.Path, rows: Mapping[str, np.ndarray], *, title: str) -> pathlib.Path:
-  """Draws rows of images, uint8 [N, H, W, 3] of each name, into `images.png`; see `draw_images`."""
-  images = [image for of_row in rows.values() for image in of_row]
-  columns = len(images) // len(rows)
-  captions = [caption for name in rows for caption in (name, *[""] * (columns - 1))]
-  return draw_images(workdir / IMAGES, images, captions, title=title, columns=columns)
 
 
 # Okabe and Ito's colours, which people with any colour vision tell apart; beyond them lines are

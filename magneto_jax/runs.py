@@ -5,7 +5,7 @@
 <workdir>/rewound/<n>/<step>/  checkpoints after the step to which the run was taken back
 <workdir>/data/                the tokenizer and the token files
 <workdir>/metrics.jsonl, tensorboard/, learning_curve.png, summary.json
-<workdir>/images.png           of a task that draws what its model makes of images
+<workdir>/examples.png         of a task that draws what its model makes of some samples
 <workdir>/.lock                held by the run that writes all this
 """
 

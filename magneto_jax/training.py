@@ -459,7 +459,7 @@ class _Loop:
       if task.picture is not None:
         rows = task.picture(config, program.model, variables, data)
         if self.is_first:
-          reporting.draw_rows(self.workdir, rows, title=jobs.title(config))
+          reporting.draw_examples(self.workdir, rows, title=jobs.title(config))
     summary = {
       **{f"validation_{k}": v for k, v in scores.items()},
       **judged,
@@ -573,7 +573,7 @@ def _closing(summary: dict, workdir: pathlib.Path) -> list[str]:
     f"checkpoints      {runs.checkpoints_in(workdir)}",
     f"metrics          {workdir / 'metrics.jsonl'}, {workdir / 'tensorboard'}",
     f"picture          {workdir / 'learning_curve.png'}",
-    *([f"pictures         {images}"] if (images := workdir / reporting.IMAGES).exists() else []),
+    *([f"examples         {drawn}"] if (drawn := workdir / reporting.EXAMPLES).exists() else []),
     f"summary          {workdir / 'summary.json'}",
   ]
 

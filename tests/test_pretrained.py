@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from magneto_jax import pretrained, program, runs, sharding
+from magneto_jax import distributed, pretrained, program, runs, sharding
 from magneto_jax.checkpoints import Checkpointer
 from magneto_jax.config import ConfigError, from_config_dict
 from magneto_jax.convert import saved
@@ -99,6 +99,18 @@ def test_the_encoder_is_the_pretrained_one_and_the_head_is_drawn(tmp_path):
   shape = lambda name: state.params["encoder"][name]["embedding"].shape
   assert (shape("token_embedding"), shape("position_embedding")) == ((260, 8), (6, 8))
   jax.tree.map(np.testing.assert_array_equal, state.opt_state, fresh.opt_state)
+
+
+def test_processes_that_see_other_checkpoints_are_refused(monkeypatch, tmp_path):
+  """One of them may see a step that another does not see yet."""
+  masked_model(tmp_path / "masked")
+  asked = []
+  monkeypatch.setattr(distributed, "agree", lambda name, value: asked.append((name, value)))
+  started(config_of(tmp_path / "masked"))
+  causal_run(tmp_path / "run", model={"tied_embeddings": False})
+  started(config_of(tmp_path / "run"))
+  assert [value for _, value in asked] == [None, runs.last_step(tmp_path / "run")]
+  assert asked[1][1] > 0 and asked[1][0] == f"the newest checkpoint of {tmp_path / 'run'}"
 
 
 @pytest.mark.ci
@@ -202,7 +214,7 @@ def test_a_mesh_holds_the_same_weights_and_a_run_starts_with_them_once(tmp_path)
   code = f"""
     import shutil
     import jax, numpy as np
-    from magneto_jax import pretrained, program, runs, sharding, training
+    from magneto_jax import distributed, pretrained, program, runs, sharding, training
     from tests import test_pretrained as tests
 
     folder = {str(tmp_path)!r}

@@ -5,6 +5,7 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib.text import Text
 from PIL import Image
 
 from magneto_jax import reporting
@@ -57,25 +58,21 @@ def test_a_resumed_run_drops_what_lies_after_its_checkpoint(tmp_path):
   assert reporting.read_metrics(tmp_path) == [*rows[:2], {"step": 3, "train/loss": 5.0}]
 
 
-def test_pictures_hold_the_images(tmp_path):
-  """Each of them, whatever its caption is, and nothing where there is none."""
+def test_examples_hold_all_images_and_words(monkeypatch, tmp_path):
+  """Every image once, at one scale, in rows of any length, whatever the words are."""
   colours = ((250, 10, 10), (10, 200, 10), (10, 10, 220))
   images = [np.full((4, 4, 3), colour, np.uint8) for colour in colours]
-  captions = ("a", "$x$ " * 30, "")
-  path = reporting.draw_images(tmp_path / "x.png", images, captions, title="$", columns=2)
+  texts = []
+  set_text = Text.set_text
+  monkeypatch.setattr(Text, "set_text", lambda self, s: texts.append(s) or set_text(self, s))
+  rows = [reporting.Row("first", images[:2], ["a", "$x$ " * 60]), reporting.Row("$", images[2:])]
+  path = reporting.draw_examples(tmp_path, rows, title="$t")
+  assert path == tmp_path / "examples.png"
   with Image.open(path) as picture:
     pixels = np.asarray(picture.convert("RGB"))
-  counts = [(pixels == colour).all(-1).sum() for colour in colours]
-  assert min(counts) == max(counts) > 10_000
-
-
-def test_rows_of_images_stand_under_their_names(monkeypatch, tmp_path):
-  """Each row its own, in its order, with the name above the first."""
-  given = []
-  monkeypatch.setattr(reporting, "draw_images", lambda *args, **named: given.append((args, named)))
-  rows = {name: np.full((3, 2, 2, 3), value, np.uint8) for name, value in (("a", 1), ("b", 2))}
-  reporting.draw_rows(tmp_path, rows, title="t")
-  (((path, images, captions), named),) = given
-  assert path == tmp_path / "images.png" and named == {"title": "t", "columns": 3}
-  assert [int(image.max()) for image in images] == [1, 1, 1, 2, 2, 2]
-  assert captions == ["a", "", "", "b", "", ""]
+  places = [np.argwhere((pixels == colour).all(-1)) for colour in colours]
+  assert len({len(place) for place in places}) == 1 and len(places[0]) > 10_000
+  top = [place.min(0) for place in places]
+  assert top[0][0] == top[1][0] < top[2][0] and top[0][1] == top[2][1] < top[1][1]
+  assert {"first", "$", "a", "$t"} <= set(texts)
+  assert any(text.startswith("$x$ $x$") and text.endswith("...") for text in texts)

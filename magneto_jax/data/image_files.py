@@ -18,6 +18,8 @@ from magneto_jax.data import documents
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 _ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 _PARTS = ("train", "validation", "test")
+# What a folder of a data set's parts holds, not of its classes.
+_NAMES_OF_PARTS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 # Of a file: what is larger would be read whole before it is known for what it is.
 _MOST_BYTES = 2**28
 
@@ -214,6 +216,11 @@ def _files(folder: str, labelled: bool, bad: documents.BadRecords) -> list[File]
       )
     names = [name for name in names if "/" in name]
     classes = sorted(name for name in _visible(folder) if os.path.isdir(os.path.join(folder, name)))
+    if len(classes) > 1 and _NAMES_OF_PARTS >= {name.lower() for name in classes}:
+      raise ValueError(
+        f"{folder} holds {', '.join(classes)}, which are parts and no classes: name these folders,"
+        " train_files the first, and validation_files another"
+      )
     if not classes:
       raise ValueError(f"{folder} has no folders of classes: put the images of each into one")
   logging.info("reading and checking %d files of %s", len(names), folder)

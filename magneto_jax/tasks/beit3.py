@@ -23,8 +23,6 @@ from magneto_jax.tasks.task import Batch, Facts
 from magneto_jax.theory import flops as theory_flops
 from magneto_jax.theory import records
 
-_CHANNELS = 3
-
 
 def architecture(config: TrainConfig, facts: Facts) -> records.Architecture:
   """What the recipe needs to know of the encoder; the correlation is the text's."""
@@ -34,11 +32,6 @@ def architecture(config: TrainConfig, facts: Facts) -> records.Architecture:
 def recipe(config: TrainConfig, facts: Facts) -> records.Stack:
   """The encoder stack's record of the config's recipe."""
   return common.recipe(config, architecture(config, facts)).encoder
-
-
-def patches(config: TrainConfig) -> int:
-  """P, how many patches an image has."""
-  return (config.model.image_size // config.model.patch_size) ** 2
 
 
 def build_model(config: TrainConfig, facts: Facts) -> MaskedBEiT3:
@@ -69,7 +62,7 @@ def build_model(config: TrainConfig, facts: Facts) -> MaskedBEiT3:
     encoder=BEiT3(
       encoder=encoder,
       vocab_size=facts["vocab_size"],
-      num_patches=patches(config),
+      num_patches=common.patches(config),
       patch_size=model.patch_size,
       max_text_length=config.data.seq_length,
     ),
@@ -90,8 +83,8 @@ def flops(config: TrainConfig, facts: Facts) -> int:
   return theory_flops.masked_pairs_step_flops(
     vocab_size=facts["vocab_size"],
     image_vocab_size=model.image_vocab_size,
-    patches=patches(config),
-    patch_pixels=_CHANNELS * model.patch_size**2,
+    patches=common.patches(config),
+    patch_pixels=common.CHANNELS * model.patch_size**2,
     seq_length=config.data.seq_length,
     batch_size=config.batch_size,
     **common.sizes(model),
@@ -103,9 +96,8 @@ def batch_spec(config: TrainConfig) -> dict[str, jax.ShapeDtypeStruct]:
   text, mask: tokens, some of them the mask's, and True for those that are not padding.
   targets, weights: of the patches, then of the text: what each was, and how much it counts.
   """
-  side, length, count = config.model.image_size, config.data.seq_length, patches(config)
+  length, count = config.data.seq_length, common.patches(config)
   shapes = {
-    "image": ((side, side, _CHANNELS), jnp.float32),
     "image_masked": ((count,), bool),
     "text": ((length,), jnp.int32),
     "mask": ((length,), bool),
@@ -113,8 +105,11 @@ def batch_spec(config: TrainConfig) -> dict[str, jax.ShapeDtypeStruct]:
     "weights": ((count + length,), jnp.float32),
   }
   return {
-    name: jax.ShapeDtypeStruct((config.batch_size, *shape), dtype)
-    for name, (shape, dtype) in shapes.items()
+    "image": common.image_spec(config),
+    **{
+      name: jax.ShapeDtypeStruct((config.batch_size, *shape), dtype)
+      for name, (shape, dtype) in shapes.items()
+    },
   }
 
 

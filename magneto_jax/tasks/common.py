@@ -1,17 +1,17 @@
 """What tasks share: from a config's fields to recipes, modules and facts."""
 
 import dataclasses
+import math
 import os
-import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from magneto_jax import reporting
 from magneto_jax.config import ConfigError, DataConfig, ModelConfig, TrainConfig, tasks_reading
-from magneto_jax.data import augmentation, images, text
+from magneto_jax.data import images, text
 from magneto_jax.data.tokenizers import ByteTokenizer
 from magneto_jax.layers.feed_forward import GATED
 from magneto_jax.tasks.task import Facts, Task, mean_nats, weighted_sums
@@ -20,9 +20,14 @@ from magneto_jax.theory import recipes, records
 # So many are counted in a tenth of a second, and settle the frequencies.
 COUNTED_TOKENS = 10_000_000
 
-# The recipes whose formulae are of a text; no other is given its correlation, so that a run whose
-# tokens were never counted can still be read.
-OF_A_TEXT = ("deepscalelm", "deepscalelm_simple")
+# The recipes whose formulae are of the input's correlation; no other is given it, so that a run
+# whose tokens were never counted can still be read.
+OF_CORRELATION = ("deepscalelm", "deepscalelm_simple")
+
+# Of an image: red, green and blue.
+CHANNELS = 3
+# So many samples are shown to a person.
+_SHOWN = 8
 
 
 def architecture(
@@ -33,9 +38,9 @@ def architecture(
   By default that is `data.seq_length`, a text's.
   """
   model = config.model
-  of_text = {}
-  if config.recipe in OF_A_TEXT:
-    of_text["token_correlation"] = input_correlation(config, facts, length)
+  of_input = {}
+  if config.recipe in OF_CORRELATION:
+    of_input["token_correlation"] = input_correlation(config, facts, length)
   return records.Architecture(
     kind=kind,
     width=model.width,
@@ -44,7 +49,7 @@ def architecture(
     dropout=model.dropout,
     embedding_tables=_tables(model),
     **layers,
-    **of_text,
+    **of_input,
   )
 
 
@@ -194,23 +199,46 @@ def load_images(
   return images.load_images(view=view, expected=expected, **values)
 
 
-def draw_batch(
-  path: str | os.PathLike,
-  config: TrainConfig,
-  data: images.ImageData,
-  batch: Mapping[str, np.ndarray],
-  *,
-  most: int = 32,
-) -> pathlib.Path:
-  """Draws the first images of a batch as the model sees them, with their labels; returns `path`."""
-  rows = range(min(most, len(batch["image"])))
-  samples = [{name: np.asarray(values[row]) for name, values in batch.items()} for row in rows]
-  return reporting.draw_images(
-    pathlib.Path(path),
-    [augmentation.denormalize(sample["image"], config.data.normalization) for sample in samples],
-    [data.caption(sample) for sample in samples],
-    title=f"{config.data.name}, {config.model.image_size} x {config.model.image_size} pixels",
-  )
+def patch_grid(config: TrainConfig) -> tuple[int, int]:
+  """(h, w), how many patches an image's sides have."""
+  side = config.model.image_size // config.model.patch_size
+  return side, side
+
+
+def patches(config: TrainConfig) -> int:
+  """P, how many patches an image has."""
+  return math.prod(patch_grid(config))
+
+
+def image_spec(config: TrainConfig) -> jax.ShapeDtypeStruct:
+  """A batch's images."""
+  side = config.model.image_size
+  return jax.ShapeDtypeStruct((config.batch_size, side, side, CHANNELS), jnp.float32)
+
+
+def dummy_images(config: TrainConfig) -> tuple:
+  """An image that initialises a model."""
+  return (jnp.zeros((1, *image_spec(config).shape[1:])),)
+
+
+def evenly_apart(count: int) -> np.ndarray:
+  """Indices of the first, the last, and some between them, of as many as a person is shown."""
+  return np.linspace(0, count - 1, min(_SHOWN, count)).astype(int)
+
+
+def shown(samples: Sequence[Mapping[str, np.ndarray]]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+  """The samples that a person is shown: their indices, and a batch of them."""
+  indices = evenly_apart(len(samples))
+  found = [samples[i] for i in indices]
+  return indices, {name: np.stack([x[name] for x in found]) for name in found[0]}
+
+
+def correlation_of_noise(config: TrainConfig) -> float:
+  """The correlation of two patches that the pixels of noise have; any image's is larger.
+
+  It changes the numbers of DeepScaleLM's recipes, and no shape.
+  """
+  return 1 / config.model.image_size**2
 
 
 def token_counts(data: text.TextData) -> np.ndarray:

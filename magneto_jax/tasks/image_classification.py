@@ -20,16 +20,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from magneto_jax import sharding
 from magneto_jax.config import ConfigError, TrainConfig
-from magneto_jax.data import images
+from magneto_jax.data import augmentation, images
 from magneto_jax.models.encoder import Encoder
 from magneto_jax.models.vision import ImageClassifier, VisionEncoder, soft_cross_entropy
+from magneto_jax.reporting import Row
 from magneto_jax.tasks import common
 from magneto_jax.tasks.task import Batch, Facts, Task, Totals, weighted_sums
 from magneto_jax.theory import flops as theory_flops
 from magneto_jax.theory import records
 
-_CHANNELS = 3
 # Known without reading them.
 CLASSES = {
   "embedded/mnist5k": 10,
@@ -50,8 +51,7 @@ _TOP = 5
 
 def length(config: TrainConfig) -> int:
   """T, how many tokens an image is: its patches, and the class token that `first` reads."""
-  model = config.model
-  return (model.image_size // model.patch_size) ** 2 + (model.pooling == "first")
+  return common.patches(config) + (config.model.pooling == "first")
 
 
 def architecture(config: TrainConfig, facts: Facts) -> records.Architecture:
@@ -70,13 +70,12 @@ def vision_encoder(config: TrainConfig, facts: Facts, **options: Any) -> VisionE
   """The config's encoder of images; with a class token where the pooling reads it."""
   common.refuse_window(config)
   model = config.model
-  side = model.image_size // model.patch_size
   sizes = common.backbone(config) | {"max_length": length(config)}
   return VisionEncoder(
     encoder=Encoder(recipe=recipe(config, facts), **sizes),
     patch_size=model.patch_size,
     class_token=model.pooling == "first",
-    relative_grid=(side, side) if model.relative_patches else None,
+    relative_grid=common.patch_grid(config) if model.relative_patches else None,
     **options,
   )
 
@@ -146,8 +145,6 @@ def patch_correlation(images_HWC: Iterable[np.ndarray]) -> float:
 def planned_facts(config: TrainConfig) -> Facts:
   """The facts that a run of the config would have, with the correlation of images of noise.
 
-  The correlation changes the numbers of DeepScaleLM's recipes, and no shape.
-
   Raises:
     ConfigError: the classes are not known without reading the data.
   """
@@ -157,7 +154,7 @@ def planned_facts(config: TrainConfig) -> Facts:
       f"the classes of data.name={config.data.name!r} are not known without reading it: to plan,"
       f" set data.name to one with as many, of {', '.join(CLASSES)}"
     )
-  return {"classes": CLASSES[name], "token_correlation": 1 / config.model.image_size**2}
+  return {"classes": CLASSES[name], "token_correlation": common.correlation_of_noise(config)}
 
 
 def measure(model: ImageClassifier, variables, batch: Batch) -> dict[str, jax.Array]:
@@ -216,6 +213,37 @@ def baselines(data: images.ImageData) -> dict[str, dict[str, float]]:
 
 
 # ---------------------------------------------------------------------------------------------
+# What a person sees
+# ---------------------------------------------------------------------------------------------
+
+
+def picture(
+  config: TrainConfig, model: ImageClassifier, variables, data: images.ImageData
+) -> list[Row]:
+  """Training images as the model sees them, with their classes, and answers to validation ones."""
+  generator = np.random.default_rng(config.seed)
+  seen = [data.augment(data.train[i], generator) for i in common.evenly_apart(len(data.train))]
+  if data.mix is not None:
+    seen = [data.mix(x, y, generator) for x, y in zip(seen, reversed(seen), strict=True)]
+  _, batch = common.shown(data.validation)
+  score = jax.jit(lambda v, x: sharding.replicate(model.apply(v, x)))
+  answers = np.asarray(score(variables, batch["image"])).argmax(-1)
+  told = [
+    data.classes[label] + ("" if label == answer else f", answered {data.classes[answer]}")
+    for label, answer in zip(batch["label"], answers, strict=True)
+  ]
+  as_image = lambda pixels: augmentation.denormalize(pixels, config.data.normalization)
+  return [
+    Row(
+      "training images, as the model sees them",
+      [as_image(x["image"]) for x in seen],
+      [data.caption(x) for x in seen],
+    ),
+    Row("validation images", as_image(batch["image"]), told),
+  ]
+
+
+# ---------------------------------------------------------------------------------------------
 
 
 def flops(config: TrainConfig, facts: Facts) -> int:
@@ -224,8 +252,8 @@ def flops(config: TrainConfig, facts: Facts) -> int:
   return theory_flops.image_step_flops(
     classes=facts["classes"],
     length=length(config),
-    patches=(model.image_size // model.patch_size) ** 2,
-    patch_pixels=_CHANNELS * model.patch_size**2,
+    patches=common.patches(config),
+    patch_pixels=common.CHANNELS * model.patch_size**2,
     batch_size=config.batch_size,
     **common.sizes(model),
   )
@@ -235,20 +263,14 @@ def batch_spec(config: TrainConfig) -> dict[str, jax.ShapeDtypeStruct]:
   """image: pixels, normalised. label, other_label, share: two classes, and how much of the image
   is of the first: 1 unless images were mixed. weights: one an image.
   """
-  rows, side = config.batch_size, config.model.image_size
+  rows = config.batch_size
   return {
-    "image": jax.ShapeDtypeStruct((rows, side, side, _CHANNELS), jnp.float32),
+    "image": common.image_spec(config),
     "label": jax.ShapeDtypeStruct((rows,), jnp.int32),
     "other_label": jax.ShapeDtypeStruct((rows,), jnp.int32),
     "share": jax.ShapeDtypeStruct((rows,), jnp.float32),
     "weights": jax.ShapeDtypeStruct((rows,), jnp.float32),
   }
-
-
-def dummy_inputs(config: TrainConfig) -> tuple:
-  """An image that initialises the model."""
-  side = config.model.image_size
-  return (jnp.zeros((1, side, side, _CHANNELS)),)
 
 
 def load_data(
@@ -270,7 +292,7 @@ TASK = Task(
   facts=facts,
   describe=lambda config, facts: records.describe(recipe(config, facts)),
   build_model=build_model,
-  dummy_inputs=dummy_inputs,
+  dummy_inputs=common.dummy_images,
   architecture=architecture,
   inputs=inputs,
   score=weighted_sums,
@@ -280,6 +302,7 @@ TASK = Task(
   planned_facts=planned_facts,
   batch_spec=batch_spec,
   measure=measure,
+  picture=picture,
   loss_name="loss_nats_per_sample",
   best=("accuracy", True),
   unit="images",

@@ -27,24 +27,15 @@ from magneto_jax.data import augmentation, images
 from magneto_jax.models.encoder import Encoder
 from magneto_jax.models.image_tokenizer import ImageTokenizer, Reconstruction
 from magneto_jax.models.vision import VisionEncoder
+from magneto_jax.reporting import Row
 from magneto_jax.tasks import common, image_classification
 from magneto_jax.tasks.task import Batch, Facts, Task, Totals
 from magneto_jax.theory import flops as theory_flops
 from magneto_jax.theory import records
 
-_CHANNELS = 3
-# So many of the validation images are drawn.
-_DRAWN = 8
-
-
 # ---------------------------------------------------------------------------------------------
 # Model
 # ---------------------------------------------------------------------------------------------
-
-
-def length(config: TrainConfig) -> int:
-  """P, how many patches an image has."""
-  return (config.model.image_size // config.model.patch_size) ** 2
 
 
 def depths(config: TrainConfig) -> dict[str, int]:
@@ -58,7 +49,7 @@ def architecture(config: TrainConfig, facts: Facts, stack: str = "encoder") -> r
 
   The correlation is that of the pixels, for the decoder too: nothing is known of codes before.
   """
-  sizes = {"length": length(config), "encoder_layers": depths(config)[stack]}
+  sizes = {"length": common.patches(config), "encoder_layers": depths(config)[stack]}
   return common.architecture(config, facts, "encoder", **sizes)
 
 
@@ -71,7 +62,8 @@ def stacks(config: TrainConfig, facts: Facts) -> dict[str, records.Stack]:
 def build_model(config: TrainConfig, facts: Facts) -> ImageTokenizer:
   """Two stacks of the config's sizes, and its codes."""
   common.refuse_window(config)
-  for name in ("vocab_chunk", "label_smoothing"):
+  # Codes follow the weights as they are, not as they are on average.
+  for name in ("vocab_chunk", "label_smoothing", "ema"):
     if value := getattr(config, name):
       raise ConfigError(
         f"config.{name}={value} is not read with config.task={config.task!r}: leave it at 0"
@@ -81,7 +73,7 @@ def build_model(config: TrainConfig, facts: Facts) -> ImageTokenizer:
       f"config.data.normalization={config.data.normalization!r} is not read with"
       f" config.task={config.task!r}, whose pixels are in [-1, 1]: set data.normalization='half'"
     )
-  model, sizes = config.model, common.backbone(config) | {"max_length": length(config)}
+  model, sizes = config.model, common.backbone(config) | {"max_length": common.patches(config)}
   make = {name: Encoder(recipe=stack, **sizes) for name, stack in stacks(config, facts).items()}
   return ImageTokenizer(
     encoder=VisionEncoder(encoder=make["encoder"], patch_size=model.patch_size, class_token=False),
@@ -122,7 +114,7 @@ def measure(model: ImageTokenizer, variables, batch: Batch) -> dict[str, jax.Arr
   found = model.apply(variables, batch["image"], return_tokens=True)
   loss, weight = score(found, batch)
   rows, size, p = *batch["image"].shape[:2], model.encoder.patch_size
-  patches = batch["image"].reshape(rows, size // p, p, size // p, p, _CHANNELS)
+  patches = batch["image"].reshape(rows, size // p, p, size // p, p, common.CHANNELS)
   plain = jnp.broadcast_to(jnp.mean(patches, axis=(2, 4), keepdims=True), patches.shape)
   of = lambda values_B: jnp.sum(values_B * batch["weights"])
   return {
@@ -175,14 +167,6 @@ def perplexity(shares: np.ndarray) -> float:
 # ---------------------------------------------------------------------------------------------
 
 
-def shown(data: images.ImageData) -> tuple[np.ndarray, Batch]:
-  """The validation images that a person is shown, evenly apart: their indices, and a batch."""
-  count = min(_DRAWN, len(data.validation))
-  indices = np.linspace(0, len(data.validation) - 1, count).astype(int)
-  samples = [data.validation[i] for i in indices]
-  return indices, {name: np.stack([x[name] for x in samples]) for name in samples[0]}
-
-
 def sample(
   config: TrainConfig, model: ImageTokenizer, variables, data: images.ImageData, key: jax.Array
 ) -> str:
@@ -192,22 +176,23 @@ def sample(
   encode = jax.jit(lambda v, x: sharding.replicate(model.apply(v, x, method="encode")))
   tokens_P = np.asarray(encode(variables, data.validation[index]["image"][None]))[0]
   digits = len(str(config.model.image_vocab_size - 1))
-  side = config.model.image_size // config.model.patch_size
-  rows = (" ".join(f"{token:{digits}}" for token in row) for row in tokens_P.reshape(side, side))
+  grid = tokens_P.reshape(common.patch_grid(config))
+  rows = (" ".join(f"{token:{digits}}" for token in row) for row in grid)
   return "\n".join([f"the tokens of validation image {index}", *rows])
 
 
 def picture(
   config: TrainConfig, model: ImageTokenizer, variables, data: images.ImageData
-) -> dict[str, np.ndarray]:
+) -> list[Row]:
   """Validation images, evenly apart, and below them what is read from their tokens."""
-  pixels = shown(data)[1]["image"]
+  pixels = common.shown(data.validation)[1]["image"]
   restore = jax.jit(lambda v, x: sharding.replicate(model.apply(v, x).images_BHWC))
   as_image = lambda pixels: augmentation.denormalize(pixels, config.data.normalization)
-  return {
-    "validation images": as_image(pixels),
-    f"from {length(config)} tokens each": as_image(np.asarray(restore(variables, pixels))),
-  }
+  restored = as_image(np.asarray(restore(variables, pixels)))
+  return [
+    Row("validation images", as_image(pixels)),
+    Row(f"from {common.patches(config)} tokens each", restored),
+  ]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -219,13 +204,13 @@ def products(config: TrainConfig) -> dict[str, int]:
   pixels: of the patches' projection. encoder: behind that, to the encodings. nearest: of these with
   the codes. decoder: from the codes to pixels.
   """
-  model, patches = config.model, length(config)
+  model, patches = config.model, common.patches(config)
   sizes = common.sizes(model)
   stack = {
     name: theory_flops.stack_products(**sizes | {"layers": layers}, length=patches)
     for name, layers in depths(config).items()
   }
-  pixels, dense = _CHANNELS * model.patch_size**2 * model.width, model.width**2
+  pixels, dense = common.CHANNELS * model.patch_size**2 * model.width, model.width**2
   code = model.width * model.codebook_width
   return {
     "pixels": patches * pixels,
@@ -251,10 +236,9 @@ def flops(config: TrainConfig, facts: Facts) -> int:
 
 def batch_spec(config: TrainConfig) -> dict[str, jax.ShapeDtypeStruct]:
   """image: pixels, normalised. weights: one an image."""
-  rows, side = config.batch_size, config.model.image_size
   return {
-    "image": jax.ShapeDtypeStruct((rows, side, side, _CHANNELS), jnp.float32),
-    "weights": jax.ShapeDtypeStruct((rows,), jnp.float32),
+    "image": common.image_spec(config),
+    "weights": jax.ShapeDtypeStruct((config.batch_size,), jnp.float32),
   }
 
 
@@ -277,14 +261,14 @@ TASK = Task(
     for line in records.describe(stack)
   ],
   build_model=build_model,
-  dummy_inputs=image_classification.dummy_inputs,
+  dummy_inputs=common.dummy_images,
   architecture=architecture,
   inputs=inputs,
   score=score,
   metrics=metrics,
   baselines=lambda data: {},
   flops=flops,
-  planned_facts=lambda config: {"token_correlation": 1 / config.model.image_size**2},
+  planned_facts=lambda config: {"token_correlation": common.correlation_of_noise(config)},
   batch_spec=batch_spec,
   measure=measure,
   sample=sample,
@@ -293,6 +277,6 @@ TASK = Task(
   best=("mean_squared_error", False),
   unit="images",
   size=lambda config: 1,
-  length=length,
+  length=common.patches,
   fact_kinds={},
 )

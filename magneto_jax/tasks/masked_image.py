@@ -24,12 +24,12 @@ from magneto_jax import sharding
 from magneto_jax.config import ConfigError, ModelConfig, TrainConfig, from_config_dict
 from magneto_jax.data import augmentation, images, patch_masks
 from magneto_jax.models.masked_image import Frozen, MaskedImageModel
+from magneto_jax.reporting import Row
 from magneto_jax.tasks import common, image_classification, image_tokenizer
 from magneto_jax.tasks.task import Batch, Facts, Task, Totals, weighted_sums
 from magneto_jax.theory import flops as theory_flops
 from magneto_jax.theory import records
 
-_CHANNELS = 3
 # What a tokenizer is given of the model's sizes where no run says its own.
 _TOKENIZER_SIZES = ("layers", "width", "ffn_width", "heads", "image_size", "patch_size")
 _TOKENIZER_SIZES += ("image_vocab_size", "dtype")
@@ -41,9 +41,8 @@ _SEEN, _RIGHT, _WRONG = "·", "o", "x"
 
 def masks(config: TrainConfig) -> patch_masks.PatchMasks:
   """The masks that the config asks for."""
-  side = config.model.image_size // config.model.patch_size
-  count = patch_masks.count_of(config.data.mask_rate, side * side)
-  return patch_masks.PatchMasks((side, side), count, config.data.mask_block)
+  count = patch_masks.count_of(config.data.mask_rate, common.patches(config))
+  return patch_masks.PatchMasks(common.patch_grid(config), count, config.data.mask_block)
 
 
 def load_data(
@@ -174,12 +173,11 @@ def sample(
 ) -> str:
   """One of the images of the picture, patch by patch: seen, answered right, or wrong."""
   del key
-  indices, batch = image_tokenizer.shown(data)
+  indices, batch = common.shown(data.validation)
   one, found = len(indices) // 2, answered(model, variables, batch)
   right_P = np.asarray(found["tokens"] == found["filled"])[one]
   marks = np.where(batch["masked"][one], np.where(right_P, _RIGHT, _WRONG), _SEEN)
-  side = config.model.image_size // config.model.patch_size
-  rows = "\n".join(" ".join(row) for row in marks.reshape(side, side))
+  rows = "\n".join(" ".join(row) for row in marks.reshape(common.patch_grid(config)))
   return (
     f"the patches of validation image {indices[one]}: {_SEEN} seen, {_RIGHT} hidden and answered"
     f" right, {_WRONG} wrong\n{rows}"
@@ -188,21 +186,21 @@ def sample(
 
 def picture(
   config: TrainConfig, model: MaskedImageModel, variables, data: images.ImageData
-) -> dict[str, np.ndarray]:
+) -> list[Row]:
   """Validation images; what is seen of them; what is answered; and what could be."""
-  _, batch = image_tokenizer.shown(data)
+  _, batch = common.shown(data.validation)
   found = answered(model, variables, batch)
   as_image = lambda pixels: augmentation.denormalize(np.asarray(pixels), config.data.normalization)
   whole, pictures = as_image(batch["image"]), as_image(found["pictures"])
-  side, size = config.model.image_size // config.model.patch_size, config.model.patch_size
-  hidden = batch["masked"].reshape(-1, side, side, 1).repeat(size, 1).repeat(size, 2)
-  return {
-    "validation images": whole,
-    "what is seen": np.where(hidden, np.uint8(_GREY), whole),
-    "hidden patches answered, the others as they are": np.where(hidden, pictures, whole),
-    "all patches from tokens, the hidden ones' answered": pictures,
-    "all patches from tokens, nothing hidden": as_image(found["restored"]),
-  }
+  size, grid = config.model.patch_size, common.patch_grid(config)
+  hidden = batch["masked"].reshape(-1, *grid, 1).repeat(size, 1).repeat(size, 2)
+  return [
+    Row("validation images", whole),
+    Row("what is seen", np.where(hidden, np.uint8(_GREY), whole)),
+    Row("hidden patches answered, the others as they are", np.where(hidden, pictures, whole)),
+    Row("all patches from tokens, the hidden ones' answered", pictures),
+    Row("all patches from tokens, nothing hidden", as_image(found["restored"])),
+  ]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -222,7 +220,7 @@ def flops(config: TrainConfig, facts: Facts) -> int:
   length = image_classification.length(config)
   stack = theory_flops.stack_products(length=length, **common.sizes(model))
   head = count * model.width * model.image_vocab_size
-  pixels = model.image_size**2 * _CHANNELS * model.width
+  pixels = model.image_size**2 * common.CHANNELS * model.width
   encoding = image_tokenizer.encoding_products(tokenizer(config, facts)[0])
   # Pixels need no gradient: two products, not three; the tokenizer needs none at all.
   return config.batch_size * (6 * (stack + head) + 4 * pixels + 2 * encoding)
@@ -230,22 +228,24 @@ def flops(config: TrainConfig, facts: Facts) -> int:
 
 def batch_spec(config: TrainConfig) -> dict[str, jax.ShapeDtypeStruct]:
   """image: pixels. masked, places, weights: see `data.patch_masks`."""
-  side, drawing = config.model.image_size, masks(config)
+  drawing = masks(config)
   shapes = {
-    "image": ((side, side, _CHANNELS), jnp.float32),
-    "masked": ((drawing.grid[0] * drawing.grid[1],), bool),
+    "masked": ((common.patches(config),), bool),
     "places": ((drawing.count,), jnp.int32),
     "weights": ((drawing.count,), jnp.float32),
   }
   return {
-    name: jax.ShapeDtypeStruct((config.batch_size, *shape), dtype)
-    for name, (shape, dtype) in shapes.items()
+    "image": common.image_spec(config),
+    **{
+      name: jax.ShapeDtypeStruct((config.batch_size, *shape), dtype)
+      for name, (shape, dtype) in shapes.items()
+    },
   }
 
 
 def planned_facts(config: TrainConfig) -> Facts:
   """The facts that a run of the config would have, with the correlation of images of noise."""
-  return {"token_correlation": 1 / config.model.image_size**2}
+  return {"token_correlation": common.correlation_of_noise(config)}
 
 
 def describe(config: TrainConfig, facts: Facts) -> list[str]:
@@ -263,7 +263,7 @@ TASK = Task(
   facts=facts,
   describe=describe,
   build_model=build_model,
-  dummy_inputs=lambda config: (jnp.zeros((1, *batch_spec(config)["image"].shape[1:])),),
+  dummy_inputs=common.dummy_images,
   architecture=image_classification.architecture,
   inputs=inputs,
   score=weighted_sums,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from magneto_jax import reporting
 from magneto_jax.config import TrainConfig
 from magneto_jax.decoding import Translator
 from magneto_jax.theory.records import Architecture
@@ -82,8 +83,8 @@ class Task(NamedTuple):
       sum over batches is taken, and arrays [batch, ...], which are joined in the samples' order;
       `loss` and `weight` are among the numbers. None: these two, of `score`.
     sample: `(config, model, variables, data, key) -> text` that shows what the model does, or None.
-    picture: `(config, model, variables, data) -> {row: images [N, H, W, 3], uint8}`: what is drawn,
-      row by row, at the end of a run, on every host; None: nothing is.
+    picture: `(config, model, variables, data) -> rows of images` that are drawn at the end of a
+      run; called on every host; None: nothing is drawn.
     counts: `data -> {name: number}`: how much there is of the validation set, and what of it the
       metrics leave out or see changed.
     judge: `(config, model, variables, data, mesh) -> ({name: value}, number of texts)`: further
@@ -115,7 +116,7 @@ class Task(NamedTuple):
   batch_spec: Callable[[TrainConfig], dict[str, jax.ShapeDtypeStruct]]
   measure: Callable[[nn.Module, Any, Batch], dict[str, jax.Array]] | None = None
   sample: Callable[..., str | None] = lambda config, model, variables, data, key: None
-  picture: Callable[..., dict[str, np.ndarray]] | None = None
+  picture: Callable[..., list[reporting.Row]] | None = None
   counts: Callable[[Data], dict[str, int]] = lambda data: {"samples": len(data.validation)}
   judge: Callable[..., tuple[dict[str, float], int]] | None = None
   signatures: Callable[[], dict[str, str]] = dict

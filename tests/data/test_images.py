@@ -446,6 +446,12 @@ REFUSED = {
     lambda folder: (folder / "bee").mkdir(),
     "own/bee has no images: fill it or remove it",
   ),
+  "parts of a data set": (
+    lambda folder: [
+      (folder / a).rename(folder / b) for a, b in (("ant", "Train"), ("zebra", "val"))
+    ],
+    "own holds Train, val, which are parts and no classes: name these folders",
+  ),
   "one class": (
     lambda folder: shutil.rmtree(folder / "ant"),
     "own has the class 'zebra' only: there is nothing to tell apart",

@@ -26,7 +26,7 @@ from magneto_jax.theory.records import Init
 
 TASK = TASKS["causal_lm"]
 FACTS = {"vocab_size": 20, "token_correlation": 0.02}
-OF_A_TEXT = ("deepscalelm", "deepscalelm_simple")
+OF_CORRELATION = ("deepscalelm", "deepscalelm_simple")
 
 # Every field: a value that is not the default, the model's attribute, and what that is then.
 REACHED = {
@@ -96,7 +96,7 @@ def test_options_reach_the_recipe():
   assert build("magneto_torchscale", bert_init=True).layers[0].self_attention.qk == Init(
     "normal", gain=0.02
   )
-  for recipe in OF_A_TEXT:
+  for recipe in OF_CORRELATION:
     config = from_config_dict({"recipe": recipe})
     architecture = causal_lm.architecture(config, FACTS)
     for options in (
@@ -142,7 +142,7 @@ def test_the_correlation_is_counted_in_the_training_text(counted, tmp_path, monk
   assert json.loads(json.dumps(found)) == found  # As a run keeps it.
 
 
-@pytest.mark.parametrize("recipe", OF_A_TEXT)
+@pytest.mark.parametrize("recipe", OF_CORRELATION)
 def test_the_correlation_at_the_input_counts_what_is_added_to_the_tokens(recipe):
   """One table, or two of which positions never agree, or an encoding of its own correlation.
 
@@ -198,7 +198,7 @@ def test_the_correlation_is_that_of_a_drawn_embedding():
 def test_a_run_whose_tokens_were_not_counted_is_read_unless_its_recipe_goes_by_them(recipe):
   """As runs of earlier versions are; a correlation that is not known is not made up."""
   config, old = reading(recipe, positions="rotary"), {"vocab_size": 20}
-  if recipe not in OF_A_TEXT:
+  if recipe not in OF_CORRELATION:
     assert TASK.build_model(config, old) == TASK.build_model(config, FACTS | old)
     assert TASK.describe(config, old) == TASK.describe(config, FACTS)
     return

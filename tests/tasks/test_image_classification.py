@@ -11,7 +11,7 @@ import pytest
 
 from magneto_jax import diagnostics, evaluation, training
 from magneto_jax.config import ConfigError, from_config_dict
-from magneto_jax.tasks import TASKS, image_classification
+from magneto_jax.tasks import TASKS, common, image_classification
 from tests.models.common import compiled
 
 TASK = TASKS["image_classification"]
@@ -221,6 +221,25 @@ def test_the_stack_of_a_classifier_is_found_and_its_targets_left_out():
   spec = TASK.batch_spec(config_of(batch_size=2))
   call = diagnostics.calls_of(TASK)(spec, jax.random.key(0)).without_targets()
   assert not call.kwargs
+
+
+def test_a_person_sees_what_the_model_is_given_and_what_it_answers(tmp_path):
+  """Mixed images with what they are mixed of, and validation images with the wrong answers."""
+  config = config_of(data={"augment": {"mixup": 1.0, "mix_rate": 1.0}})
+  data = TASK.load_data(config, tmp_path, None)
+  is_even = lambda images: images[:, 14, 14, 0] > 0
+  scores = lambda variables, images: jnp.stack([is_even(images), ~is_even(images)], axis=-1)
+  train, validation = TASK.picture(config, types.SimpleNamespace(apply=scores), {}, data)
+  assert all("%" in caption for caption in train.captions)
+  for row in (train, validation):
+    assert len(row.images) == len(row.captions) == 8
+    assert all(image.shape == (28, 28, 3) and image.dtype == np.uint8 for image in row.images)
+  indices, batch = common.shown(data.validation)
+  assert list(indices) == sorted(set(indices)) and indices[0] == 0 and indices[-1] == 499
+  answers = np.where(np.asarray(validation.images)[:, 14, 14, 0] > 127, 0, 1)
+  both = zip(batch["label"], answers, strict=True)
+  told = [f"{x}" if x == y else f"{x}, answered {y}" for x, y in both]
+  assert list(validation.captions) == told
 
 
 @pytest.mark.ci

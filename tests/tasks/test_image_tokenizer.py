@@ -123,6 +123,7 @@ def test_the_stacks_have_depths_of_their_own_and_are_found():
   [
     ({"label_smoothing": 0.1}, "label_smoothing=0.1 is not read with"),
     ({"vocab_chunk": 8}, "vocab_chunk=8 is not read with"),
+    ({"ema": 0.9}, "ema=0.9 is not read with"),
     ({"data": {"normalization": "imagenet"}}, "set data.normalization='half'"),
     ({"model": {"window": 3}}, "set model.window=0"),
   ],
@@ -195,7 +196,7 @@ def test_a_run_is_kept_whole_with_its_codes(tmp_path):
   for name, value in found.items():
     assert whole[f"validation_{name}"] == pytest.approx(value, rel=1e-5), name
   assert whole["sample"].splitlines()[0] == "the tokens of validation image 78"
-  assert (tmp_path / "whole" / reporting.IMAGES).stat().st_size > 10_000
+  assert (tmp_path / "whole" / reporting.EXAMPLES).stat().st_size > 10_000
   images = TASK.load_data(config, tmp_path).validation[0]["image"][None]
   tokens = model.apply(variables, images, method="encode")
   assert tokens.shape == (1, 4) and model.apply(variables, tokens, method="decode").shape == (

@@ -13,7 +13,7 @@ import magneto_jax
 from magneto_jax import pretrained, runs, sharding, training
 from magneto_jax.checkpoints import Checkpointer
 from magneto_jax.config import ConfigError, from_config_dict
-from magneto_jax.tasks import TASKS, image_tokenizer, masked_image
+from magneto_jax.tasks import TASKS, common, masked_image
 from tests.models.common import compiled
 
 TASK = TASKS["masked_image"]
@@ -173,7 +173,7 @@ def test_the_sample_marks_every_patch(loaded, built):
   config, model, variables = built
   data, index = loaded[1], 285  # The fifth of eight.
   batch = batch_of(data, [index])
-  indices, both = image_tokenizer.shown(data)
+  indices, both = common.shown(data.validation)
   assert indices.tolist() == [0, 71, 142, 213, 285, 356, 427, 499]
   tokens = np.asarray(masked_image.answered(model, variables, both)["tokens"])[4]
   answer = tokens[batch["masked"][0]][0]
@@ -188,12 +188,12 @@ def test_the_sample_marks_every_patch(loaded, built):
 
 def test_only_hidden_patches_are_answered_and_only_they_are_drawn_anew(loaded, built):
   config, model, variables = built
-  _, batch = image_tokenizer.shown(loaded[1])
+  _, batch = common.shown(loaded[1].validation)
   found = jax.tree.map(np.asarray, masked_image.answered(model, variables, batch))
   seen = ~batch["masked"]
   np.testing.assert_array_equal(found["filled"][seen], found["tokens"][seen])
   assert (found["filled"] != found["tokens"]).any()
-  rows = list(TASK.picture(config, model, variables, loaded[1]).values())
+  rows = [row.images for row in TASK.picture(config, model, variables, loaded[1])]
   assert {(x.dtype.name, x.shape) for x in rows} == {("uint8", (8, SIDE, SIDE, 3))}
   whole, visible, answered, pictures, restored = rows
   hidden = batch["masked"].reshape(8, 4, 4).repeat(7, 1).repeat(7, 2)
