@@ -21,6 +21,7 @@ import rich.table
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+_CODE = (".", ":(exclude)benchmarks/results")
 # With which the README gives its commands; of Linux, and of speed alone.
 README_VARIABLES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
@@ -205,7 +206,8 @@ def provenance(benchmark: str, variables: Mapping[str, str] | None = None) -> di
     "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     "command": shlex.join(["python", "-m", f"benchmarks.{benchmark}", *sys.argv[1:]]),
     "git_commit": _git("rev-parse", "HEAD"),
-    "git_clean": _git("status", "--porcelain", "--untracked-files=no") == "",
+    # But for the results, which the run before may have written and nothing reads.
+    "git_clean": _git("status", "--porcelain", "--untracked-files=no", "--", *_CODE) == "",
     "machine": _machine(),
     "load_average_at_start": os.getloadavg()[0],
     "environment": inherited | dict(variables or {}),

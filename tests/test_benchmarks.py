@@ -24,6 +24,7 @@ from benchmarks import (
 )
 from benchmarks.shapes import Attention
 from magneto_jax.data.labelled import Row
+from tests.kernels import elsewhere
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -261,6 +262,7 @@ def test_breakdown_adds_up():
   }
 
 
+@elsewhere.ONE_AT_A_TIME
 def test_tpu_static_cost(tmp_path):
   """Our kernels beside splash's, from the compiler's own dump."""
   path = tmp_path / "cost.json"

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from magneto_jax import hardware
+from tests.kernels import elsewhere
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -163,6 +164,7 @@ def test_an_all_to_all_of_a_torus_crosses_its_middle():
 
 
 @pytest.mark.ci
+@elsewhere.ONE_AT_A_TIME
 def test_the_compilers_devices_are_those_of_the_table():
   """Of each TPU, on its smallest topologies; and its words where there is no such shape."""
   assert importlib.util.find_spec("libtpu"), "no TPU compiler: pip install -e '.[plan]'"

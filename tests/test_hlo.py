@@ -42,6 +42,7 @@ def test_programs_cost_what_they_do(name):
 
 
 @pytest.mark.ci
+@elsewhere.ONE_AT_A_TIME
 def test_a_tpus_program_costs_the_same():
   """Loops without a stated count, products as convolutions, collectives cut into three."""
   assert importlib.util.find_spec("libtpu"), "no TPU compiler: pip install -e '.[plan]'"

@@ -18,6 +18,7 @@ from magneto_jax.config import ConfigError, from_config_dict
 from magneto_jax.plan import DOES_NOT_FIT
 from magneto_jax.tasks import TASKS
 from tests import simulated
+from tests.kernels import elsewhere
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = f"--config={ROOT / 'configs' / 'gpt.py'}:tiny"
@@ -254,6 +255,7 @@ TPU = [
 ]
 
 
+@elsewhere.ONE_AT_A_TIME
 @pytest.mark.parametrize(
   "name",
   [

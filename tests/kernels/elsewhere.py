@@ -10,12 +10,16 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from magneto_jax import kernels
 
 # From JAX 0.11 on, Triton's kernels are lowered for one kind of GPU, which has to be named where
 # there is none; JAX 0.10 lets it be named. Those of other platforms need no name.
 DEVICES = {"cuda": jax.sharding.AbstractDevice("NVIDIA H100", None, "gpu")}
+# Tests that load libtpu, which belongs to one process at a time: with `--dist=loadgroup` they are
+# given to one worker.
+ONE_AT_A_TIME = pytest.mark.xdist_group("libtpu")
 # The environment in which libtpu compiles.
 LIBTPU = {
   "JAX_PLATFORMS": "cpu",

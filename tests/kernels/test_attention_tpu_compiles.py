@@ -21,6 +21,8 @@ from magneto_jax import kernels
 from tests.kernels import elsewhere
 
 # The smallest of each generation.
+# Which compiles all of a topology's at once, for one worker.
+pytestmark = elsewhere.ONE_AT_A_TIME
 TOPOLOGIES = [
   pytest.param("v5e:2x2", marks=pytest.mark.ci),
   *(pytest.param(name, marks=pytest.mark.slow) for name in ("v5:2x2x1", "v6e:2x2", "tpu7x:2x2x1")),

@@ -200,6 +200,8 @@ def measured(suite: str) -> dict[str, dict]:
   return elsewhere.compiled_apart("tests.kernels.test_ring", suite, variables, timeout=1200)
 
 
+# One worker has all, which one process computes.
+@pytest.mark.xdist_group("ring")
 @pytest.mark.parametrize(
   "suite, name",
   [
@@ -293,6 +295,7 @@ def compile_for_chips() -> None:
 
 
 @pytest.mark.ci
+@elsewhere.ONE_AT_A_TIME
 def test_chips_send_the_next_keys_while_they_attend():
   """Each pass: its own keys, the loop, the last ones. In each loop all that is sent is on its way
   while the kernel runs: keys and values, and backwards their gradients.
