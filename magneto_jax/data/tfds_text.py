@@ -368,8 +368,10 @@ def _builder(name: str, where: Mapping[str, str]) -> Any:
   """TFDS's builder of what it finds on disk; sounds are features that need no TensorFlow."""
   import tensorflow_datasets as tfds
   from tensorflow_datasets.core import dataset_info, read_only_builder
+  from tensorflow_datasets.core.utils import error_utils
 
-  found = read_only_builder._find_builder_dir(name, **where)
+  with error_utils.reraise_with_context(tfds.core.DatasetNotFoundError):
+    found = read_only_builder._find_builder_dir(name, **where)
   audio = _audio_features(pathlib.Path(found)) if found else {}
   if not audio:
     return read_only_builder.builder_from_files(name, **where)

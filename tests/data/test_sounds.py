@@ -172,7 +172,10 @@ BAD = {
   "a constant": (encoded(np.full(RATE, 0.25)), "it is silent: all"),
   "a constant of another rate": (encoded(np.full(8000, 0.25), rate=8000), "it is silent: all"),
   "next to nothing": (encoded(1e-6 * tones(300), subtype="FLOAT"), "it is silent: all"),
-  "too high": (encoded(np.hanning(RATE) * tones(7000)), "it is silent: nothing of it is heard"),
+  "too high": (
+    encoded(np.hanning(RATE) * tones(7000), subtype="FLOAT"),
+    "it is silent: nothing of it is heard",
+  ),
   "too short": (encoded(tones(300, seconds=0.09)), "it has 0.090 seconds, fewer than 0.1"),
   "too slow": (encoded(tones(3), rate=500), "it has 500 samples a second, fewer than 1000"),
   "not finite": (encoded(np.full(RATE, np.nan), subtype="FLOAT"), "samples that are not finite"),
