@@ -196,7 +196,7 @@ def load_speech(
     too_long: what is done with a sound longer than `max_seconds`, or a text of more than
       `seq_length` tokens: "refuse" or "skip", in both parts.
     expected: the `identity` of an earlier call, whose utterances these must be: others are refused
-      before anything is written. Without its `validation` any may be evaluated on.
+      before a tokenizer is made. Without its `validation` any may be evaluated on.
     **options: the fields of `speech_sources.SpeechOptions`.
 
   Returns:
