@@ -439,6 +439,8 @@ def load_tokenizer(workdir: str | pathlib.Path) -> tokenizers.Tokenizer:
   record = held_record(workdir)
   if record.config.data.tokenizer == "byte":
     return tokenizers.ByteTokenizer()
-  path = data_in(workdir) / text.TOKENIZER_FILE
+  is_char = record.config.data.tokenizer == "char"
+  kind = tokenizers.CharTokenizer if is_char else tokenizers.SentencePieceTokenizer
+  path = data_in(workdir) / (text.CHARACTERS_FILE if is_char else text.TOKENIZER_FILE)
   with config_errors():
-    return tokenizers.SentencePieceTokenizer.load(path, record.data.get("tokenizer", {}))
+    return kind.load(path, record.data.get("tokenizer", {}))

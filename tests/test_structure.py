@@ -314,7 +314,7 @@ def test_no_text_names_a_machine():
 def test_import_is_light():
   """`import magneto_jax` stays quick: what only some users need is imported where it is used."""
   heavy = ["tensorflow_datasets", "orbax", "tensorflow", "torch", "matplotlib", "flax.nnx"]
-  heavy += ["sacrebleu"]
+  heavy += ["sacrebleu", "jiwer", "soundfile", "soxr"]
   code = f"import sys, magneto_jax; print([m for m in {heavy} if m in sys.modules])"
   result = subprocess.run(
     [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT

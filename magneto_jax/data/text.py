@@ -12,6 +12,7 @@ import numpy as np
 from magneto_jax.data import documents, files, packing, sources, tokenizers
 
 TOKENIZER_FILE = "tokenizer.model"
+CHARACTERS_FILE = "characters.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,12 +166,15 @@ def changed_part(
 
 
 def _kept(
-  kept: pathlib.Path, tokenizer_file: str, expected: Mapping[str, Any]
+  kind: type[tokenizers.SentencePieceTokenizer] | type[tokenizers.CharTokenizer],
+  kept: pathlib.Path,
+  tokenizer_file: str,
+  expected: Mapping[str, Any],
 ) -> tokenizers.Tokenizer:
   """The tokenizer that a run keeps; the file it came from may be gone, but not be another."""
-  loaded = tokenizers.SentencePieceTokenizer.load(kept, expected)
+  loaded = kind.load(kept, expected)
   if tokenizer_file and os.path.exists(tokenizer_file):
-    given = tokenizers.SentencePieceTokenizer.load(tokenizer_file)
+    given = kind.load(tokenizer_file)
     if given.identity != loaded.identity:
       raise ValueError(f"{tokenizer_file=} is not the one that this run was started with")
   return loaded
@@ -201,7 +205,7 @@ def _sentencepiece(
   """The user's model, of which the run keeps a copy; or the run's own; or one trained for it."""
   model, note = workdir / TOKENIZER_FILE, workdir / "tokenizer.json"
   if expected is not None and model.exists():
-    return _kept(model, tokenizer_file, expected)
+    return _kept(tokenizers.SentencePieceTokenizer, model, tokenizer_file, expected)
   if tokenizer_file:
     loaded = tokenizers.SentencePieceTokenizer.load(tokenizer_file)
     files.write_durably(model, loaded.model)
@@ -221,4 +225,32 @@ def _sentencepiece(
   return tokenizers.SentencePieceTokenizer.load(model)
 
 
+def _char(
+  train: documents.Documents,
+  workdir: pathlib.Path,
+  vocab_size: int,
+  tokenizer_file: str,
+  expected: Mapping[str, Any] | None,
+  bad: documents.BadRecords,
+) -> tokenizers.Tokenizer:
+  """The characters of a file of the user's, of which the run keeps a copy; or the text's own."""
+  del vocab_size  # The text's.
+  kept = workdir / CHARACTERS_FILE
+  if expected is not None and kept.exists():
+    return _kept(tokenizers.CharTokenizer, kept, tokenizer_file, expected)
+  if tokenizer_file:
+    made = tokenizers.CharTokenizer.load(tokenizer_file)
+  else:
+    made = tokenizers.CharTokenizer.of(bad.readable(train))
+    if kept.exists() and tokenizers.CharTokenizer.load(kept).identity != made.identity:
+      raise ValueError(
+        f"{kept} holds the characters of other text: delete it if nothing needs it, choose another"
+        f" workdir, or set tokenizer_file={str(kept)!r} to use it as it is"
+      )
+  files.write_durably(kept, made.content)
+  return made
+
+
 TOKENIZERS = {"byte": _byte, "sentencepiece": _sentencepiece}
+# Of what need not be given back exactly: texts that are recognised or written, not read.
+LOSSY_TOKENIZERS = {**TOKENIZERS, "char": _char}

@@ -1,4 +1,4 @@
-"""Texts and images from TFDS, read through ArrayRecord files: no TensorFlow, no network.
+"""Texts, images and sounds from TFDS, read through ArrayRecord files: no TensorFlow, no network.
 
 Whether a data set is there is decided by looking on disk, because asking TFDS to build one that
 is not makes it search the network, for minutes where there is none.
@@ -18,6 +18,10 @@ import numpy as np
 from magneto_jax.data import documents, files
 
 T = TypeVar("T")
+
+# Where TFDS notes a data set's features, and what it calls a plain one.
+_FEATURES = "features.json"
+_TENSOR = "tensorflow_datasets.core.features.tensor_feature.Tensor"
 
 
 def tfds_text(
@@ -154,6 +158,63 @@ def tfds_pictures(
   )
 
 
+class Spoken(NamedTuple):
+  """Sounds with a text each.
+
+  Attributes:
+    size: number of examples.
+    read: index -> what `convert` made of the sound, and the text; BadRecord if the example is
+      damaged.
+    place: index -> the file that holds it, and its index in there.
+    identity: JSON-able values that name the split's content.
+  """
+
+  size: int
+  read: Callable[[int], tuple[Any, str]]
+  place: Callable[[int], tuple[str, int]]
+  identity: dict[str, Any]
+
+
+def tfds_sounds(
+  name: str,
+  *,
+  split: str,
+  audio_key: str,
+  text_key: str,
+  convert: Callable[[np.ndarray | bytes, int], Any],
+  data_dir: str = "",
+) -> Spoken:
+  """Sounds and texts of one split of a prepared TFDS data set; see `tfds_text`.
+
+  Args:
+    name, split, data_dir: see `tfds_text`.
+    audio_key: the feature that holds the sound, of TFDS's Audio.
+    text_key: that of the text.
+    convert: `(samples, their rate) -> anything`; samples are integers [S] or [S, channels], or, of
+      a data set that keeps sounds as they were, the bytes of their files.
+  """
+  prepared = _Split(name, split, data_dir)
+  info = prepared.info
+  if text_key not in (possible := _text_keys(info.features)):
+    raise ValueError(
+      f"{info.full_name} has no text feature {text_key!r}; data.text_key can be {possible}"
+    )
+  audio = _audio_features(pathlib.Path(prepared.directory))
+  if audio_key not in audio:
+    raise ValueError(
+      f"{info.full_name} has no Audio {audio_key!r}; data.audio_key can be one of {sorted(audio)}"
+    )
+  noted = audio[audio_key]["audio"]
+  rate = int(noted.get("sampleRate", 0))
+  if not rate and not noted.get("lazyDecode"):
+    raise ValueError(f"{info.full_name} does not say how many samples a second {audio_key!r} has")
+  read = prepared.reader(
+    lambda example: (convert(example[audio_key], rate), _as_text(example[text_key]))
+  )
+  identity = prepared.identity | {"audio_key": audio_key, "text_key": text_key}
+  return Spoken(prepared.size, read, prepared.place, identity)
+
+
 class Columns(NamedTuple):
   """Texts with a label each.
 
@@ -210,6 +271,7 @@ class _Split:
 
     builder = _prepared_builder(name, data_dir)
     self.info = info = builder.info
+    self.directory = str(builder.data_path)
     try:
       self._shards = info.splits[split].file_instructions
     except (KeyError, ValueError):
@@ -275,7 +337,6 @@ def _prepared_builder(name: str, data_dir: str) -> Any:
   # Without these two imports c4, wikipedia, wmt14_translate, ... are not registered.
   import tensorflow_datasets.text
   import tensorflow_datasets.translate
-  from tensorflow_datasets.core import read_only_builder
 
   where = {"data_dir": os.path.expanduser(data_dir)} if data_dir else {}
   directory = data_dir or tfds.core.constants.DATA_DIR
@@ -283,7 +344,7 @@ def _prepared_builder(name: str, data_dir: str) -> Any:
   _refuse_foreign_features(dataset)
   try:
     # Not `tfds.builder`: it falls back on the data set's code, whose constructor asks a bucket.
-    builder = read_only_builder.builder_from_files(name, **where)
+    builder = _builder(name, where)
   except tfds.core.DatasetNotFoundError:
     raise _not_prepared(name, directory) from None
   except Exception as error:  # Of damaged metadata: JSON's, protocol buffers' or TFDS's own.
@@ -303,6 +364,38 @@ def _prepared_builder(name: str, data_dir: str) -> Any:
   )
 
 
+def _builder(name: str, where: Mapping[str, str]) -> Any:
+  """TFDS's builder of what it finds on disk; sounds are features that need no TensorFlow."""
+  import tensorflow_datasets as tfds
+  from tensorflow_datasets.core import dataset_info, read_only_builder
+  from tensorflow_datasets.core.utils import error_utils
+
+  with error_utils.reraise_with_context(tfds.core.DatasetNotFoundError):
+    found = read_only_builder._find_builder_dir(name, **where)
+  audio = _audio_features(pathlib.Path(found)) if found else {}
+  if not audio:
+    return read_only_builder.builder_from_files(name, **where)
+  # TFDS's Audio imports TensorFlow when it is made; what is stored is a tensor, or a file's bytes.
+  noted = files.read_json(pathlib.Path(found, _FEATURES))
+  held = noted["featuresDict"]["features"]
+  for key, feature in audio.items():
+    kept = {k: v for k, v in feature["audio"].items() if k in ("shape", "dtype", "encoding")}
+    if feature["audio"].get("lazyDecode"):
+      kept |= {"shape": {}, "dtype": "string"}
+    held[key] = {"pythonClassName": _TENSOR, "tensor": kept}
+  proto = dataset_info.read_proto_from_builder_dir(found)
+  proto.features.CopyFrom(tfds.features.FeatureConnector.from_json(noted).to_proto())
+  return read_only_builder.ReadOnlyBuilder(found, info_proto=proto)
+
+
+def _audio_features(folder: pathlib.Path) -> dict[str, Mapping[str, Any]]:
+  """The features that hold sounds, by name, as TFDS noted them; none of what is from long ago."""
+  if not (folder / _FEATURES).exists():
+    return {}
+  held = files.read_json(folder / _FEATURES).get("featuresDict", {}).get("features", {})
+  return {key: feature for key, feature in held.items() if "audio" in feature}
+
+
 def _refuse_foreign_features(folder: pathlib.Path) -> None:
   """TFDS imports whatever module a features.json names: only its own may be named."""
 
@@ -313,7 +406,7 @@ def _refuse_foreign_features(folder: pathlib.Path) -> None:
           raise ValueError(f"it names the class {value}, which is not TFDS's own")
     return dict(pairs)
 
-  for path in sorted(folder.rglob("features.json")):
+  for path in sorted(folder.rglob(_FEATURES)):
     files.read_json(path, object_pairs_hook=check)
 
 
@@ -324,16 +417,17 @@ def _not_prepared(name: str, directory: str) -> Exception:
   known = tfds.list_builders(with_community_datasets=False)
   dataset = name.split("/")[0].split(":")[0]
   if dataset not in known:
-    others = {"embedded", "text_files", "pair_files", "image_folder", *known} - {dataset}
+    own = {"embedded", "text_files", "pair_files", "image_folder", "manifest"}
+    others = {*own, *known} - {dataset}
     nearest = difflib.get_close_matches(dataset, others, n=3)
     return ValueError(
       f"no data set is called {name!r}; nearest names: {nearest}. "
-      "data.name=embedded (of images embedded/mnist5k) needs no download"
+      "data.name=embedded (of images embedded/mnist5k, of speech embedded/en) needs no download"
     )
   return FileNotFoundError(
     f"{name} is not prepared under {directory}. Prepare it once, with a network: python -c "
     '"import tensorflow_datasets as tfds, tensorflow_datasets.text, tensorflow_datasets.translate; '
     f"tfds.builder('{name}', data_dir='{directory}', file_format='array_record')"
-    '.download_and_prepare()". Or use data.name=embedded (of images embedded/mnist5k), which needs'
-    " no download"
+    '.download_and_prepare()". Or use data.name=embedded (of images embedded/mnist5k, of speech'
+    " embedded/en), which needs no download"
   )

@@ -1,12 +1,13 @@
-"""Text to ids and back without loss: bytes, or sentencepiece trained on the text at hand."""
+"""Text to ids and back: bytes, sentencepiece trained on the text at hand, or its characters."""
 
 import hashlib
 import io
 import itertools
+import json
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -31,7 +32,8 @@ class Tokenizer(Protocol):
 
   Attributes:
     vocab_size: number of ids, specials included.
-    pad_id, bos_id, eos_id, unk_id: always 0, 1, 2, 3.
+    pad_id, bos_id, eos_id, unk_id: always 0, 1, 2, 3. No text is encoded with the first three of
+      them, so that a model may mean something else by 0, as CTC's and a transducer's blank.
     identity: JSON-able values that name the mapping from text to ids exactly.
   """
 
@@ -132,12 +134,7 @@ class SentencePieceTokenizer:
     if not path.is_file() or path.stat().st_size > _MOST_BYTES:
       raise ValueError(f"tokenizer_file: {path} is not a sentencepiece model")
     model = path.read_bytes()
-    held = expected.get("sha256") if isinstance(expected, Mapping) else None
-    if expected is not None and _digest(model) != held:
-      raise ValueError(
-        f"{path} is not the tokenizer that this run was started with: bring that back, or use"
-        " another workdir"
-      )
+    _refuse_other(path, _digest(model), expected)
     return cls(model, str(path))
 
   @classmethod
@@ -229,6 +226,81 @@ class SentencePieceTokenizer:
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
     """See `Tokenizer.decode`."""
     return self._processor.decode(_without_specials(ids, self.vocab_size))
+
+
+class CharTokenizer:
+  """One id a character of the text that it was made of, `4 + place in their order`.
+
+  A character is a Unicode code point. Others are not lossless: each becomes the unknown id, which
+  no text is decoded to.
+  """
+
+  pad_id, bos_id, eos_id, unk_id = PAD_ID, BOS_ID, EOS_ID, UNK_ID
+
+  def __init__(self, characters: str):
+    """Takes the characters, each once and in their order; ValueError if they are not so."""
+    if not characters or list(characters) != sorted({*characters}):
+      raise ValueError(f"{characters!r:.40} are not characters in their order, each once")
+    self.characters = characters
+    self.vocab_size = SPECIALS + len(characters)
+    # What a file holds of it.
+    self.content = json.dumps({"characters": characters}).encode()
+    self.identity = {
+      "kind": "char",
+      "vocab_size": self.vocab_size,
+      "sha256": _digest(self.content),
+    }
+    self._ids = {character: SPECIALS + place for place, character in enumerate(characters)}
+
+  @classmethod
+  def of(cls, texts: Iterable[str]) -> "CharTokenizer":
+    """That of all characters of texts; ValueError if they have none."""
+    characters: set[str] = set()
+    for text in texts:
+      characters.update(text)
+    if not characters:
+      raise ValueError("the training text is empty: it has no characters")
+    return cls("".join(sorted(characters)))
+
+  @classmethod
+  def load(cls, path: str | os.PathLike[str], expected: Any = None) -> "CharTokenizer":
+    """Reads what `content` was written to; see `SentencePieceTokenizer.load` for `expected`."""
+    path = pathlib.Path(path)
+    if not path.exists():
+      raise FileNotFoundError(f"tokenizer_file: {path} does not exist")
+    held = files.read_json(path)
+    characters = held.get("characters") if isinstance(held, dict) else None
+    if not isinstance(characters, str):
+      raise ValueError(f"tokenizer_file: {path} holds no characters of a tokenizer")
+    try:
+      made = cls(characters)
+    except ValueError as error:
+      raise ValueError(f"tokenizer_file: {path}: {error}") from None
+    _refuse_other(path, made.identity["sha256"], expected)
+    return made
+
+  def encode(self, text: str) -> np.ndarray:
+    """See `Tokenizer.encode`; what has no id is `unk_id`."""
+    return np.array([self._ids.get(character, UNK_ID) for character in text], np.int32)
+
+  def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+    """See `Tokenizer.encode_all`."""
+    return [self.encode(text) for text in texts]
+
+  def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+    """See `Tokenizer.decode`."""
+    kept = _without_specials(ids, self.vocab_size)
+    return "".join(self.characters[i - SPECIALS] for i in kept)
+
+
+def _refuse_other(path: pathlib.Path, digest: str, expected: Any) -> None:
+  """Raises ValueError if a run had another tokenizer, of which `expected` is the identity."""
+  held = expected.get("sha256") if isinstance(expected, Mapping) else None
+  if expected is not None and digest != held:
+    raise ValueError(
+      f"{path} is not the tokenizer that this run was started with: bring that back, or use"
+      " another workdir"
+    )
 
 
 def _digest(model: bytes) -> str:

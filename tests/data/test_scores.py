@@ -2,6 +2,7 @@
 
 import collections
 import math
+import random
 
 import pytest
 
@@ -69,3 +70,58 @@ def test_signatures_say_how():
 def test_other_numbers_of_texts_are_refused(translations):
   with pytest.raises(ValueError, match=f"{len(translations)} translations of 0 references"):
     scores.corpus_scores(translations, [])
+
+
+# ---------------------------------------------------------------------------------------------
+# Error rates
+# ---------------------------------------------------------------------------------------------
+
+
+def edits(ours, theirs):
+  """Levenshtein's distance, row by row."""
+  row = list(range(len(theirs) + 1))
+  for i, mine in enumerate(ours, 1):
+    last, row[0] = row[0], i
+    for j, other in enumerate(theirs, 1):
+      last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (mine != other))
+  return row[-1]
+
+
+def test_an_error_rate_is_of_the_whole_corpus():
+  """Not a mean over utterances, which would be 41.67."""
+  references, hypotheses = ["the cat sat", "a b"], ["the cat sat down", "a"]
+  assert scores.word_error_rate(hypotheses, references) == pytest.approx(40.0, rel=1e-12)
+
+
+def test_error_rates_are_edits_over_lengths():
+  draw = random.Random(0)
+  words = lambda least: " ".join(
+    draw.choices(["a", "ab", "bac", "C", "é"], k=draw.randint(least, 7))
+  )
+  for _ in range(30):
+    references, hypotheses = [words(1) for _ in range(4)], [words(0) for _ in range(4)]
+    for rate, parts in (
+      (scores.word_error_rate, str.split),
+      (scores.character_error_rate, list),
+    ):
+      pairs = list(zip(map(parts, hypotheses), map(parts, references), strict=True))
+      expected = 100 * sum(edits(*pair) for pair in pairs) / sum(len(theirs) for _, theirs in pairs)
+      assert rate(hypotheses, references) == pytest.approx(expected, rel=1e-12)
+
+
+def test_white_space_is_between_words_and_letters_are_as_they_are():
+  assert scores.word_error_rate([" a\tb  c "], ["a b c"]) == 0
+  assert scores.character_error_rate([" a\tb  c "], ["a b c"]) == 0
+  assert scores.word_error_rate(["A b"], ["a b"]) == 50
+  assert scores.word_error_rate(["a b c d"], ["a"]) == 300
+
+
+@pytest.mark.parametrize("rate", (scores.word_error_rate, scores.character_error_rate))
+def test_an_error_rate_of_nothing_is_refused(rate):
+  for hypotheses, references, message in (
+    ([], [], "0 hypotheses of 0 references"),
+    (["a"], ["a", "b"], "1 hypotheses of 2 references"),
+    (["a", "b"], ["a", " "], "reference 1 has no words"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      rate(hypotheses, references)

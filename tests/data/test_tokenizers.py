@@ -41,26 +41,35 @@ def trained(plays, tmp_path_factory):
 
 
 @pytest.fixture(params=["byte", "sentencepiece"])
-def tokenizer(request, trained):
+def lossless(request, trained):
   return {"byte": tokenizers.ByteTokenizer(), "sentencepiece": trained}[request.param]
 
 
-def test_round_trip_is_exact_on_every_play(tokenizer):
+@pytest.fixture(params=["byte", "sentencepiece", "char"])
+def tokenizer(request, trained):
+  return {
+    "byte": tokenizers.ByteTokenizer(),
+    "sentencepiece": trained,
+    "char": tokenizers.CharTokenizer.of(["".join(_HARD), "né😀 To be, or not to be"]),
+  }[request.param]
+
+
+def test_round_trip_is_exact_on_every_play(lossless):
   for split in ("train", "validation", "test"):
     for text in sources.embedded(split):
-      assert tokenizer.decode(tokenizer.encode(text)) == text
+      assert lossless.decode(lossless.encode(text)) == text
 
 
-def test_round_trip_is_exact_on_any_unicode(tokenizer):
+def test_round_trip_is_exact_on_any_unicode(lossless):
   """Hard pieces in any order, then characters from all planes."""
   draw = random.Random(0)
   for _ in range(2000):
     text = "".join(draw.choices(_HARD, k=draw.randrange(12)))
-    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert lossless.decode(lossless.encode(text)) == text
   for _ in range(300):
     points = (draw.randrange(0x110000) for _ in range(20))
     text = "".join(chr(p) for p in points if not 0xD800 <= p < 0xE000)
-    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert lossless.decode(lossless.encode(text)) == text
 
 
 def test_encode_gives_int32_ids_of_the_vocabulary_without_specials(tokenizer):
@@ -75,12 +84,15 @@ def test_special_ids_are_the_same_for_all(tokenizer):
   assert ids == (0, 1, 2, 3)
 
 
-def test_decode_skips_specials_and_replaces_invalid_utf8(tokenizer):
+def test_decode_skips_specials(tokenizer):
   ids = tokenizer.encode("né")
   assert tokenizer.decode([1, *ids[:1], 0, 3, *ids[1:], 2, 0]) == "né"
   assert tokenizer.decode(np.array([1, 2, 0])) == ""
-  cut = tokenizer.encode("😀")[:-1]  # no piece of its own, so bytes
-  assert set(tokenizer.decode(cut)) == {"\ufffd"}
+
+
+def test_cut_bytes_are_replaced(lossless):
+  cut = lossless.encode("😀")[:-1]  # no piece of its own, so bytes
+  assert set(lossless.decode(cut)) == {"\ufffd"}
 
 
 @pytest.mark.parametrize("bad", [-1, 1024, 10**6])
@@ -223,3 +235,54 @@ def test_load_refuses_models_with_other_ids_or_without_bytes(tmp_path, options):
   )
   with pytest.raises(ValueError, match=r"other\.model has the ids .*byte_fallback=true"):
     tokenizers.SentencePieceTokenizer.load(f"{prefix}.model")
+
+
+# ---------------------------------------------------------------------------------------------
+# Characters
+# ---------------------------------------------------------------------------------------------
+
+
+def test_characters_are_numbered_in_their_order():
+  """Whatever the order of the texts; the text comes back exactly."""
+  made = tokenizers.CharTokenizer.of(["ba d", "éa😀\n"])
+  assert made.characters == "\n abdé😀" and made.vocab_size == 4 + 7
+  assert made.encode("a\n").tolist() == [6, 4]
+  assert made.identity == tokenizers.CharTokenizer.of(["éa😀\n", "", "bad ad"]).identity
+  assert made.identity != tokenizers.CharTokenizer.of(["éa😀\n", "bad x"]).identity
+  draw = random.Random(0)
+  for _ in range(100):
+    text = "".join(draw.choices(made.characters, k=draw.randrange(12)))
+    assert made.decode(made.encode(text)) == text
+  for ids, text in zip(made.encode_all(["ab", ""]), ("ab", ""), strict=True):
+    np.testing.assert_array_equal(ids, made.encode(text))
+
+
+def test_other_characters_are_unknown():
+  made = tokenizers.CharTokenizer.of(["abc"])
+  ids = made.encode("axb")
+  assert ids.tolist() == [4, tokenizers.UNK_ID, 5] and made.decode(ids) == "ab"
+
+
+def test_characters_are_loaded_as_they_were_written(tmp_path):
+  made = tokenizers.CharTokenizer.of(["né 😀\0\u2581"])
+  (path := tmp_path / "characters.json").write_bytes(made.content)
+  loaded = tokenizers.CharTokenizer.load(path, made.identity)
+  assert loaded.characters == made.characters and loaded.identity == made.identity
+  other = tokenizers.CharTokenizer.of(["abc"]).identity
+  with pytest.raises(ValueError, match="characters.json is not the tokenizer that this run was st"):
+    tokenizers.CharTokenizer.load(path, other)
+
+
+BAD_CHARACTERS = ("", "abc", "[]", "{}", *(f'{{"characters": {v}}}' for v in (3, '""', '"ba"')))
+
+
+@pytest.mark.parametrize("content", (*BAD_CHARACTERS, '{"characters": "aa"}'))
+def test_a_file_without_characters_is_named(tmp_path, content):
+  (path := tmp_path / "characters.json").write_text(content)
+  with pytest.raises(ValueError, match=r"characters\.json") as error:
+    tokenizers.CharTokenizer.load(path)
+  assert "\n" not in str(error.value)
+  with pytest.raises(FileNotFoundError, match="tokenizer_file: .*none.json does not exist"):
+    tokenizers.CharTokenizer.load(tmp_path / "none.json")
+  with pytest.raises(ValueError, match="the training text is empty"):
+    tokenizers.CharTokenizer.of(["", ""])

@@ -1,0 +1,218 @@
+"""Sounds: what is read of files, whichever they are, and what becomes of bad ones."""
+
+import io
+import os
+
+import numpy as np
+import pytest
+import soundfile
+
+from magneto_jax.data import sounds
+
+RATE = 16000
+WAVES = {"sample_rate": RATE, "longest": 10 * RATE}
+
+
+def tones(*frequencies, seconds=1.0, rate=RATE):
+  """A sum of sines of the amplitude 0.2 each, float in [-1, 1]."""
+  time_S = np.arange(round(seconds * rate)) / rate
+  return sum(0.2 * np.sin(2 * np.pi * frequency * time_S) for frequency in frequencies)
+
+
+def encoded(sound, kind="WAV", subtype=None, rate=RATE):
+  """The bytes of a file."""
+  written = io.BytesIO()
+  soundfile.write(written, sound, rate, format=kind, subtype=subtype)
+  return written.getvalue()
+
+
+def decoded(content, **options):
+  return sounds.decode(io.BytesIO(content), **WAVES | options)
+
+
+def correlation(first, second):
+  return np.corrcoef(first.astype(float), second.astype(float))[0, 1]
+
+
+# ---------------------------------------------------------------------------------------------
+# What is read
+# ---------------------------------------------------------------------------------------------
+
+FORMATS = {
+  "wav": ("WAV", "PCM_16"),
+  "wav, 24 bits": ("WAV", "PCM_24"),
+  "wav, float": ("WAV", "FLOAT"),
+  "wavex": ("WAVEX", "PCM_16"),
+  "flac": ("FLAC", "PCM_16"),
+  "vorbis": ("OGG", "VORBIS"),
+  "opus": ("OGG", "OPUS"),
+  "mp3": ("MP3", "MPEG_LAYER_III"),
+}
+EXACT = ("wav", "wav, 24 bits", "wav, float", "wavex", "flac")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_file_of_any_format_is_the_wave_that_it_was_made_of(name, tmp_path):
+  """To the last bit where the format keeps it; from a path, and whatever that is called."""
+  wave_S = np.rint(2**15 * tones(300, 1000)).astype(np.int16)
+  sound = wave_S / 2**15 if name == "wav, float" else wave_S
+  content = encoded(sound, *FORMATS[name])
+  (path := tmp_path / "sound.raw").write_bytes(content)
+  for found in (decoded(content), sounds.read(path, **WAVES)):
+    assert found.dtype == np.int16 and found.shape == wave_S.shape
+    if name in EXACT:
+      np.testing.assert_array_equal(found, wave_S)
+    else:
+      assert correlation(found, wave_S) > 0.99
+
+
+def test_channels_are_averaged():
+  left, right = tones(300), tones(700)
+  found = decoded(encoded(np.stack([left, right], axis=1), subtype="FLOAT"))
+  np.testing.assert_allclose(found, 2**14 * (left + right), atol=0.51)
+
+
+@pytest.mark.parametrize("rate", (8000, 11025, 44100, 48000))
+def test_another_rate_keeps_what_both_can_hold(rate):
+  """Tones stay where they are; what is above half the new rate is gone, and does not come back."""
+  found = decoded(encoded(tones(440, 2500, rate=rate), subtype="FLOAT", rate=rate))
+  assert abs(len(found) - RATE) <= 1
+  expected = 2**15 * tones(440, 2500)[: len(found)]
+  inner = slice(1000, -1000)  # Filters are not at rest at the ends.
+  np.testing.assert_allclose(found[inner], expected[inner], atol=8)
+  if rate > RATE:
+    found = decoded(encoded(tones(440, 9000, rate=rate), subtype="FLOAT", rate=rate))
+    np.testing.assert_allclose(found[inner], 2**15 * tones(440)[: len(found)][inner], atol=8)
+
+
+def test_what_does_not_fit_is_clipped():
+  found = decoded(encoded(8 * tones(440), subtype="FLOAT"))
+  assert found.max() == 2**15 - 1 and found.min() == -(2**15)
+  assert not np.any((tones(440) > 0.01) & (found < 0))
+
+
+def test_gsm_is_what_soundfile_reads():
+  """Of frames alone, a file of which cannot say what it is."""
+  written = encoded(tones(300, rate=8000), "WAV", "GSM610", rate=8000)
+  with soundfile.SoundFile(io.BytesIO(written)) as file:
+    frames = -(-file.frames // 160)
+  content = b"\xd8" + bytes(32) + (b"\xd2" + bytes(range(32))) * (frames - 1)
+  found = sounds.decode_gsm(content, sample_rate=8000, longest=80000)
+  expected, _ = soundfile.read(
+    *(io.BytesIO(content),),
+    format="RAW",
+    subtype="GSM610",
+    samplerate=8000,
+    channels=1,
+    dtype="int16",
+  )
+  np.testing.assert_array_equal(found, expected)
+  assert len(found) == sounds.gsm_samples(content, 8000) == 160 * frames
+  other = sounds.decode_gsm(content, sample_rate=11025, longest=11025 * 10)
+  assert 0 <= len(other) - sounds.gsm_samples(content, 11025) <= 1
+  with pytest.raises(ValueError, match="it has 34 bytes, not frames of 33"):
+    sounds.decode_gsm(content[:34], sample_rate=8000, longest=80000)
+
+
+@pytest.mark.parametrize("factor", (0.9, 1.1, 1.5))
+def test_a_speed_moves_pitch_and_length_together(factor):
+  wave_S = np.rint(2**15 * tones(440)).astype(np.int16)
+  found = sounds.change_speed(wave_S, factor)
+  assert abs(len(found) - RATE / factor) <= 1 and found.dtype == np.int16
+  expected = 2**15 * tones(440 * factor)[: len(found)]
+  np.testing.assert_allclose(found[500 : len(expected) - 500], expected[500:-500], atol=8)
+
+
+# ---------------------------------------------------------------------------------------------
+# What is wrong
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", (0.3, 0.66, 0.97))
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_file_that_is_cut_short_is_refused(name, keep, tmp_path):
+  """Libsndfile itself gives the beginning of some of them, without a word."""
+  noise = np.random.default_rng(0).standard_normal(RATE)
+  content = encoded(0.1 * noise, *FORMATS[name])
+  (path := tmp_path / "sound").write_bytes(content[: int(keep * len(content))])
+  with pytest.raises(ValueError) as error:
+    sounds.read(path, **WAVES)
+  line = str(error.value)
+  assert (
+    line.startswith(f"{path}: it is ") and "\n" not in line and len(line) < 300 + len(str(path))
+  )
+
+
+@pytest.mark.parametrize("name", ("flac", "vorbis", "opus"))
+def test_a_file_with_a_checksum_may_not_differ_by_a_bit(name):
+  """Where there are none, as in WAV, a changed bit is another sound."""
+  content = encoded(tones(300, 1000), *FORMATS[name])
+  for place in np.linspace(len(content) // 3, len(content) - 20, 8).astype(int):
+    damaged = bytearray(content)
+    damaged[place] ^= 1
+    with pytest.raises(ValueError, match=r"^it is .*broken|^it is cut short"):
+      decoded(bytes(damaged))
+
+
+def test_a_wav_whose_length_was_not_known_is_read():
+  """As it is written into a pipe: its header says that it has 2^32 - 1 bytes."""
+  content = bytearray(encoded(tones(300)))
+  place = content.index(b"data") + 4
+  content[place : place + 4] = b"\xff" * 4
+  content[4:8] = b"\xff" * 4
+  np.testing.assert_array_equal(decoded(bytes(content)), decoded(encoded(tones(300))))
+
+
+BAD = {
+  "no file": (b"", "it is no WAV, FLAC, Ogg .*or MP3, or broken: Format not recognised"),
+  "text": (b"hello world " * 99, "it is no WAV, FLAC, Ogg .*or broken"),
+  "another format": (encoded(tones(300), "AIFF"), "it is AIFF .*, not WAV, FLAC, Ogg"),
+  "no samples": (encoded(np.zeros(0)), "it has no samples"),
+  "zeros": (encoded(np.zeros(RATE)), "it is silent: all of its 16,000 samples are equal"),
+  "a constant": (encoded(np.full(RATE, 0.25)), "it is silent: all"),
+  "a constant of another rate": (encoded(np.full(8000, 0.25), rate=8000), "it is silent: all"),
+  "next to nothing": (encoded(1e-6 * tones(300), subtype="FLOAT"), "it is silent: all"),
+  "too high": (
+    encoded(np.hanning(RATE) * tones(7000), subtype="FLOAT"),
+    "it is silent: nothing of it is heard",
+  ),
+  "too short": (encoded(tones(300, seconds=0.09)), "it has 0.090 seconds, fewer than 0.1"),
+  "too slow": (encoded(tones(3), rate=500), "it has 500 samples a second, fewer than 1000"),
+  "not finite": (encoded(np.full(RATE, np.nan), subtype="FLOAT"), "samples that are not finite"),
+}
+
+
+@pytest.mark.parametrize("content, message", BAD.values(), ids=BAD)
+def test_what_is_no_sound_is_one_line(content, message):
+  options = {"sample_rate": 8000} if "nothing of" in message else {}
+  with pytest.raises(ValueError, match=message) as error:
+    decoded(content, **options)
+  assert "\n" not in str(error.value)
+
+
+def test_a_file_is_named(tmp_path):
+  with pytest.raises(FileNotFoundError, match="none.wav: there is no such file"):
+    sounds.read(tmp_path / "none.wav", **WAVES)
+  with pytest.raises(ValueError, match=f"{tmp_path}: it is not a regular file"):
+    sounds.read(tmp_path, **WAVES)
+  os.mkfifo(tmp_path / "pipe.wav")
+  with pytest.raises(ValueError, match="pipe.wav: it is not a regular file"):
+    sounds.read(tmp_path / "pipe.wav", **WAVES)
+
+
+def test_the_limit_is_kept_to_the_sample():
+  for rate, samples in ((RATE, RATE), (8000, 8000), (44100, 44100)):
+    wave = tones(300, seconds=1.1, rate=rate)
+    assert len(decoded(encoded(wave[:samples], rate=rate), longest=RATE)) <= RATE
+    more = samples + rate // 1000
+    with pytest.raises(sounds.TooLong, match="it has 1.00 seconds, more than 1: cut it") as error:
+      decoded(encoded(wave[:more], rate=rate), longest=RATE)
+    assert error.value.samples == more * RATE // rate
+
+
+def test_what_is_too_long_is_not_decoded(tmp_path, monkeypatch):
+  """A header is enough: a day of a low tone as FLAC is a small file, and 5.5 GB of samples."""
+  (path := tmp_path / "long.flac").write_bytes(encoded(tones(300, seconds=11), "FLAC"))
+  monkeypatch.setattr(soundfile.SoundFile, "read", lambda *args, **kwargs: pytest.fail("read"))
+  with pytest.raises(sounds.TooLong, match=f"^{path}: it has 11.00 seconds, more than 10: cut"):
+    sounds.read(path, **WAVES)
