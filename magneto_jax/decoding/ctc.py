@@ -85,6 +85,7 @@ def ctc_greedy(log_p_BTV: jax.Array, frames_B: jax.Array, *, blank: int = 0) -> 
   Returns:
     One text each, scored by its one alignment.
   """
+  log_p_BTV = _wide(log_p_BTV)
   batch, length = log_p_BTV.shape[:2]
   within_BT = jnp.arange(length)[None] < frames_B[:, None]
   best_BT = jnp.where(within_BT, jnp.argmax(log_p_BTV, axis=-1).astype(jnp.int32), blank)
@@ -139,7 +140,11 @@ def ctc_beam_search(
   if width < 1 or longest < 1:
     raise ValueError(f"{width=} and {max_length=} must be at least 1")
   search = functools.partial(_search, width=width, longest=longest, blank=blank)
-  return jax.vmap(search)(log_p_BTV, frames_B)
+  return jax.vmap(search)(_wide(log_p_BTV), frames_B)
+
+
+def _wide(log_p_BTV: jax.Array) -> jax.Array:
+  return log_p_BTV.astype(jnp.promote_types(log_p_BTV.dtype, jnp.float32))
 
 
 class _Beams(NamedTuple):

@@ -33,7 +33,7 @@ def value_and_gradient(logits, frames, labels, lengths, **options):
     nats, back = jax.vjp(lambda z: ctc_loss(z, frames, labels, lengths, **options), logits)
     return nats, back(jnp.ones_like(nats))[0]
 
-  return compiled(run)(logits)
+  return jax.tree.map(np.asarray, compiled(run)(logits))
 
 
 @pytest.mark.parametrize("blank", (0, 2))
@@ -94,7 +94,7 @@ def test_a_text_longer_than_its_sound_costs_nothing_and_is_told():
 
 
 def test_unlikely_texts_are_finite():
-  """2 x 10^5 nats in float32, beyond optax's own logarithm of 0."""
+  """2 x 10^5 nats, beyond optax's own logarithm of 0; there float32 is rounded to 1/64."""
   logits = np.zeros((1, 40, V), np.float32)
   logits[..., 0] = 1e4
   labels = np.arange(20, dtype=np.int32)[None] % 2 + 1
@@ -102,7 +102,7 @@ def test_unlikely_texts_are_finite():
   # Each label in one frame; the alignments with more are less likely by e^-10000.
   expected = 20 * 1e4 - np.log(float(math.comb(40, 20)))
   np.testing.assert_allclose(nats, [expected], rtol=1e-6)
-  np.testing.assert_allclose(gradient.sum((0, 1)), [20, -10, -10], rtol=1e-3)
+  np.testing.assert_allclose(gradient.sum((0, 1)), [20, -10, -10], rtol=2 / 64)
 
 
 def test_bfloat16_has_a_float32_softmax():

@@ -29,7 +29,7 @@ def value_and_gradient(loss, *inputs, weights_B=None):
     weights = jnp.ones_like(nats_B) if weights_B is None else weights_B.astype(nats_B.dtype)
     return nats_B, back(weights)
 
-  return compiled(run)(*inputs)
+  return jax.tree.map(np.asarray, compiled(run)(*inputs))
 
 
 def of_one(logits, labels, **options):
@@ -139,16 +139,17 @@ def test_of_equal_logits_it_counts_the_alignments(length, labels, vocab_size):
 
 
 def test_an_impossible_text_costs_infinity_and_one_without_frames_nothing():
-  """Neither has a gradient, nor do they reach the others."""
+  """Neither has a gradient; and they reach the others as little as what is not a number."""
   logits, labels, frames, lengths = batch()
   expected = alignments.transducer(logits[0, :, :], labels[0])
   logits[4, :, :, labels[4, 0]] = -np.inf
+  logits[6, 1, 1] = np.nan
   frames[[5, 2]] = 0
   with jax.enable_x64(True):
     loss = lambda z: transducer_loss(z, labels, frames, lengths)
     nats, (gradient,) = value_and_gradient(loss, logits)
-  assert nats[4] == np.inf and nats[5] == nats[2] == 0
-  assert not gradient[jnp.array([4, 5, 2])].any()
+  assert np.isnan(nats[6]) and nats[4] == np.inf and nats[5] == nats[2] == 0
+  assert not gradient[[4, 5, 2]].any()
   np.testing.assert_allclose(nats[0], expected[0], rtol=1e-12)
   np.testing.assert_allclose(gradient[0], expected[1], rtol=0, atol=1e-12)
 
