@@ -2,6 +2,7 @@
 
 from magneto_jax.layers.attention import Attention, KVCache
 from magneto_jax.layers.cross_entropy import cross_entropy, vocabulary_logits
+from magneto_jax.layers.ctc import ctc_loss, is_alignable
 from magneto_jax.layers.feed_forward import FeedForward
 from magneto_jax.layers.initializers import DenseInit, bias_init, dense_init, kernel_init
 from magneto_jax.layers.multiway import Multiway, multiway
@@ -10,6 +11,7 @@ from magneto_jax.layers.patches import PatchEmbedding
 from magneto_jax.layers.positions import ROTATIONS, rotary, sinusoidal, xpos
 from magneto_jax.layers.quantizer import Quantized, VectorQuantizer
 from magneto_jax.layers.residual import Residual, drop_path
+from magneto_jax.layers.transducer import fused_transducer_loss, transducer_loss
 
 __all__ = [
   "Attention",
@@ -24,13 +26,17 @@ __all__ = [
   "VectorQuantizer",
   "bias_init",
   "cross_entropy",
+  "ctc_loss",
   "dense_init",
   "drop_path",
+  "fused_transducer_loss",
+  "is_alignable",
   "kernel_init",
   "multiway",
   "norm_factory",
   "rotary",
   "sinusoidal",
+  "transducer_loss",
   "vocabulary_logits",
   "xpos",
 ]
