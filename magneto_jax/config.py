@@ -738,6 +738,12 @@ class TrainConfig(_Checked):
         f"batch_size={self.batch_size} times data.seq_length={self.data.seq_length} is {tokens:,}"
         f" tokens a step, which must be at most {_LARGEST[int]:,}"
       )
+    augment, bins = self.spec_augment, self.model.mel_bins
+    if augment.frequency_masks and augment.frequency_width > bins:
+      raise ConfigError(
+        f"config.spec_augment.frequency_width={augment.frequency_width} must be at most"
+        f" model.mel_bins={bins}"
+      )
     values, defaults = flatten(self), defaults_by_name()
     for name, value in values.items():
       tasks = tasks_reading(name)
@@ -754,12 +760,6 @@ class TrainConfig(_Checked):
       raise ConfigError(
         f"config.data.name={self.data.name!r} is not read with config.task={self.task!r}, only with"
         f" {' and '.join(map(repr, reading))}" + "".join(f": set data.name={name}" for name in own)
-      )
-    augment, bins = self.spec_augment, self.model.mel_bins
-    if augment.frequency_masks and augment.frequency_width > bins:
-      raise ConfigError(
-        f"config.spec_augment.frequency_width={augment.frequency_width} must be at most the"
-        f" model.mel_bins={bins}"
       )
     if self.keep_best and self.eval_every % self.checkpoint_every:
       raise ConfigError(

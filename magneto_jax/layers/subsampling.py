@@ -155,7 +155,7 @@ class Conv2dSubsampling(nn.Module):
   def __call__(self, x_BTM: jax.Array, frames_B: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Vectors [B, T', D], and how many each utterance has."""
     _check(x_BTM, self.lengths)
-    x_BTMC = x_BTM[..., None]
+    x_BTMC = _own(x_BTM[..., None], frames_B)
     for i in range(2):
       conv = nn.Conv(
         self.width,
