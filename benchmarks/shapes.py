@@ -128,6 +128,49 @@ class Attention:
     return np.random.default_rng(seed).standard_normal((32, self.heads), np.float32)
 
 
+@dataclasses.dataclass(frozen=True)
+class Transducer:
+  """The loss of a transducer, from the joiner's projections on.
+
+  Attributes:
+    batch, frames, labels, vocab_size, width: B, T, U, V, J.
+    timed: whether it is run, and not compiled alone.
+  """
+
+  batch: int
+  frames: int
+  labels: int
+  vocab_size: int
+  width: int
+  timed: bool = True
+
+  @property
+  def name(self) -> str:
+    """`B8 T400 U60 V5000 J512`."""
+    return f"B{self.batch} T{self.frames} U{self.labels} V{self.vocab_size} J{self.width}"
+
+  @property
+  def logits_mib(self) -> float:
+    """Of all logits in float32."""
+    return self.batch * self.frames * (self.labels + 1) * self.vocab_size * 4 / 2**20
+
+  def shapes(self) -> list[tuple[int, ...]]:
+    """Of encoder's and predictor's projections, kernel and bias."""
+    columns = self.labels + 1
+    rows = [(self.batch, length, self.width) for length in (self.frames, columns)]
+    return [*rows, (self.width, self.vocab_size), (self.vocab_size,)]
+
+  def inputs(self, seed: int = 0) -> list[np.ndarray]:
+    """What `shapes` says, labels, frames and label lengths, from whole to half."""
+    rng = np.random.default_rng(seed)
+    joiner = [rng.standard_normal(shape, np.float32) for shape in self.shapes()]
+    joiner[2] /= np.float32(self.width**0.5)
+    labels = rng.integers(1, self.vocab_size, (self.batch, self.labels))
+    fill = np.linspace(1.0, 0.5, self.batch)
+    lengths = (np.round(fill * size) for size in (self.frames, self.labels))
+    return [*joiner, *(x.astype(np.int32) for x in (labels, *lengths))]
+
+
 def normals(seed: int = 0) -> np.ndarray:
   """A prime number of normals, float32: what arrays too large to send are read from, round and
   round, so that every library makes the same ones on its device."""

@@ -58,6 +58,13 @@ class Worker:
       self._subject = attention_gpu_jax.Library()
     return {"versions": self._subject.versions, "device": self._subject.device}
 
+  def load_transducer(self) -> dict:
+    """The ways to compute a transducer's loss."""
+    from benchmarks import transducer_jax
+
+    self._subject = transducer_jax.Library()
+    return {"versions": self._subject.versions}
+
   def tell(self, *, method: str, options: dict, variant: str | None = None) -> dict:
     """What a method of a variant answers, or of what was loaded last."""
     return getattr(self._loaded.get(variant, self._subject), method)(**options)

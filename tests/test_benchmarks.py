@@ -73,6 +73,17 @@ def test_compile_time(tmp_path):
   assert written["summary"]["deepest_over_shallowest"]["median"] > 0
 
 
+def test_transducer(tmp_path):
+  """All three ways, which agree, with figures of each."""
+  written = results("transducer", tmp_path, "--smoke", shape=None)
+  assert {"date", "machine", "environment", "git_commit", "command"} <= set(written)
+  cells = {cell["variant"]: cell for cell in written["summary"]}
+  assert list(cells) == ["autodiff", "logits", "fused"]
+  for name, cell in cells.items():
+    assert cell["wall_ms"] > 0 and cell["peak_memory_mib"] > 0
+    assert ("over_baseline" in cell) == (name != "autodiff")
+
+
 @pytest.mark.parametrize("shape", ["smoke", "smoke-encoder"])
 def test_breakdown(tmp_path, shape):
   written = results("breakdown", tmp_path, f"--shape={shape}", "--calls=1")

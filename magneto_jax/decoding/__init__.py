@@ -1,15 +1,22 @@
-"""Decoding: sampling, beam search, and texts in answer to texts."""
+"""Decoding: sampling, beam search, texts in answer to texts, and texts of sounds."""
 
 from magneto_jax.decoding.beam import PENALTIES, Hypothesis, beam_search
+from magneto_jax.decoding.ctc import Transcripts, ctc_beam_search, ctc_greedy
 from magneto_jax.decoding.sampling import filter_logits, generate
+from magneto_jax.decoding.transducer import transducer_beam_search, transducer_greedy
 from magneto_jax.decoding.translator import Translation, Translator
 
 __all__ = (
   "PENALTIES",
   "Hypothesis",
+  "Transcripts",
   "Translation",
   "Translator",
   "beam_search",
+  "ctc_beam_search",
+  "ctc_greedy",
   "filter_logits",
   "generate",
+  "transducer_beam_search",
+  "transducer_greedy",
 )

@@ -2,6 +2,7 @@
 
 from magneto_jax.layers.attention import Attention, KVCache
 from magneto_jax.layers.cross_entropy import cross_entropy, vocabulary_logits
+from magneto_jax.layers.ctc import ctc_loss, is_alignable
 from magneto_jax.layers.feed_forward import FeedForward
 from magneto_jax.layers.initializers import DenseInit, bias_init, dense_init, kernel_init
 from magneto_jax.layers.log_mel import frame_counts, log_mel, normalize
@@ -13,6 +14,7 @@ from magneto_jax.layers.quantizer import Quantized, VectorQuantizer
 from magneto_jax.layers.residual import Residual, drop_path
 from magneto_jax.layers.spec_augment import SpecAugment, spec_augment
 from magneto_jax.layers.subsampling import Conv2dSubsampling, ConvSubsampling, VGGSubsampling
+from magneto_jax.layers.transducer import fused_transducer_loss, transducer_loss
 
 __all__ = [
   "Attention",
@@ -31,9 +33,12 @@ __all__ = [
   "VectorQuantizer",
   "bias_init",
   "cross_entropy",
+  "ctc_loss",
   "dense_init",
   "drop_path",
   "frame_counts",
+  "fused_transducer_loss",
+  "is_alignable",
   "kernel_init",
   "log_mel",
   "multiway",
@@ -42,6 +47,7 @@ __all__ = [
   "rotary",
   "sinusoidal",
   "spec_augment",
+  "transducer_loss",
   "vocabulary_logits",
   "xpos",
 ]
