@@ -144,6 +144,29 @@ class ModelConfig(_Checked):
     "what a classifier reads: the first token, which images have with `first` alone, or the mean",
     choices=("first", "mean"),
   )
+  speech_head: str = _field(
+    "ctc",
+    "what says what an encoder of sounds has heard",
+    choices=("ctc", "transducer", "decoder"),
+  )
+  mel_bins: int = _positive(80, "M, bins of a spectrogram", 1024)
+  front_end: str = _field(
+    "conv",
+    "what makes a vector of each 4 frames of a spectrogram: fairseq's two convolutions over time, a"
+    " VGG network, or ESPnet's two convolutions of stride 2",
+    choices=("conv", "vgg", "conv2d"),
+  )
+  joint_width: int = _positive(640, "J, of a transducer's joiner", _WIDEST)
+  predictor: str = _field(
+    "lstm",
+    "what a transducer's prediction network is: an LSTM, or the last two labels' embeddings",
+    choices=("lstm", "stateless"),
+  )
+  predictor_layers: int = _positive(1, "of the LSTM", 1024)
+  predictor_width: int = _positive(512, "P, of the LSTM, or of an embedding", _WIDEST)
+  ctc_weight: float = _rate(
+    0.0, "share of a CTC of the encoder in the loss of a transducer or a decoder, in training alone"
+  )
   window: int = _field(0, "how many earlier tokens attention reaches; 0: all", min=0, max=_LONGEST)
   logits_soft_cap: float = _field(0.0, "cap of the attention logits; 0: none", min=0.0)
   dropout: float = _rate(0.0, "after the embedding and every sublayer")
@@ -185,14 +208,30 @@ class ModelConfig(_Checked):
       layers = getattr(self, name)
       if self.unroll == 0 or (self.unroll > 0 and layers % self.unroll):
         raise ConfigError(f"model.unroll={self.unroll} must divide model.{name}={layers}, or be -1")
+    self._check_speech()
     if self.image_size % self.patch_size:
       raise ConfigError(
         f"model.patch_size={self.patch_size} must divide model.image_size={self.image_size}"
       )
 
+  def _check_speech(self):
+    """Raises for a field that the head, or the predictor, does not read."""
+    fields = self.__dataclass_fields__
+    transducer = self.speech_head == "transducer"
+    for name, read, needed in (
+      ("joint_width", transducer, "speech_head='transducer'"),
+      ("predictor", transducer, "speech_head='transducer'"),
+      ("predictor_width", transducer, "speech_head='transducer'"),
+      ("predictor_layers", transducer and self.predictor == "lstm", "predictor='lstm'"),
+      ("ctc_weight", self.speech_head != "ctc", "speech_head='transducer' or 'decoder'"),
+    ):
+      if not read and getattr(self, name) != fields[name].default:
+        raise ConfigError(f"config.model.{name} is not read without config.model.{needed}")
+
 
 _LANGUAGE_MODELS = ("causal_lm", "masked_lm")
 _TEXT_TASKS = (*_LANGUAGE_MODELS, "text_classification", "translation", "beit3")
+_SPEECH_TASKS: tuple[str, ...] = ()
 _IMAGE_TASKS = ("image_classification", "image_tokenizer", "masked_image")
 
 # Fields, or groups of them, that some tasks alone read, and which.
@@ -210,6 +249,15 @@ OF_SOME_TASKS: dict[str, tuple[str, ...]] = {
   "model.codebook_redraw": ("image_tokenizer",),
   "model.relative_patches": ("image_classification", "masked_image"),
   "model.pooling": ("text_classification", "image_classification", "masked_image"),
+  "model.speech_head": _SPEECH_TASKS,
+  "model.mel_bins": _SPEECH_TASKS,
+  "model.front_end": _SPEECH_TASKS,
+  "model.joint_width": _SPEECH_TASKS,
+  "model.predictor": _SPEECH_TASKS,
+  "model.predictor_layers": _SPEECH_TASKS,
+  "model.predictor_width": _SPEECH_TASKS,
+  "model.ctc_weight": _SPEECH_TASKS,
+  "spec_augment": _SPEECH_TASKS,
   "model.tied_embeddings": (*_LANGUAGE_MODELS, "translation", "beit3"),
   "image_tokenizer": ("masked_image",),
   "data.mask_rate": ("masked_lm", "masked_image"),
@@ -559,6 +607,40 @@ class BeamConfig(_Checked):
 
 
 @dataclasses.dataclass(frozen=True)
+class SpecAugmentConfig(_Checked):
+  """What training hides of a spectrogram; by default nothing. See `layers.SpecAugment`."""
+
+  _group = "spec_augment."
+
+  frequency_masks: int = _field(0, "how many bands of frequencies; 0: none", min=0, max=1024)
+  frequency_width: int = _positive(27, "F: a band has fewer bins than this", 1024)
+  time_masks: int = _field(0, "how many bands of time, at most; 0: none", min=0, max=1024)
+  time_width: int = _field(
+    100, "a band has fewer frames than this; 0: time_share alone bounds it", min=0, max=_LONGEST
+  )
+  time_share: float = _field(
+    1.0, "a band has fewer frames than this share of the utterance's", above=0.0, max=1.0
+  )
+  time_mask_share: float = _field(
+    0.0,
+    "there are at most as many bands of time as this share of the utterance's frames; 0: time_masks"
+    " of them, however long it is",
+    min=0.0,
+    max=1.0,
+  )
+
+  def __post_init__(self):
+    super().__post_init__()
+    for name in ("frequency_width", "time_width", "time_share", "time_mask_share"):
+      masks, default = f"{name.partition('_')[0]}_masks", self.__dataclass_fields__[name].default
+      if not getattr(self, masks) and getattr(self, name) != default:
+        raise ConfigError(
+          f"config.spec_augment.{name} is not read without spec_augment.{masks}: set that, or leave"
+          " it"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig(_Checked):
   """One run."""
 
@@ -633,6 +715,7 @@ class TrainConfig(_Checked):
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
   spike: SpikeConfig = dataclasses.field(default_factory=SpikeConfig)
   beam: BeamConfig = dataclasses.field(default_factory=BeamConfig)
+  spec_augment: SpecAugmentConfig = dataclasses.field(default_factory=SpecAugmentConfig)
 
   def __post_init__(self):
     super().__post_init__()
@@ -654,6 +737,12 @@ class TrainConfig(_Checked):
       raise ConfigError(
         f"batch_size={self.batch_size} times data.seq_length={self.data.seq_length} is {tokens:,}"
         f" tokens a step, which must be at most {_LARGEST[int]:,}"
+      )
+    augment, bins = self.spec_augment, self.model.mel_bins
+    if augment.frequency_masks and augment.frequency_width > bins:
+      raise ConfigError(
+        f"config.spec_augment.frequency_width={augment.frequency_width} must be at most"
+        f" model.mel_bins={bins}"
       )
     values, defaults = flatten(self), defaults_by_name()
     for name, value in values.items():

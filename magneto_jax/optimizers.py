@@ -15,7 +15,7 @@ SCHEDULES = ("cosine", "linear", "polynomial", "inverse_sqrt", "constant")
 _BEIT_DECAYED = (*DECAYED, "mask_token", "relative_bias", "patch_relative_bias")
 # What the stream is made of before the first layer.
 _BEFORE_LAYERS = re.compile(
-  r"(.*/)?(patch_embedding|(token|text|position)_embedding(s_\w+)?|embedding_norm)/.*"
+  r"(.*/)?(front_end|patch_embedding|(token|text|position)_embedding(s_\w+)?|embedding_norm)/.*"
 )
 
 
@@ -140,7 +140,8 @@ def _scale_by_layer(decay: float) -> optax.GradientTransformation:
 def layer_scales(params, decay: float) -> dict:
   """What layer-wise decay multiplies each parameter's update by: decay^(L + 1 - i).
 
-    i = 0        patches, class and mask token, tables of tokens and positions, the embedding's norm
+    i = 0        front end, patches, class and mask token, tables of tokens and positions, the
+                 embedding's norm
     i = 1 .. L   layer i, from the bottom
     i = L + 1    all else: heads, final norm, tables of relative biases
 

@@ -65,6 +65,18 @@ PARAMETERS: list[tuple[str, tuple[str | None, ...]]] = [
   ("patch_embedding/projection/kernel", (None, None, None, "embed")),
   ("patch_embedding/projection/bias", (None,)),
   ("patch_embedding/(class|mask)_token", (None,)),
+  (r"front_end/(conv_\d|projection)/kernel", (None, "embed")),
+  # Of few channels, which need not divide by anything.
+  (r"front_end/vgg_\d/kernel", (None,)),
+  (r"front_end/(conv_\d|vgg_\d|projection)/bias", (None,)),
+  # Read anew at every step of a loop, where exchanging them takes longer than the step.
+  (r"predictor/lstm_\d+/[ih][ifgo]/(kernel|bias)", (None,)),
+  ("joiner_(encoder|predictor)/kernel", ("embed", None)),
+  ("joiner_encoder/bias", (None,)),
+  ("joiner_out/kernel", ("embed", "vocab")),
+  ("joiner_out/bias", ("vocab",)),
+  ("ctc_head/kernel", ("embed", None)),
+  ("ctc_head/bias", (None,)),
   ("quantizer/(hidden|projection)/kernel", ("embed", None)),
   ("quantizer/(hidden|projection)/bias", (None,)),
   ("code_embedding/kernel", (None, "embed")),

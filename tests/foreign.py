@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
@@ -34,6 +35,18 @@ class Patches(nn.Module):
     return embed(x.reshape(x.shape[0], 2, 4, 3), np.array([[True, False], [False, True]]))
 
 
+class FrontEnd(nn.Module):
+  """Somebody's speech model: X as spectrograms, each number four times along time and bins."""
+
+  kind: type
+
+  @nn.compact
+  def __call__(self, x):
+    many = x.repeat(4, axis=1).repeat(2, axis=2)
+    y, _ = self.kind(x.shape[-1], name="made")(many, jnp.array([12, 9]))
+    return jnp.pad(y, ((0, 0), (0, x.shape[1] - y.shape[1]), (0, 0)))
+
+
 # Every public module, with all it has that makes parameters ...
 LAYERS = {
   "Attention": functools.partial(
@@ -46,6 +59,10 @@ LAYERS = {
     qk_norm=layers.norm_factory("rms_norm"),
     rotation=layers.ROTATIONS["xpos"],
   ),
+  "Conv2dSubsampling": functools.partial(FrontEnd, layers.Conv2dSubsampling),
+  "ConvSubsampling": functools.partial(
+    FrontEnd, functools.partial(layers.ConvSubsampling, hidden=4)
+  ),
   "FeedForward": functools.partial(
     layers.FeedForward, 16, "swiglu", mid_norm=layers.norm_factory("rms_norm")
   ),
@@ -54,6 +71,9 @@ LAYERS = {
   ),
   "PatchEmbedding": Patches,
   "Residual": ResidualBlock,
+  "VGGSubsampling": functools.partial(
+    FrontEnd, functools.partial(layers.VGGSubsampling, channels=(2, 3))
+  ),
   "VectorQuantizer": functools.partial(layers.VectorQuantizer, 5, 8),
   "norm_factory": layers.norm_factory("layer_norm"),
 }

@@ -568,10 +568,10 @@ def random_params(module, *args, seed=0, dtype=np.float32, **kwargs):
 def _fan_in(path, leaf):
   """Of stacked or single kernels: [D, N, H] into heads, [N, H, D] out of them, [D, F] otherwise.
 
-  Those of a convolution are [h, w, C, D].
+  Those of a convolution are [w, C, D] or [h, w, C, D].
   """
   names = {key.key for key in path[-3:-1]}  # The last may be an expert's.
-  if "projection" in names:
+  if any(name.startswith(("projection", "conv_", "vgg_")) for name in names):
     return math.prod(leaf.shape[:-1])
   if names & {"query", "key", "value"}:
     return leaf.shape[-3]

@@ -15,7 +15,7 @@ from magneto_jax import config as config_lib
 from magneto_jax import decoding, optimizers, tasks
 from magneto_jax.config import ConfigError, TrainConfig, default_config, from_config_dict
 from magneto_jax.layers import feed_forward, positions
-from magneto_jax.models import classifier, transformer
+from magneto_jax.models import classifier, speech, transformer
 
 
 def changed(name, value):
@@ -129,6 +129,25 @@ def test_every_number_has_a_range_on_both_sides():
     ("data.normalization", "imagenette", r"must be one of half, imagenet; did you mean imagenet"),
     ("data.image_key", "x", r"data.image_key is not read with config.task='causal_lm', only with"),
     ("data.label_scale", 0.0, r"config.data.label_scale=0.0 must be above 0.0"),
+    ("model.joint_width", 8, r"joint_width is not read without config.model.speech_head='transduc"),
+    (
+      "model.ctc_weight",
+      0.3,
+      r"ctc_weight is not read without config.model.speech_head='transduce",
+    ),
+    (
+      "model",
+      {"speech_head": "transducer", "predictor": "stateless", "predictor_layers": 2},
+      r"predictor_layers is not read without config.model.predictor='lstm'",
+    ),
+    ("model.front_end", "conv3d", r"must be one of conv, vgg, conv2d; did you mean conv2d\?"),
+    ("spec_augment.time_width", 9, r"time_width is not read without spec_augment.time_masks: set"),
+    ("spec_augment.time_share", 0.0, r"config.spec_augment.time_share=0.0 must be above 0.0"),
+    (
+      "spec_augment",
+      {"frequency_masks": 1, "frequency_width": 81},
+      r"frequency_width=81 must be at most model.mel_bins=80",
+    ),
     ("model.image_size", 32, r"image_size is not read with config.task='causal_lm', only with 'be"),
     ("model.patch_size", 15, r"patch_size=15 must divide model.image_size=224"),
     ("model.image_vocab_size", 0, r"config.model.image_vocab_size=0 must be at least 1"),
@@ -196,6 +215,7 @@ def test_choices_are_the_tables_they_stand_for():
   }
   assert set(choices["activation"]) == set(feed_forward.ACTIVATIONS)
   assert set(choices["positions"]) == set(positions.KINDS)
+  assert set(choices["front_end"]) == set(speech.FRONT_ENDS)
   assert set(choices["pooling"]) == set(classifier.POOLINGS)
   assert set(choices["remat"]) == set(transformer.REMAT)
   assert set(choices["schedule"]) == set(optimizers.SCHEDULES)

@@ -109,6 +109,83 @@ def image_step_flops(
   return batch_size * (6 * (stack + width * classes) + 4 * patches * patch_pixels * width)
 
 
+def speech_step_flops(
+  *,
+  head: str,
+  vocab_size: int,
+  samples: int,
+  seq_length: int,
+  batch_size: int,
+  encoder_layers: int,
+  layers: int,
+  width: int,
+  sample_rate: int,
+  mel_bins: int,
+  front_end: str,
+  joint_width: int = 0,
+  predictor_layers: int = 0,
+  predictor_width: int = 0,
+  with_ctc: bool = False,
+  **sizes,
+) -> int:
+  """FLOPs of one step of a model of speech, of a transducer those of the whole lattice.
+
+  Args:
+    head: `ctc`, `transducer` or `decoder`.
+    samples: of a sound.
+    seq_length: U, labels of a text, without marks.
+    encoder_layers, layers: of the encoder, and of the decoder if there is one.
+    sample_rate, mel_bins, front_end: of the front end, `conv`, `vgg` or `conv2d`, as they are by
+      default.
+    joint_width, predictor_layers, predictor_width: of a transducer; no layers: its predictor is
+      stateless, of two labels.
+    with_ctc: whether a CTC is trained beside a transducer or a decoder.
+    **sizes: and the others: see `train_step_flops`.
+  """
+  mel, first, rest, length = _front_end_products(
+    samples=samples, sample_rate=sample_rate, mel_bins=mel_bins, front_end=front_end, width=width
+  )
+  products = stack_products(layers=encoder_layers, width=width, length=length, **sizes)
+  columns = seq_length + 1
+  if head == "decoder":
+    products += stack_products(
+      layers=layers, width=width, length=columns, memory_length=length, **sizes
+    )
+    products += columns * width * vocab_size
+  elif head == "transducer":
+    read = predictor_width if predictor_layers else 2 * predictor_width
+    products += columns * predictor_layers * 8 * predictor_width**2
+    products += (length * width + columns * read) * joint_width
+    products += length * columns * joint_width * vocab_size
+  if with_ctc or head == "ctc":
+    products += length * width * vocab_size
+  # A spectrogram needs no gradient: one product of its own, and two of what reads it.
+  return batch_size * (2 * mel + 4 * first + 6 * (rest + products))
+
+
+def _front_end_products(
+  *, samples: int, sample_rate: int, mel_bins: int, front_end: str, width: int
+) -> tuple[int, int, int, int]:
+  """Multiplications of one sound's front end, forward, and T, how many vectors it makes.
+
+  Those of the spectrogram, of what reads it, and of the rest.
+  """
+  window, hop = round(sample_rate * 0.025), round(sample_rate * 0.010)
+  frames = 1 + (samples - window) // hop
+  frequencies = (1 << (window - 1).bit_length()) // 2 + 1
+  mel = frames * frequencies * mel_bins
+  if front_end == "conv":
+    half, length = (frames + 1) // 2, ((frames + 1) // 2 + 1) // 2
+    return mel, half * 5 * mel_bins * 1024, length * 5 * 512 * 2 * width, length
+  if front_end == "conv2d":
+    half, bins = (frames - 1) // 2, (mel_bins - 1) // 2
+    length, left = (half - 1) // 2, (bins - 1) // 2
+    return mel, half * bins * 9 * width, length * left * (9 + 1) * width**2, length
+  half, length, bins, left = frames // 2, frames // 2 // 2, mel_bins // 2, mel_bins // 2 // 2
+  rest = frames * mel_bins * 9 * 64 * 64 + half * bins * 9 * (64 * 128 + 128 * 128)
+  return mel, frames * mel_bins * 9 * 64, rest + length * left * 128 * width, length
+
+
 def stack_products(
   *,
   layers: int,

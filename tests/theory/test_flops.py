@@ -3,10 +3,23 @@
 import math
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from magneto_jax.config import from_config_dict, tasks_reading
+from magneto_jax.models import (
+  CausalLM,
+  Encoder,
+  LSTMPredictor,
+  SpeechEncoder,
+  SpeechToText,
+  StatelessPredictor,
+  Transducer,
+)
 from magneto_jax.tasks import TASKS
+from magneto_jax.theory import flops
+from magneto_jax.theory.recipes import RECIPES
+from magneto_jax.theory.records import Architecture
 
 
 def product_flops(program) -> int:
@@ -65,3 +78,71 @@ def test_flops_are_those_of_the_steps_products(task, fields):
   step = jax.value_and_grad(lambda params, batch: task.loss(module, {"params": params}, batch)[0])
   traced = jax.make_jaxpr(step)(params, task.batch_spec(config))
   assert task.flops(config, facts) == product_flops(traced.jaxpr)
+
+
+@pytest.mark.parametrize(
+  ("head", "front_end"), [("transducer", "conv"), ("stateless", "vgg"), ("decoder", "conv2d")]
+)
+def test_flops_of_speech_are_those_of_the_steps_products(head, front_end):
+  """But for zeros that strides put into gradients, and the logits that are computed again.
+
+  By the gradient of its input a convolution of stride 2 is counted as if it had none.
+  """
+  rate, samples, labels, vocab, batch, bins, joint, width = 8000, 1640, 3, 7, 2, 20, 24, 32
+  kind = "encoder_decoder" if head == "decoder" else "encoder"
+  depths = {f"{stack}_layers": 2 for stack in kind.split("_")}
+  recipe = RECIPES["magneto"](Architecture(kind, **depths, width=width, ffn_width=48, heads=4))
+  sizes = {"width": width, "ffn_width": 48, "num_heads": 4, "attention_implementation": "xla"}
+  encoder = SpeechEncoder(
+    encoder=Encoder(recipe=recipe.encoder, **sizes),
+    sample_rate=rate,
+    mel_bins=bins,
+    subsampling=front_end,
+  )
+  options = {}
+  if head == "decoder":
+    decoder = CausalLM(recipe=recipe.decoder, vocab_size=vocab, **sizes)
+    model = SpeechToText(encoder=encoder, decoder=decoder)
+  else:
+    predictor = StatelessPredictor(vocab_size=vocab, width=12)
+    if head == "transducer":
+      predictor = LSTMPredictor(vocab_size=vocab, width=12, layers=2)
+      options["predictor_layers"] = 2
+    options |= {"joint_width": joint, "predictor_width": 12}
+    model = Transducer(encoder=encoder, predictor=predictor, joint_width=joint, chunk=99)
+  counted = flops.speech_step_flops(
+    head="decoder" if head == "decoder" else "transducer",
+    vocab_size=vocab,
+    samples=samples,
+    seq_length=labels,
+    batch_size=batch,
+    encoder_layers=2,
+    layers=2,
+    sample_rate=rate,
+    mel_bins=bins,
+    front_end=front_end,
+    width=width,
+    ffn_width=48,
+    heads=4,
+    kv_heads=4,
+    head_dim=8,
+    **options,
+  )
+  inputs = (
+    jax.ShapeDtypeStruct((batch, samples), jnp.int16),
+    jax.ShapeDtypeStruct((batch,), jnp.int32),
+    jax.ShapeDtypeStruct((batch, labels), jnp.int32),
+    jax.ShapeDtypeStruct((batch,), jnp.int32),
+  )
+  params = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
+  cost = lambda params, *inputs: jnp.sum(model.apply({"params": params}, *inputs))
+  traced = jax.make_jaxpr(jax.grad(cost))(params, *inputs)
+  frames, length = 19, encoder.lengths(samples)
+  zeros = {
+    "conv": (10 - length) * 5 * 512 * 2 * width,
+    "vgg": 0,
+    "conv2d": (9 * 9 - length * 4) * 9 * width**2,
+  }
+  assert frames == 1 + (samples - 200) // 80
+  again = 0 if head == "decoder" else length * (labels + 1) * joint * vocab
+  assert product_flops(traced.jaxpr) == counted + 2 * batch * (zeros[front_end] + again)
