@@ -4,6 +4,7 @@ import collections
 import csv
 import dataclasses
 import hashlib
+import inspect
 import json
 import pathlib
 import re
@@ -15,6 +16,7 @@ import pytest
 import soundfile
 import tensorflow_datasets as tfds
 
+from magneto_jax.config import DataConfig, tasks_reading
 from magneto_jax.data import documents, pipelines, sounds, speech, speech_sources, tokenizers
 
 RATE = 8000
@@ -632,6 +634,25 @@ def test_speeds_are_drawn_anew_each_epoch_and_go_on_where_they_were(own):
   batches = [next(iterator) for _ in range(4)]
   assert len({tuple(sorted(batch["wave_lengths"])) for batch in batches}) > 1
   same([next(feed(3))], batches[3:])
+
+
+def test_a_config_has_what_is_read_and_nothing_else():
+  """By name and by default, but for those that a task's config sets anyway."""
+  fields = {field.name: field.default for field in dataclasses.fields(DataConfig)}
+  read = {
+    name: default
+    for name, default in fields.items()
+    if "speech_recognition" in (tasks_reading(f"data.{name}") or ("speech_recognition",))
+    and name not in ("workers", "prefetch")
+  }
+  options = speech_sources.SpeechOptions._field_defaults
+  parameters = inspect.signature(speech.load_speech).parameters.values()
+  given = options | {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+  assert read.keys() == given.keys() - {"workdir", "expected"}
+  files = {"train_files", "validation_files", "test_files"}
+  different = {name for name in read if read[name] != given[name]}
+  assert different == {"name", "tokenizer", *files}
+  assert DataConfig.__dataclass_fields__["text_case"].metadata["choices"] == (*speech.TEXT_CASES,)
 
 
 def test_the_data_are_what_a_task_reads(own):
