@@ -146,7 +146,7 @@ class ModelConfig(_Checked):
   )
   speech_head: str = _field(
     "ctc",
-    "what says what an encoder of sounds has heard",
+    "what says what an encoder of sounds has heard; a translation is written by a decoder",
     choices=("ctc", "transducer", "decoder"),
   )
   mel_bins: int = _positive(80, "M, bins of a spectrogram", 1024)
@@ -208,30 +208,14 @@ class ModelConfig(_Checked):
       layers = getattr(self, name)
       if self.unroll == 0 or (self.unroll > 0 and layers % self.unroll):
         raise ConfigError(f"model.unroll={self.unroll} must divide model.{name}={layers}, or be -1")
-    self._check_speech()
     if self.image_size % self.patch_size:
       raise ConfigError(
         f"model.patch_size={self.patch_size} must divide model.image_size={self.image_size}"
       )
 
-  def _check_speech(self):
-    """Raises for a field that the head, or the predictor, does not read."""
-    fields = self.__dataclass_fields__
-    transducer = self.speech_head == "transducer"
-    for name, read, needed in (
-      ("joint_width", transducer, "speech_head='transducer'"),
-      ("predictor", transducer, "speech_head='transducer'"),
-      ("predictor_width", transducer, "speech_head='transducer'"),
-      ("predictor_layers", transducer and self.predictor == "lstm", "predictor='lstm'"),
-      ("ctc_weight", self.speech_head != "ctc", "speech_head='transducer' or 'decoder'"),
-    ):
-      if not read and getattr(self, name) != fields[name].default:
-        raise ConfigError(f"config.model.{name} is not read without config.model.{needed}")
-
 
 _LANGUAGE_MODELS = ("causal_lm", "masked_lm")
 _TEXT_TASKS = (*_LANGUAGE_MODELS, "text_classification", "translation", "beit3")
-_SPEECH_TASKS: tuple[str, ...] = ()
 _IMAGE_TASKS = ("image_classification", "image_tokenizer", "masked_image")
 _SPEECH_TASKS = ("speech_recognition", "speech_translation")
 # All that have a tokenizer.
@@ -239,11 +223,11 @@ _TOKEN_TASKS = (*_TEXT_TASKS, *_SPEECH_TASKS)
 
 # Fields, or groups of them, that some tasks alone read, and which.
 OF_SOME_TASKS: dict[str, tuple[str, ...]] = {
-  "init_from": ("text_classification", "image_classification"),
+  "init_from": ("text_classification", "image_classification", *_SPEECH_TASKS),
   "sample_prompt": ("causal_lm",),
   "sample_temperature": ("causal_lm",),
-  "beam": ("translation",),
-  "model.encoder_layers": ("translation", "image_tokenizer"),
+  "beam": ("translation", *_SPEECH_TASKS),
+  "model.encoder_layers": ("translation", "image_tokenizer", *_SPEECH_TASKS),
   "model.image_size": ("beit3", *_IMAGE_TASKS),
   "model.patch_size": ("beit3", *_IMAGE_TASKS),
   "model.image_vocab_size": ("beit3", "image_tokenizer", "masked_image"),
@@ -252,16 +236,16 @@ OF_SOME_TASKS: dict[str, tuple[str, ...]] = {
   "model.codebook_redraw": ("image_tokenizer",),
   "model.relative_patches": ("image_classification", "masked_image"),
   "model.pooling": ("text_classification", "image_classification", "masked_image"),
-  "model.speech_head": _SPEECH_TASKS,
+  "model.speech_head": ("speech_recognition",),
   "model.mel_bins": _SPEECH_TASKS,
   "model.front_end": _SPEECH_TASKS,
-  "model.joint_width": _SPEECH_TASKS,
-  "model.predictor": _SPEECH_TASKS,
-  "model.predictor_layers": _SPEECH_TASKS,
-  "model.predictor_width": _SPEECH_TASKS,
+  "model.joint_width": ("speech_recognition",),
+  "model.predictor": ("speech_recognition",),
+  "model.predictor_layers": ("speech_recognition",),
+  "model.predictor_width": ("speech_recognition",),
   "model.ctc_weight": _SPEECH_TASKS,
   "spec_augment": _SPEECH_TASKS,
-  "model.tied_embeddings": (*_LANGUAGE_MODELS, "translation", "beit3"),
+  "model.tied_embeddings": (*_LANGUAGE_MODELS, "translation", "beit3", *_SPEECH_TASKS),
   "image_tokenizer": ("masked_image",),
   "data.mask_rate": ("masked_lm", "masked_image"),
   "data.mask_block": ("masked_image",),
@@ -613,6 +597,8 @@ TASK_NAMES = [
   "image_classification",
   "image_tokenizer",
   "masked_image",
+  "speech_recognition",
+  "speech_translation",
 ]
 # Of which it is known what they read.
 _SHIPPED_TASKS = tuple(TASK_NAMES)
@@ -620,7 +606,7 @@ _SHIPPED_TASKS = tuple(TASK_NAMES)
 
 @dataclasses.dataclass(frozen=True)
 class BeamConfig(_Checked):
-  """How a model's translations are searched. See `decoding.beam_search`."""
+  """How a model's texts are searched. See `decoding.beam_search`, and its siblings of sounds."""
 
   _group = "beam."
 
@@ -630,11 +616,15 @@ class BeamConfig(_Checked):
   )
   penalty: str = _field("length", "of the length: |y|^p, or GNMT's", choices=("length", "gnmt"))
   min_length: int = _field(1, "tokens before the end, at least", min=0, max=_LONGEST)
-  max_ratio: float = _field(1.2, "the same at most, for each token of the source", min=0.0, max=1e3)
+  max_ratio: float = _field(
+    1.2, "the same at most, for each token of the source, or vector of a sound", min=0.0, max=1e3
+  )
   max_extra: int = _field(10, "what is added to that", min=0, max=_LONGEST)
   rows: int = _positive(32, "sources that are searched together", 2**16)
   judged: int = _field(
-    0, "how many of a split's pairs, the first, BLEU and chrF are of; 0: all", min=0
+    0,
+    "how many of a split's pairs, or utterances, the first, are answered and judged; 0: all",
+    min=0,
   )
 
 
@@ -770,6 +760,7 @@ class TrainConfig(_Checked):
         f"batch_size={self.batch_size} times data.seq_length={self.data.seq_length} is {tokens:,}"
         f" tokens a step, which must be at most {_LARGEST[int]:,}"
       )
+    self._check_speech()
     augment, bins = self.spec_augment, self.model.mel_bins
     if augment.frequency_masks and augment.frequency_width > bins:
       raise ConfigError(
@@ -817,6 +808,38 @@ class TrainConfig(_Checked):
       )
     if re.search("[\ud800-\udfff]", self.sample_prompt):  # Bytes that were not UTF-8.
       raise ConfigError(f"sample_prompt={self.sample_prompt!r} is not valid text")
+
+  def _check_speech(self):
+    """Raises for a field that this head, or this predictor, of a model of speech does not read."""
+    head = speech_head(self)
+    transducer, decoder = head == "transducer", head == "decoder"
+    needs = {
+      "model.joint_width": (transducer, "speech_head='transducer'"),
+      "model.predictor": (transducer, "speech_head='transducer'"),
+      "model.predictor_width": (transducer, "speech_head='transducer'"),
+      "model.predictor_layers": (
+        transducer and self.model.predictor == "lstm",
+        "predictor='lstm'",
+      ),
+      "model.ctc_weight": (head != "ctc", "speech_head='transducer' or 'decoder'"),
+    }
+    if self.task in _SPEECH_TASKS:
+      needs |= dict.fromkeys(_OF_DECODERS, (decoder, "speech_head='decoder'"))
+    values, defaults = flatten(self), defaults_by_name()
+    for name, (read, needed) in needs.items():
+      if not read and values[name] != defaults[name]:
+        raise ConfigError(f"config.{name} is not read without config.model.{needed}")
+
+
+# Of a model of speech.
+_OF_DECODERS = ("label_smoothing", "vocab_chunk", "model.encoder_layers", "model.tied_embeddings")
+_OF_DECODERS += ("beam.length_penalty", "beam.penalty", "beam.min_length")
+_OF_DECODERS += ("beam.max_ratio", "beam.max_extra")
+
+
+def speech_head(config: TrainConfig) -> str:
+  """What a config's model of speech says with what it has heard: a translation's is a decoder."""
+  return "decoder" if config.task == "speech_translation" else config.model.speech_head
 
 
 def batch_ranges(text: str) -> tuple[tuple[int, int], ...]:

@@ -279,7 +279,7 @@ def evaluate(opened: Opened, split: str = "validation") -> dict[str, Any]:
   """A run's metrics on a split, with those of what the model writes by itself.
 
   Returns:
-    JSON-able: `metrics`, the `signatures` of some and, where the model translates, the `beam`; what
+    JSON-able: `metrics`, the `signatures` of some and, where texts are searched, the `beam`; what
     they are of (workdir, step, task, split, counts, bad_records); `seconds`, devices, versions, and
     a digest of the run's record.
 
@@ -305,7 +305,7 @@ def evaluate(opened: Opened, split: str = "validation") -> dict[str, Any]:
     split=split,
     metrics=in_other_words(scores),
     signatures=task.signatures(),
-    **({} if task.translator is None else {"beam": dataclasses.asdict(config.beam)}),
+    **({"beam": dataclasses.asdict(config.beam)} if task.translator or task.transcriber else {}),
     counts=counts,
     bad_records=len(data.bad_records),
   )

@@ -2,13 +2,15 @@
 
 A language model continues `--prompt`. A model that translates does so with the lines of the
 standard input, UTF-8, one text a line; an empty line stays one. Lines are read and written in
-parts, so that a file of any size passes.
+parts, so that a file of any size passes. A model of speech writes what it hears in each `--sound`,
+one text a line.
 """
 
 import dataclasses
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,10 +18,11 @@ from absl import flags
 
 from magneto_jax import cli, decoding, runs
 from magneto_jax.config import BeamConfig, ConfigError, config_errors
+from magneto_jax.data import sounds
 from magneto_jax.models.language import CausalLM
 from magneto_jax.tasks import TASKS
 
-# The flags that only one kind of model reads; those of a translator with their field of `beam`.
+# The flags that only some kinds of model read; those of searches with their field of `beam`.
 _OF_PROMPTS = ("prompt", "tokens", "samples", "temperature", "top_k", "top_p", "seed")
 _OF_BEAMS = {
   "beam_size": "size",
@@ -29,8 +32,11 @@ _OF_BEAMS = {
   "max_extra": "max_extra",
 }
 _OF_LINES = (*_OF_BEAMS, "scores", "too_long")
-# Lines that are read at once, in searches together: sorted, they waste less.
+_OF_SOUNDS = (*_OF_LINES, "sound")
+# Lines, or sounds, that are read at once, in searches together: sorted, they waste less.
 _SEARCHES = 16
+# Seconds of a sound that is read to be cut.
+_LONGEST = 3600
 
 
 def main() -> None:
@@ -52,11 +58,12 @@ def main() -> None:
   fields = {field.name: field for field in dataclasses.fields(BeamConfig)}
   for flag, name in _OF_BEAMS.items():
     meaning = fields[name].metadata["doc"]
-    define[fields[name].type](flag, None, f"Of translations: {meaning}; by default the run's.")
-  flags.DEFINE_bool("scores", False, "Whether a translation has its score and a tab before it.")
+    define[fields[name].type](flag, None, f"Of searches: {meaning}; by default the run's.")
+  flags.DEFINE_bool("scores", False, "Whether a line has its score and a tab before it.")
   flags.DEFINE_enum(
-    "too_long", "refuse", ["refuse", "cut"], "What to do with a line the model cannot hold."
+    "too_long", "refuse", ["refuse", "cut"], "What to do with what the model cannot hold."
   )
+  flags.DEFINE_multi_string("sound", [], "A WAV, FLAC, Ogg or MP3 file to hear; may be repeated.")
   run_task_file = cli.define_task_file_flag()
   cli.run(lambda: run(flags.FLAGS, run_task_file))
 
@@ -68,16 +75,20 @@ def run(args, run_task_file: Callable[[], None]) -> None:
     raise ConfigError("--top_p must be above 0; for the best token each time set --temperature=0")
   tokenizer = runs.load_tokenizer(args.workdir)
   config = runs.read_record(args.workdir).config
-  make_translator = TASKS[config.task].translator
-  for name in _OF_LINES if make_translator is None else _OF_PROMPTS:
-    if args[name].present:
+  task = TASKS[config.task]
+  read = _OF_SOUNDS if task.transcriber else _OF_LINES if task.translator else _OF_PROMPTS
+  for name in (*_OF_PROMPTS, *_OF_SOUNDS):
+    if args[name].present and name not in read:
       raise ConfigError(f"--{name} is not read with a model of config.task={config.task!r}")
-  if make_translator is not None:
-    given = {name: args[flag].value for flag, name in _OF_BEAMS.items() if args[flag].present}
-    config = dataclasses.replace(config, beam=dataclasses.replace(config.beam, **given))
+  if task.transcriber and not args.sound:
+    raise ConfigError("give --sound=FILE, of a WAV, FLAC, Ogg or MP3 file")
+  given = {name: args[flag].value for flag, name in _OF_BEAMS.items() if args[flag].present}
+  config = dataclasses.replace(config, beam=dataclasses.replace(config.beam, **given))
   model, variables = runs.load(args.workdir, step=args.step)
-  if make_translator is not None:
-    _translate_lines(args, make_translator(config, model, variables, tokenizer))
+  if task.transcriber:
+    _write_down_sounds(args, task.transcriber(config, model, variables, tokenizer))
+  elif task.translator:
+    _translate_lines(args, task.translator(config, model, variables, tokenizer))
   elif isinstance(model, CausalLM):
     _continue_prompt(args, model, variables, tokenizer)
   else:
@@ -112,19 +123,45 @@ def _translate_lines(args, translator: decoding.Translator) -> None:
   if sys.stdin.isatty():  # Somebody waits for each.
     translator, together = dataclasses.replace(translator, rows=1), 1
   lines = enumerate(sys.stdin.buffer, 1)
-  while part := list(itertools.islice(lines, together)):
+  read = lambda numbered: _source(args, translator, *numbered)
+  _answer(args, lines, together, read, translator.translate)
+
+
+def _write_down_sounds(args, transcriber: decoding.Transcriber) -> None:
+  """Writes a line for each sound, in their order."""
+  read = lambda path: _wave(args, transcriber, path)
+  _answer(args, iter(args.sound), transcriber.rows * _SEARCHES, read, transcriber)
+
+
+def _answer(
+  args,
+  asked: Iterator,
+  together: int,
+  read: Callable[[Any], np.ndarray | None],
+  answer: Callable[[list[np.ndarray]], list[list[decoding.Translation]]],
+) -> None:
+  """Writes a line in answer to each, in their order, some of them at once.
+
+  Args:
+    args: the flags.
+    asked: what is answered.
+    together: how many are read at once.
+    read: from one of them to what is searched for; None for an empty answer, or ConfigError.
+    answer: from some of these to their texts.
+  """
+  while part := list(itertools.islice(asked, together)):
     sources, refused = [], None
-    for number, line in part:
+    for one in part:
       try:
-        sources.append(_source(args, translator, number, line))
+        sources.append(read(one))
       except ConfigError as error:
         refused = error
         break
-    # Of the lines before one that is refused nothing is lost.
-    found = iter(translator.translate([source for source in sources if source is not None]))
+    # Of those before one that is refused nothing is lost.
+    found = iter(answer([source for source in sources if source is not None]))
     for source in sources:
       text, score = ("", None) if source is None else next(found)[0]
-      # A line in is a line out.
+      # One in is a line out.
       text = text.replace("\r", " ").replace("\n", " ")
       scored = ("" if score is None else f"{score:.4f}") + "\t" if args.scores else ""
       sys.stdout.buffer.write(f"{scored}{text}\n".encode())
@@ -149,6 +186,24 @@ def _source(args, translator: decoding.Translator, number: int, line: bytes) -> 
     raise ConfigError(f"{said} {translator.longest}: split it, or set --too_long=cut")
   print(f"warning: {said} the first {translator.longest} of them", file=sys.stderr)
   return translator.cut(source)
+
+
+def _wave(args, transcriber: decoding.Transcriber, path: str) -> np.ndarray:
+  """A sound at the model's rate."""
+  rate = transcriber.model.encoder.sample_rate
+  longest = transcriber.longest if args.too_long == "refuse" else _LONGEST * rate
+  try:
+    wave_S = sounds.read(path, sample_rate=rate, longest=longest)
+  except sounds.TooLong as error:
+    more = ", or set --too_long=cut" if args.too_long == "refuse" else ""
+    raise ConfigError(f"{error}{more}") from None
+  except (OSError, ValueError) as error:
+    raise ConfigError(str(error)) from None
+  if len(wave_S) > transcriber.longest:
+    said = f"{path} has {len(wave_S) / rate:.2f} seconds"
+    heard = f"the model hears the first {transcriber.longest / rate:g} of them"
+    print(f"warning: {said}, and {heard}", file=sys.stderr)
+  return wave_S[: transcriber.longest]
 
 
 if __name__ == "__main__":

@@ -159,7 +159,8 @@ class Sizes(NamedTuple):
     batch: shapes of a global batch.
     devices: how many there are.
     variables: shapes of what the model keeps beside them, whole on every device.
-    length: tokens of a row, where no array [B, T] of the batch has as many: of images.
+    length: tokens of a row of the stack, which a batch of images or sounds does not show; 0: as
+      many as its arrays [B, T] have.
   """
 
   params: Any
@@ -185,8 +186,12 @@ def estimate(config: TrainConfig, sizes: Sizes) -> int:
   if config.batch_size % rows:
     raise ValueError(f"a batch of {config.batch_size} rows cannot be cut {rows} times")
   length = parts(sharding.ACTIVATION_AXES["length"])
-  # Tokens of a device at a time; a batch's arrays [B, T] are of the same ones.
-  lengths = (shape.shape[1] for shape in sizes.batch.values() if len(shape.shape) == 2)
+  # Tokens of a device at a time; a batch's arrays [B, T] are of the same ones, but for samples.
+  lengths = (
+    shape.shape[1]
+    for shape in sizes.batch.values()
+    if len(shape.shape) == 2 and shape.dtype != jnp.int16
+  )
   tokens = config.batch_size // rows * -(-max(sizes.length, *lengths, 0) // length)
   number = jnp.dtype(config.model.dtype).itemsize
   weights, layers = 0, {"carry": 0, "products": 0, "attention": 0, "widest": 0, "logits": 0}

@@ -20,6 +20,7 @@ from magneto_jax.convert.facts import facts
 from magneto_jax.data import text
 from magneto_jax.models.backbone import Backbone
 from magneto_jax.models.masked_image import TOKENIZER
+from magneto_jax.models.speech import SpeechEncoder
 from magneto_jax.models.vision import VisionEncoder
 from magneto_jax.program import Program, TrainState
 from magneto_jax.tasks.task import Facts
@@ -45,8 +46,14 @@ _FIELDS = {
 }
 _TOKENS = ("token_embedding", "embedding")
 _POSITIONS = ("position_embedding", "embedding")
-_PATCH_POSITIONS = ("encoder", *_POSITIONS)
+_INNER_POSITIONS = ("encoder", *_POSITIONS)
 _PATCH_BIASES = ("patch_relative_bias",)
+# Of encoders of sounds: the config's field that decides what two must have in common.
+_OF_SOUNDS = {
+  "data.sample_rate": "sample_rate",
+  "model.mel_bins": "mel_bins",
+  "model.front_end": "subsampling",
+}
 # What an image tokenizer and what learns its tokens read alike.
 _OF_IMAGES = ("model.image_size", "model.patch_size", "model.image_vocab_size")
 _OF_IMAGES += ("data.normalization",)
@@ -86,8 +93,9 @@ class Start(NamedTuple):
 
   Its encoder is its module `encoder`, or itself, where it is one stack (an `Encoder`, a
   `CausalLM`) or a `VisionEncoder`. Of texts, tables may be longer than the run's: of tokens by one
-  row, which a masked model has for its mask behind the tokenizer's; of learned positions by any
-  number. Then the first rows are taken, of positions those from the model's first one on. Of
+  row, which a masked model has for its mask behind the tokenizer's; of learned positions, as of
+  sounds, by any number. Then the first rows are taken, of positions those from the model's first
+  one on. Of
   images, tables may be of another grid of patches: then they are interpolated (`resized_positions`,
   `resized_biases`), and what they hold of a class token is left out where the run has none.
 
@@ -128,6 +136,9 @@ class Start(NamedTuple):
     config, ours = program.config, getattr(program.model, program.task.pretrained)
     if isinstance(ours, VisionEncoder):
       self._refuse_other_patches(config, ours)
+      return
+    if isinstance(ours, SpeechEncoder):
+      self._refuse_other_sounds(config, ours)
       return
     if self.tokenizer is not None and dict(self.tokenizer) != dict(tokenizer):
       raise ConfigError(
@@ -189,16 +200,36 @@ class Start(NamedTuple):
       )
     self._refuse_another_stack(ours.encoder, theirs.encoder)
 
+  def _refuse_other_sounds(self, config: TrainConfig, ours: SpeechEncoder) -> None:
+    """The same of two encoders of sounds, of which one may have learned longer ones."""
+    theirs = self.encoder
+    if not isinstance(theirs, SpeechEncoder):
+      raise ConfigError(f"the model of init_from={self.folder} has no encoder that reads sounds")
+    for field, name in _OF_SOUNDS.items():
+      mine, its = getattr(ours, name), getattr(theirs, name)
+      if mine != its:
+        raise ConfigError(
+          f"config.{field} does not agree with init_from={self.folder}: it must be {its!r}, not"
+          f" {mine!r}"
+        )
+    self._refuse_another_stack(ours.encoder, theirs.encoder)
+    longest = theirs.encoder.longest
+    if longest is not None and longest < ours.encoder.longest:
+      raise ConfigError(
+        f"config.data.max_seconds={config.data.max_seconds:g} makes {ours.encoder.longest} vectors,"
+        f" more than the {longest} learned positions of init_from={self.folder}"
+      )
+
   def _on_our_grid(self, ours: VisionEncoder, taken: Mapping[tuple, jax.Array]) -> dict:
     """Of an encoder's arrays those that go by the grid of patches, for the run's grid."""
     theirs, found = self.encoder, {}
-    if _PATCH_POSITIONS not in taken and _PATCH_BIASES not in taken:
+    if _INNER_POSITIONS not in taken and _PATCH_BIASES not in taken:
       return found
     old, new = map(self._grid, (theirs, ours))
-    if _PATCH_POSITIONS in taken:
-      table = np.asarray(taken[_PATCH_POSITIONS])[theirs.encoder.position_offset :]
+    if _INNER_POSITIONS in taken:
+      table = np.asarray(taken[_INNER_POSITIONS])[theirs.encoder.position_offset :]
       patches = resized_positions(table[int(theirs.class_token) :], old, new)
-      found[_PATCH_POSITIONS] = np.concatenate([table[: int(ours.class_token)], patches])
+      found[_INNER_POSITIONS] = np.concatenate([table[: int(ours.class_token)], patches])
     if _PATCH_BIASES in taken:
       table, offsets = np.asarray(taken[_PATCH_BIASES]), math.prod(2 * side - 1 for side in old)
       of_class = table[offsets : offsets + 3 * ours.class_token]
@@ -247,7 +278,7 @@ class Start(NamedTuple):
         mine = wanted.get(own) if path[: len(prefix)] == prefix else None
         same = mine is not None and mine.shape == leaf.shape
         # Every host interpolates these, or finds that they stay.
-        same = same and own not in (_PATCH_POSITIONS, _PATCH_BIASES)
+        same = same and own not in (_INNER_POSITIONS, _PATCH_BIASES)
         where = mine.sharding if same else whole
         placed[path] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
       return {"params": traverse_util.unflatten_dict(placed)}
@@ -258,15 +289,13 @@ class Start(NamedTuple):
     if isinstance(ours := getattr(program.model, name), VisionEncoder):
       taken |= self._on_our_grid(ours, taken)
     shapes = {path: leaf.shape for path, leaf in wanted.items()}
-    first = getattr(self.encoder, "position_offset", 0)
+    begin = {_TOKENS: 0, _POSITIONS: getattr(self.encoder, "position_offset", 0)}
+    if isinstance(ours, SpeechEncoder):
+      begin = {_INNER_POSITIONS: self.encoder.encoder.position_offset}
 
     def cut(arrays):
-      begin = {_POSITIONS: first}
-      rows = lambda path: slice(begin.get(path, 0), begin.get(path, 0) + shapes[path][0])
-      return {
-        path: array[rows(path)] if path in (_TOKENS, _POSITIONS) else array
-        for path, array in arrays.items()
-      }
+      rows = lambda path: slice(begin[path], begin[path] + shapes[path][0])
+      return {path: array[rows(path)] if path in begin else array for path, array in arrays.items()}
 
     for path, leaf in jax.eval_shape(cut, taken).items():
       if leaf.shape != shapes[path]:
@@ -456,6 +485,10 @@ def _encoder(config: TrainConfig) -> Start:
       f"init_from={folder} holds neither a run with a checkpoint nor a converted model: give the"
       " workdir of one, or leave it empty"
     )
+  if config.task in (tasks_reading("data.sample_rate") or ()):
+    # Whatever the texts are: the encoder reads none.
+    with config_errors():
+      return Start(folder, runs.model_of(record), None, "")
   if config.task not in (tasks_reading("data.tokenizer") or (config.task,)):
     if record.config.data.normalization != data.normalization:
       raise ConfigError(

@@ -156,6 +156,7 @@ def train_step(
     The new state, and the metrics `loss` (mean over weights), `gradient_norm`, and the state's
     `skipped` and `skipped_in_a_row`.
   """
+  batch = task.weigh(model, batch)
   weight_sum = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
   dropout_key = jax.random.fold_in(dropout_key, state.step)
 

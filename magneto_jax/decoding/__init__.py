@@ -3,12 +3,14 @@
 from magneto_jax.decoding.beam import PENALTIES, Hypothesis, beam_search
 from magneto_jax.decoding.ctc import Transcripts, ctc_beam_search, ctc_greedy
 from magneto_jax.decoding.sampling import filter_logits, generate
+from magneto_jax.decoding.transcriber import Transcriber
 from magneto_jax.decoding.transducer import transducer_beam_search, transducer_greedy
 from magneto_jax.decoding.translator import Translation, Translator
 
 __all__ = (
   "PENALTIES",
   "Hypothesis",
+  "Transcriber",
   "Transcripts",
   "Translation",
   "Translator",

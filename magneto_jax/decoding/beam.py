@@ -16,6 +16,7 @@ import numpy as np
 from magneto_jax import sharding
 from magneto_jax.models.encoder_decoder import EncoderDecoder
 from magneto_jax.models.language import CausalLM, DecodingState
+from magneto_jax.models.speech import SpeechToText
 
 # What the sum of log-probabilities is divided by, of the number of tokens, the eos among them, and
 # a power. `gnmt`: arXiv 1609.08144, equation 14, without its coverage; fairseq's and T5's figures
@@ -129,11 +130,10 @@ def _search(
   else:
     source_BS, source_lengths_B = sources
     source_BS = sharding.constrain(source_BS, "batch", None)
-    mask_BS = jnp.arange(source_BS.shape[1])[None] < source_lengths_B[:, None]
-    memory_BSD = model.apply(variables, source_BS, mask_BT=mask_BS, method="encode")
+    memory_BSD, mask_BS = model.apply(variables, source_BS, source_lengths_B, method="memory")
     score = functools.partial(model.apply, variables, method="decode")
     memory = {"memory_BSD": memory_BSD, "memory_mask_BS": mask_BS}
-    state = model.init_state(batch, prompt_length + room, source_BS.shape[1])
+    state = model.init_state(batch, prompt_length + room, memory_BSD.shape[1])
 
   def select(beams, logits_BWV, step):
     one = functools.partial(_select, penalty=penalty)
@@ -169,7 +169,7 @@ def _search(
 
 
 def beam_search(
-  model: CausalLM | EncoderDecoder,
+  model: CausalLM | EncoderDecoder | SpeechToText,
   variables,
   prompts: Sequence[Sequence[int]],
   *,
@@ -194,10 +194,11 @@ def beam_search(
   wider, whatever the model computes in; those that are not finite count as -inf.
 
   Args:
-    model: a causal language model, or an encoder-decoder.
+    model: a causal language model, or an encoder-decoder, of texts or of sounds.
     variables: its variables.
     prompts: what the decoder begins with, at least one token each.
-    sources: what an encoder-decoder reads, one for each prompt; None for a language model.
+    sources: what an encoder-decoder reads, one for each prompt: tokens, or a sound's samples, int16
+      or floats in [-1, 1]; None for a language model.
     size: k, the number of beams.
     max_length: the most new tokens before the eos, of all or of each; it comes before min_length.
     eos_id: the token that ends a sequence.
@@ -205,7 +206,7 @@ def beam_search(
     min_length: the fewest new tokens before the eos.
     length_penalty: the power of the penalty; 0 for sums of log-probabilities.
     penalty: `length`, |y|^p, or `gnmt`, ((5 + |y|) / 6)^p: one of PENALTIES.
-    compiled_for: (tokens of a source, new tokens) to pad to, so that batches of several lengths run
+    compiled_for: (length of a source, new tokens) to pad to, so that batches of several lengths run
       as one program; by default those of the longest.
 
   Returns:
@@ -244,7 +245,7 @@ def beam_search(
   _check_ids(decoder, [[eos_id], [pad_id], *prompts], "eos_id, pad_id or prompts")
   if eos_id == pad_id:
     raise ValueError(f"{eos_id=} must not be the {pad_id=}, which is never written")
-  if sources is not None:
+  if isinstance(model, EncoderDecoder) and sources is not None:
     _check_ids(model.encoder, sources, "sources")
   if (most := decoder.longest) is not None and lengths.max() + room > most:
     raise ValueError(
@@ -253,7 +254,9 @@ def beam_search(
   prompt_BT = np.full((len(prompts), lengths.max()), pad_id, np.int32)
   for row, prompt in zip(prompt_BT, prompts, strict=True):
     row[len(row) - len(prompt) :] = prompt
-  source_BS = np.full((len(prompts), source_room), pad_id, np.int32)
+  is_spoken = isinstance(model, SpeechToText)
+  kind, filling = (np.asarray(sources[0]).dtype, 0) if is_spoken else (np.int32, pad_id)
+  source_BS = np.full((len(prompts), source_room), filling, kind)
   for row, source in zip(source_BS, sources or (), strict=sources is not None):
     row[: len(source)] = source
   tokens, scores = _search(

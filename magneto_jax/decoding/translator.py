@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +21,30 @@ class Translation(NamedTuple):
 
   text: str
   score: float
+
+
+def divisible(rows: int) -> int:
+  """As many rows, or the next number that the mesh divides."""
+  parts = sharding.parts("batch")
+  return -(-rows // parts) * parts
+
+
+def in_batches(
+  lengths: Sequence[int], width: Callable[[int], int], rows: int
+) -> Iterator[tuple[int, tuple[int, ...]]]:
+  """Widths, and which sources are searched at each, at most `divisible(rows)` of them at a time.
+
+  The longest first, as they need the most.
+
+  Args:
+    lengths: of the sources.
+    width: `length -> width` of the program for it, rising with it.
+    rows: see `Translator`.
+  """
+  order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+  for wide, group in itertools.groupby(order, lambda i: width(lengths[i])):
+    while batch := tuple(itertools.islice(group, divisible(rows))):
+      yield wide, batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,22 +107,11 @@ class Translator:
           f"source {index} has {len(source)} tokens, the eos included, more than {self.longest}"
         )
     translated: list[list[Translation]] = [[] for _ in sources]
-    for width, indices in self._batches([len(source) for source in sources]):
+    for width, indices in in_batches(list(map(len, sources)), self._width, self.rows):
       found = self._search([sources[i] for i in indices], width)
       for index, ranked in zip(indices, found[: len(indices)], strict=True):
         translated[index] = [Translation(self.tokenizer.decode(y), score) for y, score in ranked]
     return translated
-
-  def _batches(self, lengths: Sequence[int]) -> Iterator[tuple[int, tuple[int, ...]]]:
-    """Widths, and which sources are searched at each; the longest first, as they need the most."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    for width, group in itertools.groupby(order, lambda i: self._width(lengths[i])):
-      while batch := tuple(itertools.islice(group, self._rows())):
-        yield width, batch
-
-  def _rows(self) -> int:
-    parts = sharding.parts("batch")
-    return -(-self.rows // parts) * parts
 
   def _width(self, length: int) -> int:
     return min(max(_NARROWEST, 1 << (length - 1).bit_length()), self.longest)
@@ -109,12 +122,12 @@ class Translator:
 
   def _search(self, sources: Sequence[np.ndarray], width: int):
     """What is found for at most as many sources as there are rows; other rows end at once."""
-    end = self.tokenizer.eos_id
-    filling = self._rows() - len(sources)
+    end, rows = self.tokenizer.eos_id, divisible(self.rows)
+    filling = rows - len(sources)
     return beam_search(
       self.model,
       self.variables,
-      [[end]] * self._rows(),
+      [[end]] * rows,
       sources=[*sources, *[[end]] * filling],
       size=self.size,
       max_length=[*(self._most(len(source)) for source in sources), *[0] * filling],

@@ -1,6 +1,7 @@
 """The encoder-decoder."""
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from magneto_jax.models.encoder import Encoder
@@ -83,6 +84,11 @@ class EncoderDecoder(nn.Module, kw_only=True):
   def encode(self, source_BS: jax.Array, **kwargs):
     """The memory [B, S, D]; keywords are those of `Encoder`."""
     return self.encoder(source_BS, **kwargs)
+
+  def memory(self, source_BS: jax.Array, lengths_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What the decoder reads of sources [B, S, D], and whether it is each one's own [B, S]."""
+    mask_BS = jnp.arange(source_BS.shape[1])[None] < lengths_B[:, None]
+    return self.encode(source_BS, mask_BT=mask_BS), mask_BS
 
   def decode(self, tokens_BT: jax.Array, **kwargs):
     """Scores and, with a state, the new state; keywords are those of `CausalLM`."""

@@ -310,8 +310,8 @@ class SpeechToText(nn.Module, kw_only=True):
     self,
     waves_BS: jax.Array,
     wave_lengths_B: jax.Array,
-    targets_BU: jax.Array,
-    target_lengths_B: jax.Array,
+    targets_BU: jax.Array | None = None,
+    target_lengths_B: jax.Array | None = None,
     *,
     return_hidden_states: bool = False,
     deterministic: bool = True,
@@ -319,9 +319,13 @@ class SpeechToText(nn.Module, kw_only=True):
   ):
     """-log p(targets and the end | sound) [B] in nats, float32 or wider; see `CTCRecognizer`.
 
-    In training the decoder's label smoothing is in them. If asked for, then the streams of the
-    encoder and of the decoder.
+    In training the decoder's label smoothing is in them. Without targets the logits [B, 1, V] of
+    the first label. If asked for, then the streams of the encoder and of the decoder.
     """
+    has_targets = targets_BU is not None
+    if not has_targets:
+      targets_BU = jnp.zeros((len(waves_BS), 0), jnp.int32)
+      target_lengths_B = jnp.zeros((len(waves_BS),), jnp.int32)
     h_BTD, frames_B, *hidden = self.encode(
       waves_BS,
       wave_lengths_B,
@@ -338,10 +342,15 @@ class SpeechToText(nn.Module, kw_only=True):
       mask_BT=mask_BU,
       memory_BSD=h_BTD,
       memory_mask_BS=frame_mask(frames_B, h_BTD.shape[1]),
-      targets_BT=jnp.where(is_end_BU, self.end_id, jnp.pad(targets_BU, ((0, 0), (0, 1)))),
+      targets_BT=jnp.where(is_end_BU, self.end_id, jnp.pad(targets_BU, ((0, 0), (0, 1))))
+      if has_targets
+      else None,
       return_hidden_states=return_hidden_states,
       deterministic=deterministic,
     )
+    if not has_targets:
+      logits_B1V, *of_decoder = out if return_hidden_states else (out,)
+      return (logits_B1V, *hidden, *of_decoder) if hidden else logits_B1V
     nats_BU, *of_decoder = out if return_hidden_states else (out,)
     nats_B = jnp.sum(jnp.where(mask_BU & (frames_B > 0)[:, None], nats_BU, 0), axis=1)
     if self.ctc_weight and (self.is_initializing() or not deterministic):
@@ -352,6 +361,11 @@ class SpeechToText(nn.Module, kw_only=True):
   def encode(self, waves_BS: jax.Array, wave_lengths_B: jax.Array, **kwargs):
     """(h [B, T, D], how many of them are each utterance's [B]); see `SpeechEncoder`."""
     return self.encoder(waves_BS, wave_lengths_B, **kwargs)
+
+  def memory(self, waves_BS: jax.Array, lengths_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What a decoder reads of sounds [B, T, D], and whether it is each one's own [B, T]."""
+    h_BTD, frames_B = self.encode(waves_BS, lengths_B)
+    return h_BTD, frame_mask(frames_B, h_BTD.shape[1])
 
   def decode(self, tokens_BT: jax.Array, **kwargs):
     """Scores and, with a state, the new state; keywords are those of `CausalLM`."""

@@ -11,6 +11,8 @@ from magneto_jax.tasks import (
   image_tokenizer,
   masked_image,
   masked_lm,
+  speech_recognition,
+  speech_translation,
   text_classification,
   translation,
 )
@@ -25,6 +27,8 @@ TASKS: dict[str, Task] = {
   "image_classification": image_classification.TASK,
   "image_tokenizer": image_tokenizer.TASK,
   "masked_image": masked_image.TASK,
+  "speech_recognition": speech_recognition.TASK,
+  "speech_translation": speech_translation.TASK,
 }
 _OWN = frozenset(TASKS)
 

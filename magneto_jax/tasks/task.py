@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from magneto_jax import reporting
 from magneto_jax.config import TrainConfig
-from magneto_jax.decoding import Translator
+from magneto_jax.decoding import Transcriber, Translator
 from magneto_jax.theory.records import Architecture
 
 Batch = dict[str, jax.Array]
@@ -72,6 +72,8 @@ class Task(NamedTuple):
     architecture: `(config, facts) -> Architecture`: what a recipe is given.
     inputs: `batch -> (positional arguments, keywords)` of the module's call.
     score: `(output, batch) -> (sum of losses, sum of weights)`.
+    weigh: `(model, batch) -> batch` whose `weights` say how much each target counts, where that
+      depends on the model: before a training step, and before a measurement.
     metrics: `(totals, data, whole=) -> {name: value}` of a validation set, or of a part of it;
       `totals` are what `measured` gave for all of its batches.
     baselines: `data -> {metric: {model: value}}`: what trivial models score on the validation set;
@@ -92,6 +94,7 @@ class Task(NamedTuple):
     signatures: `() -> {name: text}`: how those of them that are computed in several ways are.
     translator: `(config, model, variables, tokenizer) -> decoding.Translator`: what answers texts
       with texts; None: the model does not.
+    transcriber: the same, a `decoding.Transcriber`, of what answers sounds with texts.
     loss_name: the metric that is the mean loss; `loss_nats_per_token` is in nats a token.
     best: the metric by which a model is chosen, and whether more is better.
     unit: what a sample is counted in; `size`: `config -> how many of them a sample has`.
@@ -114,6 +117,7 @@ class Task(NamedTuple):
   flops: Callable[[TrainConfig, Facts], int]
   planned_facts: Callable[[TrainConfig], Facts]
   batch_spec: Callable[[TrainConfig], dict[str, jax.ShapeDtypeStruct]]
+  weigh: Callable[[nn.Module, Batch], Batch] = lambda model, batch: batch
   measure: Callable[[nn.Module, Any, Batch], dict[str, jax.Array]] | None = None
   sample: Callable[..., str | None] = lambda config, model, variables, data, key: None
   picture: Callable[..., list[reporting.Row]] | None = None
@@ -121,6 +125,7 @@ class Task(NamedTuple):
   judge: Callable[..., tuple[dict[str, float], int]] | None = None
   signatures: Callable[[], dict[str, str]] = dict
   translator: Callable[..., Translator] | None = None
+  transcriber: Callable[..., Transcriber] | None = None
   loss_name: str = "loss_nats_per_token"
   best: tuple[str, bool] = ("loss_nats_per_token", False)
   unit: str = "tokens"
@@ -158,5 +163,5 @@ class Task(NamedTuple):
     """What an evaluation keeps of a batch; see `measure`."""
     if self.measure is not None:
       return self.measure(model, variables, batch)
-    loss, weight = self.loss(model, variables, batch)
+    loss, weight = self.loss(model, variables, self.weigh(model, batch))
     return {"loss": loss, "weight": weight}
