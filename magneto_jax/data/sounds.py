@@ -88,9 +88,10 @@ def decode(file: io.FileIO | io.BytesIO, *, sample_rate: int, longest: int) -> n
     _check_pages(content)
   file.seek(0)
   try:
-    # By its number: the name may say what it is not.
-    opened = file if isinstance(file, io.BytesIO) else file.fileno()
-    with soundfile.SoundFile(opened, closefd=False) as sound:
+    # By a number, as the name may say what it is not; by another one, as libsndfile 1.2.0 closes
+    # what it cannot open.
+    opened = file if isinstance(file, io.BytesIO) else os.dup(file.fileno())
+    with soundfile.SoundFile(opened) as sound:
       if sound.format not in _FORMATS:
         raise ValueError(f"it is {sound.format_info}, not {_KINDS}")
       _check_length(sound.frames, sound.samplerate, sample_rate, longest)

@@ -23,7 +23,7 @@ class SpokenTokens(Sequence):
   Attributes:
     utterances: all that can be read; chosen: [size], the indices of those that are neither too long
       nor left out.
-    tokens: of each of these, without marks.
+    tokens: of each of these, without marks; texts: what they are tokens of.
     longest: S, samples of a wave with its padding.
     seq_length: U, the same of tokens.
   """

@@ -1,5 +1,6 @@
 """Sounds: what is read of files, whichever they are, and what becomes of bad ones."""
 
+import contextlib
 import io
 import os
 
@@ -198,6 +199,21 @@ def test_a_file_is_named(tmp_path):
   os.mkfifo(tmp_path / "pipe.wav")
   with pytest.raises(ValueError, match="pipe.wav: it is not a regular file"):
     sounds.read(tmp_path / "pipe.wav", **WAVES)
+
+
+@pytest.mark.parametrize("content", (encoded(tones(300)), b"no sound", encoded(np.zeros(0))))
+def test_files_are_closed(tmp_path, content):
+  """Good or bad, and none that is somebody else's."""
+  (path := tmp_path / "sound.wav").write_bytes(content)
+  before = set(os.listdir("/dev/fd"))
+  with open(path, "rb", buffering=0) as file:
+    for _ in range(3):
+      with contextlib.suppress(ValueError):
+        sounds.decode(file, **WAVES)
+      file.seek(0)
+  with contextlib.suppress(ValueError):
+    sounds.read(path, **WAVES)
+  assert set(os.listdir("/dev/fd")) == before
 
 
 def test_the_limit_is_kept_to_the_sample():
