@@ -95,9 +95,9 @@ class Start(NamedTuple):
   `CausalLM`) or a `VisionEncoder`. Of texts, tables may be longer than the run's: of tokens by one
   row, which a masked model has for its mask behind the tokenizer's; of learned positions, as of
   sounds, by any number. Then the first rows are taken, of positions those from the model's first
-  one on. Of
-  images, tables may be of another grid of patches: then they are interpolated (`resized_positions`,
-  `resized_biases`), and what they hold of a class token is left out where the run has none.
+  one on. Of images, tables may be of another grid of patches: then they are interpolated
+  (`resized_positions`, `resized_biases`), and what they hold of a class token is left out where the
+  run has none.
 
   Attributes:
     folder: the run's workdir, or a converted model's folder.

@@ -23,6 +23,8 @@ PLANNED = {
   "image_classification": {},
   "image_tokenizer": {"image_size": 8, "patch_size": 4, "image_vocab_size": 11},
   "masked_image": {"image_size": 8, "patch_size": 2, "image_vocab_size": 11},
+  "speech_recognition": {"mel_bins": 8},
+  "speech_translation": {"mel_bins": 8},
 }
 
 
