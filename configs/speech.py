@@ -57,9 +57,9 @@ mustc_pretraining, mustc
     --config.init_from=runs/mustc_pretraining --config.data.train_files=train_st.tsv \\
     --config.data.validation_files=dev_st.tsv
 
-Every sound is padded to data.max_seconds, as batches are not sorted by length: a step of LibriSpeech
-costs what 35 seconds each do, and its mean is 12. Of these only the small ones have been trained
-here. LibriSpeech is read where TFDS has prepared it (--config.data.data_dir).
+Every sound is padded to data.max_seconds, as batches are not sorted by length: a step of
+LibriSpeech costs what 35 seconds each do, and its mean is 12. Of these only the small ones have
+been trained here. LibriSpeech is read where TFDS has prepared it (--config.data.data_dir).
 """
 
 from magneto_jax.config import config_of_variant
