@@ -269,6 +269,7 @@ class _Split:
   def __init__(self, name: str, split: str, data_dir: str, undecoded: str = ""):
     import tensorflow_datasets as tfds
 
+    self._arguments = name, split, data_dir, undecoded
     builder = _prepared_builder(name, data_dir)
     self.info = info = builder.info
     self.directory = str(builder.data_path)
@@ -291,6 +292,10 @@ class _Split:
       "split_bytes": split_bytes,
     }
     self._ends = list(itertools.accumulate(shard.take for shard in self._shards))
+
+  def __reduce__(self) -> tuple:
+    """In a worker it is opened anew: TFDS's own would be asked for TensorFlow there by sounds."""
+    return _Split, self._arguments
 
   def place(self, index: int) -> tuple[str, int]:
     """The file that holds an example, and its index in there."""

@@ -144,6 +144,15 @@ def test_a_file_that_is_cut_short_is_refused(name, keep, tmp_path):
   )
 
 
+def test_an_ogg_file_ends_with_its_last_page():
+  """Without it, libsndfile gives what is left."""
+  content = encoded(tones(300, 1000, seconds=3.0), "OGG", "VORBIS")
+  assert len(decoded(content)) == 3 * RATE
+  cut = content[: content.rindex(b"OggS")]
+  with pytest.raises(ValueError, match="it is cut short: its last page of Ogg is not the end"):
+    decoded(cut)
+
+
 @pytest.mark.parametrize("name", ("flac", "vorbis", "opus"))
 def test_a_file_with_a_checksum_may_not_differ_by_a_bit(name):
   """Where there are none, as in WAV, a changed bit is another sound."""
@@ -220,6 +229,9 @@ def test_the_limit_is_kept_to_the_sample():
   for rate, samples in ((RATE, RATE), (8000, 8000), (44100, 44100)):
     wave = tones(300, seconds=1.1, rate=rate)
     assert len(decoded(encoded(wave[:samples], rate=rate), longest=RATE)) <= RATE
+    if rate > RATE:  # Less than a sample more, which rounding makes one of.
+      for longest, found in ((RATE, RATE), (RATE + 1, RATE + 1)):
+        assert len(decoded(encoded(wave[: samples + 2], rate=rate), longest=longest)) == found
     more = samples + rate // 1000
     with pytest.raises(sounds.TooLong, match="it has 1.00 seconds, more than 1: cut it") as error:
       decoded(encoded(wave[:more], rate=rate), longest=RATE)

@@ -655,6 +655,32 @@ def test_a_config_has_what_is_read_and_nothing_else():
   assert DataConfig.__dataclass_fields__["text_case"].metadata["choices"] == (*speech.TEXT_CASES,)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ("embedded", "manifest", "tfds"))
+def test_workers_give_the_same_batches_and_resume(source, own, prepared, tmp_path):
+  if source == "embedded":
+    data = speech.load_speech(workdir=tmp_path / "run", speed_change=0.1)
+  elif source == "manifest":
+    data = own(rows(range(12)), rows([13]), speed_change=0.1)
+  else:
+    data = load_tfds(prepared, speed_change=0.1)
+
+  def feed(**options):
+    return pipelines.train_iterator(
+      data.train, batch_size=3, seed=2, augment=data.augment, **options
+    )
+
+  whole, iterator = feed(), feed(num_workers=2)
+  batches = [next(whole) for _ in range(7)]
+  same([next(iterator) for _ in range(4)], batches[:4])
+  state = json.loads(json.dumps(iterator.get_state()))
+  iterator.close()
+  resumed = feed(num_workers=2)
+  resumed.set_state(state)
+  same([next(resumed) for _ in range(3)], batches[4:])
+  resumed.close()
+
+
 def test_the_data_are_what_a_task_reads(own):
   names = {field.name for field in dataclasses.fields(speech.SpeechData)}
   assert {"train", "validation", "augment", "mix", "bad_records", "identity"} <= names
