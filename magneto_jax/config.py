@@ -194,6 +194,9 @@ class ModelConfig(_Checked):
 _LANGUAGE_MODELS = ("causal_lm", "masked_lm")
 _TEXT_TASKS = (*_LANGUAGE_MODELS, "text_classification", "translation", "beit3")
 _IMAGE_TASKS = ("image_classification", "image_tokenizer", "masked_image")
+_SPEECH_TASKS = ("speech_recognition", "speech_translation")
+# All that have a tokenizer.
+_TOKEN_TASKS = (*_TEXT_TASKS, *_SPEECH_TASKS)
 
 # Fields, or groups of them, that some tasks alone read, and which.
 OF_SOME_TASKS: dict[str, tuple[str, ...]] = {
@@ -217,19 +220,24 @@ OF_SOME_TASKS: dict[str, tuple[str, ...]] = {
   "data.mask_keep": ("masked_lm",),
   "data.mask_random": ("masked_lm",),
   "data.document_separator": _LANGUAGE_MODELS,
-  "data.cache_dir": (*_LANGUAGE_MODELS, "translation"),
-  "data.tokenizer": _TEXT_TASKS,
-  "data.vocab_size": _TEXT_TASKS,
-  "data.tokenizer_file": _TEXT_TASKS,
-  "data.seq_length": _TEXT_TASKS,
-  "data.text_key": (*_LANGUAGE_MODELS, "text_classification"),
+  "data.cache_dir": (*_LANGUAGE_MODELS, "translation", *_SPEECH_TASKS),
+  "data.tokenizer": _TOKEN_TASKS,
+  "data.vocab_size": _TOKEN_TASKS,
+  "data.tokenizer_file": _TOKEN_TASKS,
+  "data.seq_length": _TOKEN_TASKS,
+  "data.text_key": (*_LANGUAGE_MODELS, "text_classification", *_SPEECH_TASKS),
+  "data.text_case": _SPEECH_TASKS,
+  "data.audio_key": _SPEECH_TASKS,
+  "data.sample_rate": _SPEECH_TASKS,
+  "data.max_seconds": _SPEECH_TASKS,
+  "data.speed_change": _SPEECH_TASKS,
   "data.source_key": ("translation",),
   "data.target_key": ("translation",),
   "data.second_text_key": ("text_classification",),
   "data.label_key": ("text_classification", "image_classification"),
   "data.label_scale": ("text_classification",),
   "data.regression": ("text_classification",),
-  "data.too_long": ("text_classification", "translation"),
+  "data.too_long": ("text_classification", "translation", *_SPEECH_TASKS),
   "data.image_key": _IMAGE_TASKS,
   "data.normalization": _IMAGE_TASKS,
   "data.eval_crop": _IMAGE_TASKS,
@@ -254,6 +262,7 @@ OWN_FILES = {
   "text_files": (*_LANGUAGE_MODELS, "text_classification"),
   "pair_files": ("translation",),
   "image_folder": _IMAGE_TASKS,
+  "manifest": _SPEECH_TASKS,
 }
 
 
@@ -345,12 +354,13 @@ class DataConfig(_Checked):
   name: str = _field(
     "embedded",
     "`embedded`, `text_files`, `pair_files` (translation), `embedded/mnist5k`, `embedded/emoji`,"
-    " `image_folder` (images), or the name of a TFDS data set",
+    " `image_folder` (images), `embedded/en`, `embedded/fr`, `embedded/fr-en`, `manifest` (speech),"
+    " or the name of a TFDS data set",
   )
   train_files: str = _field(
     "",
-    "files or globs of name=text_files or pair_files, separated by commas; of name=image_folder a"
-    " folder that holds a folder for each class",
+    "files or globs of name=text_files, pair_files or manifest, separated by commas; of"
+    " name=image_folder a folder that holds a folder for each class",
   )
   validation_files: str = _field("", "the same; empty: a part of the training data")
   test_files: str = _field("", "the same, of the split `test` (magneto_jax.evaluate)")
@@ -370,14 +380,36 @@ class DataConfig(_Checked):
   target_key: str = _field("de", "language to translate into")
   too_long: str = _field(
     "refuse",
-    "what is done with a text of more than seq_length tokens: end the run, skip it and tell how"
-    " many there are (translation), or truncate it, the longer of two first (classification)",
+    "what is done with a text of more than seq_length tokens, or a sound of more than max_seconds:"
+    " end the run, skip it and tell how many there are (translation, speech), or truncate it, the"
+    " longer of two first (classification)",
     choices=("refuse", "skip", "truncate"),
   )
-  tokenizer: str = _field("sentencepiece", "kind of tokens", choices=("sentencepiece", "byte"))
+  tokenizer: str = _field(
+    "sentencepiece",
+    "kind of tokens; `char`, the characters of the training texts, is of speech tasks",
+    choices=("sentencepiece", "byte", "char"),
+  )
   vocab_size: int = _field(1024, "pieces to train (sentencepiece)", min=8, max=_LONGEST)
-  tokenizer_file: str = _field("", "a sentencepiece model to load instead of training one")
+  tokenizer_file: str = _field(
+    "",
+    "a sentencepiece model to load instead of training one; of `char` a run's characters.json",
+  )
   seq_length: int = _field(256, "T, tokens a sample", min=2, max=_LONGEST)
+  text_case: str = _field(
+    "keep", "letters of a spoken text: as they are, or all of them small", choices=("keep", "lower")
+  )
+  audio_key: str = _field("speech", "TFDS feature that holds the sound")
+  sample_rate: int = _field(
+    8000, "samples a second of a sound; others are resampled", min=1000, max=384_000
+  )
+  max_seconds: float = _field(4.0, "the longest sound, in seconds", min=0.1, max=3600.0)
+  speed_change: float = _field(
+    0.0,
+    "training sounds are played 1 - this, 1 and 1 + this times as fast",
+    min=0.0,
+    max=0.5,
+  )
   image_key: str = _field("image", "TFDS feature that holds the image")
   normalization: str = _field(
     "half",
@@ -410,7 +442,7 @@ class DataConfig(_Checked):
   )
   prefetch: int = _field(2, "batches placed on the devices ahead of the step", min=0, max=1024)
   skip_bad: int = _field(
-    0, "damaged texts or images that are left out, counted and logged; one more ends the run", min=0
+    0, "damaged samples that are left out, counted and logged; one more ends the run", min=0
   )
 
   def __post_init__(self):
@@ -671,6 +703,11 @@ class TrainConfig(_Checked):
       raise ConfigError(
         f"config.data.name={self.data.name!r} is not read with config.task={self.task!r}, only with"
         f" {' and '.join(map(repr, reading))}" + "".join(f": set data.name={name}" for name in own)
+      )
+    if self.data.tokenizer == "char" and self.task in set(_SHIPPED_TASKS) - set(_SPEECH_TASKS):
+      raise ConfigError(
+        f"config.data.tokenizer='char' is not read with config.task={self.task!r}, only with"
+        f" {' and '.join(map(repr, _SPEECH_TASKS))}: set sentencepiece or byte"
       )
     if self.keep_best and self.eval_every % self.checkpoint_every:
       raise ConfigError(
