@@ -636,25 +636,6 @@ def test_speeds_are_drawn_anew_each_epoch_and_go_on_where_they_were(own):
   same([next(feed(3))], batches[3:])
 
 
-def test_a_config_has_what_is_read_and_nothing_else():
-  """By name and by default, but for those that a task's config sets anyway."""
-  fields = {field.name: field.default for field in dataclasses.fields(DataConfig)}
-  read = {
-    name: default
-    for name, default in fields.items()
-    if "speech_recognition" in (tasks_reading(f"data.{name}") or ("speech_recognition",))
-    and name not in ("workers", "prefetch")
-  }
-  options = speech_sources.SpeechOptions._field_defaults
-  parameters = inspect.signature(speech.load_speech).parameters.values()
-  given = options | {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-  assert read.keys() == given.keys() - {"workdir", "expected"}
-  files = {"train_files", "validation_files", "test_files"}
-  different = {name for name in read if read[name] != given[name]}
-  assert different == {"name", "tokenizer", *files}
-  assert DataConfig.__dataclass_fields__["text_case"].metadata["choices"] == (*speech.TEXT_CASES,)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("source", ("embedded", "manifest", "tfds"))
 def test_workers_give_the_same_batches_and_resume(source, own, prepared, tmp_path):
@@ -679,6 +660,25 @@ def test_workers_give_the_same_batches_and_resume(source, own, prepared, tmp_pat
   resumed.set_state(state)
   same([next(resumed) for _ in range(3)], batches[4:])
   resumed.close()
+
+
+def test_a_config_has_what_is_read_and_nothing_else():
+  """By name and by default, but for those that a task's config sets anyway."""
+  fields = {field.name: field.default for field in dataclasses.fields(DataConfig)}
+  read = {
+    name: default
+    for name, default in fields.items()
+    if "speech_recognition" in (tasks_reading(f"data.{name}") or ("speech_recognition",))
+    and name not in ("workers", "prefetch")
+  }
+  options = speech_sources.SpeechOptions._field_defaults
+  parameters = inspect.signature(speech.load_speech).parameters.values()
+  given = options | {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+  assert read.keys() == given.keys() - {"workdir", "expected"}
+  files = {"train_files", "validation_files", "test_files"}
+  different = {name for name in read if read[name] != given[name]}
+  assert different == {"name", "tokenizer", *files}
+  assert DataConfig.__dataclass_fields__["text_case"].metadata["choices"] == (*speech.TEXT_CASES,)
 
 
 def test_the_data_are_what_a_task_reads(own):
