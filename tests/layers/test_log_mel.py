@@ -19,6 +19,10 @@ from magneto_jax.layers.log_mel import mel_filters
 NAMES = {"en": ("activated", "followme/sorry"), "fr": ("activated",)}
 
 
+# Compiled, in which all of it is one program.
+compiled = jax.jit(log_mel, static_argnames=("sample_rate", "mel_bins"))
+
+
 def utterances():
   """Samples int16 at 8 kHz of prompts that the package has."""
   folder = importlib.resources.files("magneto_jax") / "data" / "embedded" / "speech"
@@ -73,7 +77,7 @@ def test_it_is_scipys_in_float64(sample_rate, bins):
   for wave in utterances()[:2]:
     wave = wave / 2**15
     with jax.enable_x64(True):
-      found = log_mel(jnp.asarray(wave)[None], sample_rate=sample_rate, mel_bins=bins)[0]
+      found = compiled(jnp.asarray(wave)[None], sample_rate=sample_rate, mel_bins=bins)[0]
     assert found.dtype == jnp.float64
     expected = np.log(np.maximum(by_scipy(wave, sample_rate, bins), 1e-10))
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-9)
@@ -87,7 +91,7 @@ def test_it_is_scipys_in_float32():
   """
   longest = max(utterances(), key=len)
   energies = by_scipy(longest / 2**15, 8000, 80)
-  found = jax.jit(lambda x: log_mel(x, sample_rate=8000))(longest[None])[0]
+  found = compiled(longest[None], sample_rate=8000)[0]
   assert found.dtype == jnp.float32 and found.shape == energies.shape
   off = np.abs(np.asarray(found, np.float64) - np.log(np.maximum(energies, 1e-10)))
   large = energies >= 1e-3 * energies.max(axis=1, keepdims=True)
@@ -104,7 +108,7 @@ def test_a_tone_is_loudest_in_its_bin():
   for bin_ in (5, 12, 20):
     hertz = 700 * (math.exp((mel(20) + (bin_ + 1) * step) / 1127) - 1)
     wave = 0.5 * np.sin(2 * np.pi * hertz * times).astype(np.float32)
-    found = log_mel(wave[None], sample_rate=8000, mel_bins=23)[0]
+    found = compiled(wave[None], sample_rate=8000, mel_bins=23)[0]
     assert set(np.argmax(found, axis=1).tolist()) == {bin_}
 
 
@@ -119,11 +123,11 @@ def test_a_frame_reads_its_window_alone():
 
 
 def test_silence_is_the_floor_and_int16_are_parts_of_one():
-  silence = log_mel(np.zeros((1, 400), np.int16), sample_rate=8000)
+  silence = compiled(np.zeros((2, 400), np.int16), sample_rate=8000)
   np.testing.assert_allclose(silence, math.log(1e-10), rtol=1e-6)
   wave = np.random.default_rng(0).integers(-(2**15), 2**15, (2, 400)).astype(np.int16)
   as_floats = (wave / 2**15).astype(np.float32)
-  both = [log_mel(x, sample_rate=8000) for x in (wave, as_floats)]
+  both = [compiled(x, sample_rate=8000) for x in (wave, as_floats)]
   np.testing.assert_array_equal(*both)
 
 
@@ -173,10 +177,12 @@ def test_utterances_are_normalised_over_their_own_frames():
 
 def test_what_does_not_vary_is_0_and_float64_stays():
   silence = np.full((2, 300, 4), math.log(1e-10), np.float32)
-  assert np.abs(normalize(silence, np.array([300, 1]))).max() < 1e-2
+  assert np.abs(jax.jit(normalize)(silence, np.array([300, 1]))).max() < 1e-2
   with jax.enable_x64(True):
-    assert normalize(jnp.ones((1, 2, 3), jnp.float64), jnp.array([2])).dtype == jnp.float64
-  assert normalize(jnp.ones((1, 2, 3), jnp.bfloat16), jnp.array([2])).dtype == jnp.float32
+    found = jax.eval_shape(normalize, jnp.ones((1, 2, 3), jnp.float64), jnp.array([2]))
+  assert found.dtype == jnp.float64
+  found = jax.eval_shape(normalize, jnp.ones((1, 2, 3), jnp.bfloat16), jnp.array([2]))
+  assert found.dtype == jnp.float32
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from magneto_jax.layers import Conv2dSubsampling, ConvSubsampling, VGGSubsampling
 from magneto_jax.layers.initializers import DenseInit, lecun_normal, normal
 from tests import reference
-from tests.models.common import compiled, in_float64, run
+from tests.models.common import compiled, in_float64, main_and_slow, run
 
 WIDTH, BINS = 6, 11
 KINDS = {
@@ -140,7 +140,7 @@ def test_lengths_are_the_published_ones(kind, of_98, of_1000):
     assert y.shape == (1, module.lengths(frames), WIDTH)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", main_and_slow(KINDS, ("conv",)))
 def test_what_goes_in_with_unit_variance_comes_out_so(kind):
   """At the start, by a projection that keeps variances; off what zeros and maxima change."""
   init = DenseInit(lecun_normal())
