@@ -265,7 +265,7 @@ def test_no_more_than_a_chunk_of_logits_lives():
   assert small < 4 * logits * 4 / frames + 40 * B * frames * X * 4
 
 
-def test_on_a_mesh_nothing_crosses_it_within_the_loops():
+def test_on_a_mesh_no_logits_cross_it_within_the_loops():
   """On 4 simulated devices; see `tests/layers/sharded_transducer.py`."""
   command = [sys.executable, "-m", "tests.layers.sharded_transducer"]
   subprocess.run(command, check=True, cwd=ROOT, env=simulated.devices(4))
