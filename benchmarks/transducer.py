@@ -85,7 +85,7 @@ def marks(cells: list[dict]) -> list[dict]:
   ours = by_name.get((CASES[-2].name, FUSED), {}).get("over_baseline")
   if ours:
     name = f"{CASES[-2].name}, fused time over autodiff's"
-    checked.append(coordinator.mark(name, ours["wall_ms"]["median"], 1.5))
+    checked.append(coordinator.mark(name, ours["wall_ms"]["median"], 1.0))
   return checked
 
 

@@ -89,6 +89,12 @@ def fused_transducer_loss(
     ValueError: as `transducer_loss`; or less than one frame a chunk.
 
   Reference: as `transducer_loss`. The joiner: arXiv 1303.5778, section 3.2.
+
+  Example:
+    >>> nats_B = fused_transducer_loss(
+    ...   encoded_BTJ, predicted_BXJ, kernel_JV, bias_V, labels_BU, frames_B, label_lengths_B
+    ... )
+    >>> loss = nats_B.sum() / label_lengths_B.sum()
   """
   batch, length, width = encoded_BTJ.shape
   if predicted_BXJ.shape[::2] != (batch, width) or kernel_JV.shape != (width, len(bias_V)):
