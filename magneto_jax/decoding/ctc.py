@@ -135,6 +135,10 @@ def ctc_beam_search(
 
   Reference: Graves et al., Connectionist temporal classification, ICML 2006, section 3.2; Hannun et
   al., arXiv 1408.2873, algorithm 1.
+
+  Example:
+    >>> found = ctc_beam_search(log_p_BTV, frames_B, width=8)
+    >>> best = found.tokens_BWU[0, 0, : found.lengths_BW[0, 0]]
   """
   longest = log_p_BTV.shape[1] if max_length is None else max_length
   if width < 1 or longest < 1:

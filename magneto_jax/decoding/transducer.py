@@ -127,6 +127,14 @@ def transducer_beam_search(
   ICASSP 2020 (time-synchronous decoding).
   Differs: there the texts that are through compete among themselves alone, so that with one beam
   the search need not follow the likeliest symbol.
+
+  Example:
+    >>> @jax.jit
+    ... def transcribe(variables, h_BTD, frames_B):
+    ...   predict = functools.partial(model.apply, variables, method="predict")
+    ...   join = functools.partial(model.apply, variables, method="join")
+    ...   options = dict(width=4, max_symbols=3, max_length=100)
+    ...   return transducer_beam_search(predict, join, state, h_BTD, frames_B, **options)
   """
   _check(width, max_symbols, max_length)
   batch, length = h_BTD.shape[:2]

@@ -47,9 +47,6 @@ def ctc_loss(
   if not 0 <= blank < vocab_size:
     raise ValueError(f"{blank=} must be one of the {vocab_size} ids 0 .. {vocab_size - 1}")
   logits_BTV = logits_BTV.astype(jnp.promote_types(logits_BTV.dtype, jnp.float32))
-  feasible_B = is_alignable(frames_B, labels_BU, label_lengths_B)
-  # optax needs at least one column.
-  labels_BU = jnp.pad(labels_BU, ((0, 0), (0, 1)))
   beyond = lambda x_BS, lengths_B: jnp.arange(x_BS.shape[1])[None] >= lengths_B[:, None]
   # Labels are looked up by a product, whose factors accelerators would round to bfloat16.
   with jax.default_matmul_precision("highest"):
@@ -61,7 +58,7 @@ def ctc_loss(
       blank_id=blank,
       log_epsilon=_LOG_ZERO,
     )
-  return jnp.where(feasible_B, nats_B, 0)
+  return jnp.where(is_alignable(frames_B, labels_BU, label_lengths_B), nats_B, 0)
 
 
 def is_alignable(

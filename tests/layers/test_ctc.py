@@ -51,31 +51,35 @@ def test_value_and_gradient_are_those_of_all_alignments(blank):
     assert not gradient[b, frames:].any()
 
 
-THREE_FRAMES = [[0.6, 0.4, 0.0], [0.3, 0.7, 0.0], [0.5, 0.5, 0.0]]
-THREE_SYMBOLS = [[0.5, 0.3, 0.2], [0.4, 0.4, 0.2], [0.3, 0.3, 0.4]]
-
-
-@pytest.mark.parametrize(
-  "p, text, nats",
-  [
-    (THREE_FRAMES, [1], 0.1625189),
-    (THREE_FRAMES, [1, 1], 2.8134107),
-    (THREE_SYMBOLS, [1], 1.2447948),
-    (THREE_SYMBOLS, [1, 2], 1.5232602),
-    (THREE_SYMBOLS, [], 2.8134107),
-    (THREE_SYMBOLS, [2, 1, 2], 3.4420194),
-    (THREE_SYMBOLS, [1, 1], 3.3242363),
-  ],
-)
-def test_cases_worked_out_by_hand(p, text, nats):
+def test_cases_worked_out_by_hand():
   """float32, to seven digits; of the first, P = 0.85 by six alignments."""
-  logits = np.log(np.maximum(p, 1e-30)).astype(np.float32)[None]
-  sizes = np.array([3]), np.array([text], np.int32).reshape(1, -1), np.array([len(text)])
-  found, gradient = value_and_gradient(logits, *sizes)
-  np.testing.assert_allclose(found, [nats], rtol=0, atol=5e-7)
-  if p is THREE_FRAMES and text == [1]:
-    expected = [[0, 0, 0], [0.1235294, -0.1235294, 0], [0.0176471, -0.0176471, 0]]
-    np.testing.assert_allclose(gradient[0], expected, rtol=0, atol=1e-6)
+  two = [[0.6, 0.4, 0.0], [0.3, 0.7, 0.0], [0.5, 0.5, 0.0]]
+  three = [[0.5, 0.3, 0.2], [0.4, 0.4, 0.2], [0.3, 0.3, 0.4]]
+  cases = [
+    (two, [1], 0.1625189),
+    (two, [1, 1], 2.8134107),
+    (three, [1], 1.2447948),
+    (three, [1, 2], 1.5232602),
+    (three, [], 2.8134107),
+    (three, [2, 1, 2], 3.4420194),
+    (three, [1, 1], 3.3242363),
+  ]
+  _, *sizes = batch([(3, text) for _, text, _ in cases])
+  p = np.array([p for p, *_ in cases])
+  logits = np.log(np.maximum(p, 1e-30)).astype(np.float32)
+  nats, gradient = value_and_gradient(logits, *sizes)
+  np.testing.assert_allclose(nats, [expected for *_, expected in cases], rtol=0, atol=5e-7)
+  expected = [[0, 0, 0], [0.1235294, -0.1235294, 0], [0.0176471, -0.0176471, 0]]
+  np.testing.assert_allclose(gradient[0], expected, rtol=0, atol=1e-6)
+
+
+def test_no_labels_at_all():
+  """An array of no columns: blanks alone."""
+  logits = np.log(np.array([[[0.6, 0.4], [0.3, 0.7]]]))
+  nats, _ = value_and_gradient(
+    logits.astype(np.float32), np.array([2]), np.zeros((1, 0), np.int32), np.array([0])
+  )
+  np.testing.assert_allclose(nats, [-np.log(0.6 * 0.3)], rtol=1e-6)
 
 
 def test_a_text_longer_than_its_sound_costs_nothing_and_is_told():
