@@ -136,7 +136,7 @@ def of_task(name: str, data: config_lib.DataConfig | None = None, **fields):
     for key, spec in task.batch_spec(config).items():
       high = 2 if "mask" in key or spec.dtype == bool else VOCAB
       highest = {"segment_ids": 3, "positions": LENGTH, "label": 10, "other_label": 10}
-      highest |= {"places": 16}
+      highest |= {"places": 16, "wave_lengths": 651, "token_lengths": 4, "waves": 2**15}
       high = highest.get(key.removeprefix("source_"), high)
       values = rng.integers(0, high, spec.shape)
       if jnp.issubdtype(spec.dtype, jnp.floating):
@@ -146,6 +146,12 @@ def of_task(name: str, data: config_lib.DataConfig | None = None, **fields):
 
   return family
 
+
+# 16 vectors, and texts of at most 3 of 64 tokens.
+SOUNDS = config_lib.DataConfig(
+  name="embedded/en", vocab_size=VOCAB, seq_length=3, sample_rate=1000, max_seconds=0.65
+)
+HEARING = {"mel_bins": 8}
 
 FAMILIES = {
   "causal_lm": causal_lm,
@@ -180,6 +186,17 @@ FAMILIES = {
     image_vocab_size=16,
     relative_patches=True,
   ),
+  "speech_recognition": of_task("speech_recognition", SOUNDS, **HEARING),
+  "speech_transducer": of_task(
+    "speech_recognition",
+    SOUNDS,
+    speech_head="transducer",
+    joint_width=16,
+    predictor_width=16,
+    ctc_weight=0.3,
+    **HEARING,
+  ),
+  "speech_translation": of_task("speech_translation", SOUNDS, ctc_weight=0.3, **HEARING),
 }
 
 

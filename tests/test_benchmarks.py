@@ -18,6 +18,7 @@ from benchmarks import (
   attention_gpu,
   breakdown,
   plans,
+  speech_baselines,
   text_baselines,
   tpu_static_cost,
   train_step_gpu,
@@ -334,3 +335,13 @@ def test_baselines_of_labelled_texts_are_counted():
   train = rows(*["red"] * 6, *["blue"] * 2, "green")
   found = text_baselines.accuracies(train, rows("red", "red", "blue"))
   assert found == {"majority_class": pytest.approx(2 / 3), "chance": 1 / 3, "bag_of_words": 1.0}
+
+
+def test_a_constant_text_is_the_best_of_all_there_are():
+  """Of three letters and of two, in as few edits as may be; equal ones in their order."""
+  texts, references = ["dd", "ab", "abc", "ab", "ac"], ["abc", "ab"]
+  least = lambda found, references: sum(a != b for a, b in zip(found, references, strict=True))
+  options = {"score": least, "higher_is_better": False}
+  assert speech_baselines.best_constant(texts, references, **options) == ("ab", 1)
+  options["higher_is_better"] = True
+  assert speech_baselines.best_constant(texts, references, **options) == ("dd", 2)

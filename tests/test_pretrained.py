@@ -405,3 +405,101 @@ def test_images_and_texts_do_not_start_with_each_other(tmp_path):
   run = types.SimpleNamespace(config=config, model=task.build_model(config, FACTS), task=task)
   with pytest.raises(ConfigError, match="has no encoder that reads tokens"):
     pretrained.find(config).refuse_others(run, BYTES)
+
+
+# ---------------------------------------------------------------------------------------------
+# Encoders of sounds
+# ---------------------------------------------------------------------------------------------
+
+
+def sound_config(init_from, task="speech_translation", *, model=None, data=None, **fields):
+  """By default a translation, which has a decoder."""
+  sizes = {"mel_bins": 8, "encoder_layers": 2}
+  if task == "speech_recognition":
+    del sizes["encoder_layers"]
+  given = {"name": "embedded/fr-en", "tokenizer": "byte", "seq_length": 5, "max_seconds": 1.0}
+  return from_config_dict(
+    {
+      "task": task,
+      "init_from": str(init_from),
+      "batch_size": 4,
+      "model": MODEL | sizes | (model or {}),
+      "data": given | (data or {}),
+      **fields,
+    }
+  )
+
+
+def recognizer(folder):
+  """A run of a CTC that hears sounds of two seconds: its record, and random weights."""
+  config = sound_config("", "speech_recognition", data={"max_seconds": 2.0, "tokenizer": "char"})
+  task, facts = TASKS[config.task], {"vocab_size": 7}
+  model = task.build_model(config, facts)
+  params = reference.random_params(model, *task.dummy_inputs(config))
+  runs.write_record(folder, runs.Record(config, {}, facts))
+  with Checkpointer(runs.checkpoints_in(folder)) as checkpointer:
+    nowhere = types.SimpleNamespace(get_state=lambda: {})
+    checkpointer.save(1, {"params": jax.tree.map(jax.numpy.asarray, params)}, nowhere, {})
+  return params
+
+
+def hearing(config):
+  """A run of the config as far as `refuse_others` goes by it."""
+  task = TASKS[config.task]
+  model = task.build_model(config, {"vocab_size": 260})
+  return types.SimpleNamespace(config=config, model=model, task=task)
+
+
+@pytest.mark.ci
+def test_a_translator_starts_with_a_recognisers_encoder(tmp_path):
+  """Front end and layers, with the first of its learned positions; whatever its tokens were."""
+  params = recognizer(tmp_path / "run")
+  config = sound_config(tmp_path / "run", ema=0.9)
+  run = hearing(config)
+  init = functools.partial(
+    program.init_state,
+    model=run.model,
+    inputs=run.task.dummy_inputs(config),
+    optimizer=optax.sgd(1.0),
+    ema=config.ema,
+  )
+  run.state = common.compiled(init)(jax.random.key(0))
+  run.mesh = sharding.make_mesh({}, jax.devices()[:1])
+  start = pretrained.find(config)
+  assert start.tokenizer_file == ""
+  start.refuse_others(run, BYTES)
+  state = start.into(run.state, run)
+  jax.tree.map(np.testing.assert_array_equal, state.params["decoder"], run.state.params["decoder"])
+  wanted = dict(params["encoder"])
+  table = wanted["encoder"]["position_embedding"]["embedding"]
+  own = state.params["encoder"]["encoder"]["position_embedding"]["embedding"]
+  assert len(table) == 50 and len(own) == 25
+  wanted["encoder"] = {**wanted["encoder"], "position_embedding": {"embedding": table[:25]}}
+  jax.tree.map(np.testing.assert_array_equal, state.params["encoder"], wanted)
+  jax.tree.map(np.testing.assert_array_equal, state.ema_params, state.params)
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  (
+    ({"data": {"sample_rate": 16_000}}, "data.sample_rate does not .* must be 8000, not 16000"),
+    ({"model": {"mel_bins": 9}}, "config.model.mel_bins does not agree .* must be 8, not 9"),
+    ({"model": {"front_end": "vgg"}}, "model.front_end does not agree .* be 'conv', not 'vgg'"),
+    ({"model": {"encoder_layers": 1}}, "config.model.layers does not agree .* must be 2, not 1"),
+    ({"data": {"max_seconds": 3.0}}, "max_seconds=3 makes 75 vectors, more than the 50 learned"),
+    ({"recipe": "pre_ln"}, "config.recipe does not agree"),
+  ),
+)
+def test_another_encoder_of_sounds_is_refused_with_its_field(fields, message, tmp_path):
+  recognizer(tmp_path / "run")
+  config = sound_config(tmp_path / "run", **fields)
+  with pytest.raises(ConfigError, match=message) as error:
+    pretrained.find(config).refuse_others(hearing(config), BYTES)
+  assert "\n" not in str(error.value)
+
+
+def test_sounds_and_texts_do_not_start_with_each_other(tmp_path):
+  causal_run(tmp_path / "run")
+  config = sound_config(tmp_path / "run")
+  with pytest.raises(ConfigError, match="has no encoder that reads sounds"):
+    pretrained.find(config).refuse_others(hearing(config), BYTES)

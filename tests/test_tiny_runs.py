@@ -45,6 +45,7 @@ def test_a_target_is_the_one_that_the_config_states():
     ({"higher_is_better": True}, [False, False]),
     ({"higher_is_better": True, "value": 2.7}, [True, True]),
     ({"least": {"use": [16.0, 16.0], "more": [3.0, 4.0]}}, [True, True, True, False]),
+    ({"most": {"rate of train": [5.0, 5.0], "more": [5.1, 5.0]}}, [True, True, True, False]),
   ],
 )
 def test_a_run_reaches_its_target_and_beats_its_baseline(changes, met, tmp_path, capsys):
