@@ -5,7 +5,17 @@ import math
 import jax
 import pytest
 
-from configs import beit, beit3, bert, gpt, image_tokenizer, text_classification, translation, vit
+from configs import (
+  beit,
+  beit3,
+  bert,
+  gpt,
+  image_tokenizer,
+  speech,
+  text_classification,
+  translation,
+  vit,
+)
 from magneto_jax import sharding
 from magneto_jax.config import ConfigError, flatten, from_config_dict
 from magneto_jax.tasks import TASKS, masked_image
@@ -96,6 +106,7 @@ FILES = {
   "image_tokenizer": image_tokenizer,
   "vit": vit,
   "beit": beit,
+  "speech": speech,
 }
 VARIANTS = [(file, variant) for file, module in FILES.items() for variant in module.VARIANTS]
 
@@ -441,3 +452,84 @@ def test_the_small_beit_reads_what_the_small_tokenizer_does():
     assert one[name] == other[name]
   differing = {n for n in one if n.startswith("model.") and one[n] != fine[n]}
   assert differing == {"model.image_vocab_size", "model.drop_path"}
+
+
+# Foundation Transformers (arXiv 2210.06423), section 4.6, and SpecAugment on Large Scale Datasets
+# (arXiv 1912.05533), section 3.
+HEARING = {
+  "recipe": "magneto",
+  "model.width": 512,
+  "model.ffn_width": 2048,
+  "model.speech_head": "transducer",
+  "model.front_end": "vgg",
+  "model.predictor": "lstm",
+  "model.predictor_layers": 2,
+  "model.mel_bins": 80,
+  "data.vocab_size": 5000,
+  "data.sample_rate": 16_000,
+  "spec_augment.frequency_masks": 2,
+  "spec_augment.frequency_width": 27,
+  "spec_augment.time_masks": 20,
+  "spec_augment.time_share": 0.04,
+  "spec_augment.time_mask_share": 0.04,
+}
+
+
+@pytest.mark.parametrize(("layers", "learning_rate"), [(18, 5e-3), (36, 3e-3)])
+def test_magnetos_transducers_are_as_in_the_paper(layers, learning_rate):
+  """And 150 epochs of the 281,241 utterances."""
+  config = flatten(from_config_dict(speech.get_config(f"magneto_{layers}")))
+  expected = HEARING | {"model.layers": layers, "optimizer.learning_rate": learning_rate}
+  assert {name: config[name] for name in expected} == expected
+  assert config["steps"] * config["batch_size"] == pytest.approx(150 * 281_241, rel=1e-3)
+
+
+# fairseq's examples/speech_to_text: s2t_transformer_s, and how it is trained.
+S2T = {
+  "label_smoothing": 0.1,
+  "model.encoder_layers": 12,
+  "model.layers": 6,
+  "model.width": 256,
+  "model.ffn_width": 2048,
+  "model.heads": 4,
+  "model.activation": "relu",
+  "model.dropout": 0.1,
+  "model.front_end": "conv",
+  "optimizer.schedule": "inverse_sqrt",
+  "optimizer.warmup_steps": 10_000,
+  "optimizer.clip_norm": 10.0,
+}
+
+
+@pytest.mark.parametrize(
+  ("variant", "recipe", "steps", "learning_rate", "masks"),
+  [
+    ("fairseq_s", "pre_ln", 300_000, 2e-3, 2),
+    ("mustc_pretraining", "deepscalelm", 100_000, 1e-3, 1),
+    ("mustc", "deepscalelm", 100_000, 2e-3, 1),
+  ],
+)
+def test_small_encoder_decoders_of_sounds_are_fairseqs(
+  variant, recipe, steps, learning_rate, masks
+):
+  config = flatten(from_config_dict(speech.get_config(variant)))
+  own = {"recipe": recipe, "steps": steps, "optimizer.learning_rate": learning_rate}
+  own |= {"spec_augment.frequency_masks": masks, "spec_augment.time_masks": masks}
+  assert {name: config[name] for name in S2T | own} == S2T | own
+
+
+@pytest.mark.parametrize(
+  ("recognizer", "translator"), [("pretraining", "translation"), ("mustc_pretraining", "mustc")]
+)
+def test_a_translator_hears_as_the_recogniser_that_it_starts_with(recognizer, translator):
+  """Encoders of the same shapes, of the same sounds."""
+  trees = []
+  for variant in (recognizer, translator):
+    config = from_config_dict(speech.get_config(variant))
+    task = TASKS[config.task]
+    model = task.build_model(config, {"vocab_size": 99})
+    init = jax.eval_shape(model.init, jax.random.key(0), *task.dummy_inputs(config))
+    encoder = model.encoder
+    heard = encoder.sample_rate, encoder.mel_bins, encoder.subsampling
+    trees.append((heard, jax.tree.map(lambda leaf: leaf.shape, init["params"]["encoder"])))
+  assert trees[0] == trees[1]
