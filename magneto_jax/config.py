@@ -436,7 +436,9 @@ class DataConfig(_Checked):
   mask_block: int = _positive(
     16, "patches of the smallest block of an image that is hidden as one", _LONGEST
   )
-  cache_dir: str = _field("", "where token files are kept; empty: in the workdir")
+  cache_dir: str = _field(
+    "", "where token files, and what TFDS sounds hold, are kept; empty: in the workdir"
+  )
   workers: int = _field(
     0, "processes that prepare batches; 0: threads of this one", min=0, max=1024
   )
@@ -687,6 +689,19 @@ class TrainConfig(_Checked):
         f"batch_size={self.batch_size} times data.seq_length={self.data.seq_length} is {tokens:,}"
         f" tokens a step, which must be at most {_LARGEST[int]:,}"
       )
+    if self.task in _SPEECH_TASKS:
+      seconds = self.data.max_seconds
+      if (samples := self.batch_size * round(seconds * self.data.sample_rate)) > _LARGEST[int]:
+        raise ConfigError(
+          f"batch_size={self.batch_size} times data.max_seconds={seconds:g} times data.sample_rate="
+          f"{self.data.sample_rate} is {samples:,} samples a step, which must be at most"
+          f" {_LARGEST[int]:,}"
+        )
+      if self.data.too_long == "truncate":
+        raise ConfigError(
+          f"config.data.too_long='truncate' is not read with config.task={self.task!r}, as half a"
+          " text is not what is heard: set refuse or skip"
+        )
     values, defaults = flatten(self), defaults_by_name()
     for name, value in values.items():
       tasks = tasks_reading(name)
