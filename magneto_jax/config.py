@@ -468,7 +468,9 @@ class DataConfig(_Checked):
   mask_block: int = _positive(
     16, "patches of the smallest block of an image that is hidden as one", _LONGEST
   )
-  cache_dir: str = _field("", "where token files are kept; empty: in the workdir")
+  cache_dir: str = _field(
+    "", "where token files, and what TFDS sounds hold, are kept; empty: in the workdir"
+  )
   workers: int = _field(
     0, "processes that prepare batches; 0: threads of this one", min=0, max=1024
   )
@@ -760,6 +762,8 @@ class TrainConfig(_Checked):
         f"batch_size={self.batch_size} times data.seq_length={self.data.seq_length} is {tokens:,}"
         f" tokens a step, which must be at most {_LARGEST[int]:,}"
       )
+    if self.task in _SPEECH_TASKS:
+      self._check_sounds()
     self._check_speech()
     augment, bins = self.spec_augment, self.model.mel_bins
     if augment.frequency_masks and augment.frequency_width > bins:
@@ -808,6 +812,21 @@ class TrainConfig(_Checked):
       )
     if re.search("[\ud800-\udfff]", self.sample_prompt):  # Bytes that were not UTF-8.
       raise ConfigError(f"sample_prompt={self.sample_prompt!r} is not valid text")
+
+  def _check_sounds(self):
+    """Raises for sounds that are too large together, or that would lose a part of their text."""
+    seconds = self.data.max_seconds
+    if (samples := self.batch_size * round(seconds * self.data.sample_rate)) > _LARGEST[int]:
+      raise ConfigError(
+        f"batch_size={self.batch_size} times data.max_seconds={seconds:g} times data.sample_rate="
+        f"{self.data.sample_rate} is {samples:,} samples a step, which must be at most"
+        f" {_LARGEST[int]:,}"
+      )
+    if self.data.too_long == "truncate":
+      raise ConfigError(
+        f"config.data.too_long='truncate' is not read with config.task={self.task!r}, as half a"
+        " text is not what is heard: set refuse or skip"
+      )
 
   def _check_speech(self):
     """Raises for a field that this head, or this predictor, of a model of speech does not read."""

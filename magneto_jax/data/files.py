@@ -1,21 +1,44 @@
 """Digests and crash-safe writes, shared by all that is kept in files."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import pathlib
+import stat
 import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
 _MOST_JSON = 64 * 2**20
+# What a path is wrong by; by other errors of a look at it the machine is.
+_NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 def digest(value: Any) -> str:
   """Returns the SHA-256, in hex, of a JSON-able value; the order of keys does not matter."""
   text = json.dumps(value, sort_keys=True, separators=(",", ":"))
   return hashlib.sha256(text.encode()).hexdigest()
+
+
+def size(path: str | os.PathLike[str]) -> int:
+  """Bytes of a regular file, links followed.
+
+  Raises:
+    FileNotFoundError: there is none.
+    ValueError: it is something else: a folder, a pipe, a device.
+    OSError: the machine cannot tell.
+  """
+  try:
+    found = os.stat(path)
+  except OSError as error:
+    if error.errno not in _NO_FILE:
+      raise
+    raise FileNotFoundError(f"{path}: there is no such file") from None
+  if not stat.S_ISREG(found.st_mode):
+    raise ValueError(f"{path}: it is not a regular file")
+  return found.st_size
 
 
 def read_json(

@@ -13,7 +13,7 @@ import numpy as np
 from absl import logging
 from PIL import Image, ImageOps
 
-from magneto_jax.data import documents
+from magneto_jax.data import documents, files
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 _ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
@@ -270,14 +270,16 @@ def _check(folder: str, name: str) -> tuple[str, str | None]:
   if not _is_image(name):
     return "", f"its name does not end in {', '.join(_ENDINGS)}"
   try:
-    if not os.path.isfile(path):
-      raise ValueError("it is a link to nothing, or no regular file")
-    if (size := os.path.getsize(path)) > _MOST_BYTES:
+    size = files.size(path)
+  except (FileNotFoundError, ValueError):
+    return "", "it is a link to nothing, or no regular file"
+  try:
+    if size > _MOST_BYTES:
       raise ValueError(f"it has {size:,} bytes, more than the {_MOST_BYTES:,} of an image")
     with open(path, "rb") as f:
       content = f.read()
     verify(content)
-  except (OSError, ValueError) as error:
+  except ValueError as error:
     return "", str(error)
   return hashlib.sha256(content).hexdigest(), None
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,13 @@ from magneto_jax.data import documents, sounds, speech_sources, text, tokenizers
 Sample = dict[str, np.ndarray]
 
 TEXT_CASES = {"keep": lambda words: words, "lower": str.lower}
+# Of `load_speech`: the least and the most that each may be.
+_BOUNDS = {
+  "sample_rate": (1000, 384_000),
+  "max_seconds": (sounds.SHORTEST, 3600.0),
+  "speed_change": (0.0, 0.5),
+  "validation_fraction": (0.0, 1.0),
+}
 
 
 class SpokenTokens(Sequence):
@@ -74,14 +82,6 @@ class SpokenTokens(Sequence):
 def _padded(wave_S: np.ndarray, longest: int) -> Sample:
   waves = np.pad(wave_S, (0, longest - len(wave_S)))
   return {"waves": waves, "wave_lengths": np.int32(len(wave_S))}
-
-
-def frames_needed(tokens: np.ndarray) -> int:
-  """How many frames CTC needs for tokens: one each, and a blank between two that are equal.
-
-  Reference: Connectionist Temporal Classification, Graves et al., ICML 2006, section 3.
-  """
-  return len(tokens) + int(np.sum(tokens[1:] == tokens[:-1]))
 
 
 def vary_speed(
@@ -181,6 +181,8 @@ def load_speech(
 ) -> SpeechData:
   """Finds the utterances of a source, and shows them as waves and tokens.
 
+  Texts are in Unicode's form NFC, with single spaces in them and none around them.
+
   Args:
     workdir: where the tokenizer is kept, and what is noted of TFDS sets.
     name: see `speech_sources.read_utterances`.
@@ -214,8 +216,18 @@ def load_speech(
     >>> len(data.train), data.validation.texts[0]
     (388, 'login incorrect.')
   """
-  if tokenizer not in text.LOSSY_TOKENIZERS:
-    raise ValueError(f"{tokenizer=} must be one of {sorted(text.LOSSY_TOKENIZERS)}")
+  given = {
+    "sample_rate": sample_rate,
+    "max_seconds": max_seconds,
+    "speed_change": speed_change,
+    "validation_fraction": options.get("validation_fraction", 0.1),
+  }
+  for field, value in given.items():
+    least, most = _BOUNDS[field]
+    if not least <= value <= most:  # Nor is what is no number.
+      raise ValueError(f"{field}={value} must be {least:g} to {most:g}")
+  if tokenizer not in text.SPEECH_TOKENIZERS:
+    raise ValueError(f"{tokenizer=} must be one of {sorted(text.SPEECH_TOKENIZERS)}")
   if too_long not in ("refuse", "skip"):
     raise ValueError(f"{too_long=} must be refuse or skip")
   if text_case not in TEXT_CASES:
@@ -231,9 +243,8 @@ def load_speech(
       f"the {part} utterances are not those that this run was started with: bring them back, or use"
       " another workdir"
     )
-  cased = TEXT_CASES[text_case]
-  texts = [tuple(map(cased, part.texts)) for part in found]
-  made = text.LOSSY_TOKENIZERS[tokenizer](
+  texts = [tuple(_plain(words, TEXT_CASES[text_case]) for words in part.texts) for part in found]
+  made = text.SPEECH_TOKENIZERS[tokenizer](
     documents.Documents(
       size=len(texts[0]),
       read=texts[0].__getitem__,
@@ -279,6 +290,11 @@ def load_speech(
   )
 
 
+def _plain(words: str, cased: Callable[[str], str]) -> str:
+  """A text of which nothing differs that nobody can hear."""
+  return " ".join(unicodedata.normalize("NFC", cased(words)).split())
+
+
 def _fitting(
   utterances: speech_sources.Utterances,
   tokens: Sequence[np.ndarray],
@@ -297,11 +313,12 @@ def _fitting(
   ):
     is_long = sizes > most
     if is_long.any() and not skip:
-      first, largest = int(np.argmax(is_long)), np.ceil(100 * sizes.max() / scale) / 100
+      first = int(np.argmax(is_long))
+      size, largest = (sounds.rounded_up(value, scale) for value in (sizes[first], sizes.max()))
       raise ValueError(
-        f"{utterances.where(first)} has {sizes[first] / scale:.4g} {unit}, more than"
+        f"{utterances.where(first)} has {size:.10g} {unit}, more than"
         f" {limit}={most / scale:g}, as {is_long.sum():,} of {len(sizes):,} utterances do: set"
-        f" {limit} to at least {largest:g}, or data.too_long=skip"
+        f" {limit} to at least {largest:.10g}, or data.too_long=skip"
       )
     is_short &= ~is_long
   limits = longest / sample_rate, seq_length

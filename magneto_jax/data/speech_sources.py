@@ -168,7 +168,7 @@ def embedded(name: str, split: str, *, sample_rate: int = 8000, longest: int = 3
     wave=read,
     texts=texts,
     samples=np.array([sounds.gsm_samples(part, sample_rate) for part in frames]),
-    place=lambda index: (f"{language}.tsv", numbers[index], "line"),
+    place=lambda index: (str(folder / f"{language}.tsv"), numbers[index], "line"),
     identity={
       "source": name,
       "split": split,
@@ -205,14 +205,15 @@ class _Entry(NamedTuple):
 
 
 class _Sound(NamedTuple):
-  """An entry whose sound can be read: how long its wave is, and the digest of its file.
+  """An entry whose sound can be read: how long its wave is, and the digests of wave and file.
 
   One that is too long has none, as nobody reads it.
   """
 
   entry: _Entry
   samples: int
-  digest: str
+  heard: str = ""
+  digest: str = ""
 
 
 def manifests(
@@ -227,7 +228,8 @@ def manifests(
     options: of which are read
       train_files, validation_files, test_files: paths of manifests, or patterns of them;
       validation_fraction: without validation_files, the share of the sounds that is held out: those
-        whose digests are the smallest, one at least. Equal sounds are in one part.
+        whose files' digests are the smallest, one at least. Sounds of equal waves are in one part,
+        whatever their files.
     bad: counts what is left out: lines that are none, and sounds that are missing, broken, cut
       short or silent.
     split: what is evaluated on: `train`, `validation` or `test`.
@@ -236,6 +238,7 @@ def manifests(
     FileNotFoundError: a pattern matches no file.
     ValueError: of one line: a manifest is empty or in two parts, one bad line too many, or no
       utterance is left for a part.
+    OSError: the machine could not read a sound, which says nothing of it.
   """
   paths = text_files.of_parts(
     options.train_files, options.validation_files, options.test_files, split
@@ -304,47 +307,51 @@ def _checked(
   found = []
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
     for begin in range(0, len(entries), 1024):  # Not all at once: there may be millions.
-      for entry, (samples, digest, wrong) in zip(
-        part := entries[begin : begin + 1024], threads.map(check, part), strict=True
-      ):
-        if wrong:
-          is_first = entry.line == 1 and not os.path.exists(entry.path)
-          hint = "; a manifest has no line of headings" if is_first else ""
-          bad.add(str(entry.bad(wrong + hint)))
+      for checked in threads.map(check, entries[begin : begin + 1024]):
+        if isinstance(checked, documents.BadRecord):
+          bad.add(str(checked))
         else:
-          found.append(_Sound(entry, samples, digest))
+          found.append(checked)
   return found
 
 
-def _check(options: SpeechOptions, entry: _Entry) -> tuple[int, str, str]:
-  """The length of a sound, the digest of its file, and what is wrong with it."""
+def _check(options: SpeechOptions, entry: _Entry) -> _Sound | documents.BadRecord:
+  """An entry's sound, or what is wrong with it."""
   try:
     wave_S = sounds.read(entry.path, sample_rate=options.sample_rate, longest=options.longest)
     with open(entry.path, "rb") as file:
-      return len(wave_S), hashlib.file_digest(file, "sha256").hexdigest(), ""
+      digest = hashlib.file_digest(file, "sha256").hexdigest()
   except sounds.TooLong as error:
-    return error.samples, "", ""
-  except (OSError, ValueError) as error:
-    return 0, "", str(error)
+    return _Sound(entry, error.samples)
+  except FileNotFoundError as error:
+    hint = "; a manifest has no line of headings" if entry.line == 1 else ""
+    return entry.bad(str(error) + hint)
+  except ValueError as error:
+    return entry.bad(str(error))
+  return _Sound(entry, len(wave_S), hashlib.sha256(wave_S.data).hexdigest(), digest)
 
 
 def _held_out(held: Sequence[_Sound], fraction: float) -> tuple[list[_Sound], list[_Sound]]:
-  """Training and validation sounds. What is too long, and has no digest, trains nothing."""
-  digests = sorted({sound.digest for sound in held if sound.digest})
-  count = min(len(digests) - 1, max(1, round(fraction * len(digests))))
-  out = set(digests[: max(0, count)])
+  """Training and validation sounds. What is too long, and has no digests, trains nothing.
+
+  A wave's place is that of the first of its files, by digest: another decoder moves none.
+  """
+  heard = [sound.heard for sound in sorted(held, key=lambda sound: sound.digest) if sound.heard]
+  waves = [*dict.fromkeys(heard)]
+  count = min(len(waves) - 1, max(1, round(fraction * len(waves))))
+  out = set(waves[: max(0, count)])
   parts: tuple[list[_Sound], list[_Sound]] = [], []
   for sound in held:
-    parts[sound.digest in out].append(sound)
+    parts[sound.heard in out].append(sound)
   return parts
 
 
 def _tell_equal(train: Sequence[_Sound], others: Sequence[_Sound]) -> None:
   """Logs how many sounds occur twice in training, and how many of the others occur there."""
-  times = collections.Counter(sound.digest for sound in train if sound.digest)
+  times = collections.Counter(sound.heard for sound in train if sound.heard)
   if twice := times.total() - len(times):
     logging.warning("%d of the %d training sounds are equal to others", twice, len(train))
-  if shared := sum(sound.digest in times for sound in others):
+  if shared := sum(sound.heard in times for sound in others):
     logging.warning("%d of the %d held-out sounds are training sounds too", shared, len(others))
 
 
@@ -380,32 +387,33 @@ def _wave_of_entry(
 # ---------------------------------------------------------------------------------------------
 
 
+# A sound of so many samples is not read whole by anybody.
+_NO_LIMIT = 2**40
+
+# What is noted of an example: the samples of its wave, and its text. Of one that cannot be used
+# nothing is, and it is looked at again by each run: what was wrong may be mended.
+_Noted = tuple[int, str] | None
+
+
 def _tfds(name: str, split: str, options: SpeechOptions, bad: documents.BadRecords) -> Utterances:
   """One split of a prepared TFDS data set such as librispeech.
 
   The first time all examples are read, once: what their texts and lengths are is then kept.
   """
-  convert = functools.partial(_stored_wave, options.sample_rate, options.longest)
   spoken = tfds_text.tfds_sounds(
     name,
     split=split,
     audio_key=options.audio_key,
     text_key=options.text_key,
-    convert=convert,
+    convert=functools.partial(_stored_wave, options.sample_rate),
     data_dir=options.data_dir,
   )
-  held = _index(spoken, options)
-  good = [index for index, (samples, _) in enumerate(held) if samples]
-  for samples, reason in held:
-    if not samples:
-      bad.add(reason)
-
-  def wave(index: int) -> np.ndarray:
-    ((_, wave_S), _) = spoken.read(good[index])
-    return wave_S
-
+  held, wrong = _index(spoken, options)
+  for index in sorted(wrong):
+    bad.add(wrong[index])
+  good = [index for index in range(spoken.size) if index not in wrong]
   return Utterances(
-    wave=wave,
+    wave=lambda index: spoken.read(good[index])[0],
     texts=tuple(held[index][1] for index in good),
     samples=np.array([held[index][0] for index in good]),
     place=lambda index: (*spoken.place(good[index]), "record"),
@@ -413,55 +421,73 @@ def _tfds(name: str, split: str, options: SpeechOptions, bad: documents.BadRecor
   )
 
 
-def _stored_wave(
-  sample_rate: int, longest: int, stored: np.ndarray | bytes, rate: int
-) -> tuple[int, np.ndarray | None]:
-  """The length of the wave, and the wave unless it is too long."""
-  asked = {"sample_rate": sample_rate, "longest": longest}
-  try:
-    if isinstance(stored, bytes):
-      wave_S = sounds.decode(io.BytesIO(stored), **asked)
-    else:
-      wave_S = sounds.to_wave(np.asarray(stored), rate, **asked)
-  except sounds.TooLong as error:
-    return error.samples, None
-  return len(wave_S), wave_S
+def _stored_wave(sample_rate: int, stored: np.ndarray | bytes, rate: int) -> np.ndarray:
+  """The wave of what a TFDS set holds: a file's bytes, or integers that are samples of 16 bits."""
+  asked = {"sample_rate": sample_rate, "longest": _NO_LIMIT}
+  if isinstance(stored, bytes):
+    return sounds.decode(io.BytesIO(stored), **asked)
+  sound = np.asarray(stored)
+  limits = np.iinfo(np.int16)
+  is_integer = np.issubdtype(sound.dtype, np.integer)
+  if not is_integer or ((sound < limits.min) | (sound > limits.max)).any():
+    peak = np.abs(sound.astype(np.float64)).max(initial=0)
+    raise ValueError(
+      f"its samples are {sound.dtype} with the peak {peak:g}, not integers of 16 bits: prepare the"
+      " data set with such"
+    )
+  return sounds.to_wave(sound, rate, **asked)
 
 
-def _index(spoken: tfds_text.Spoken, options: SpeechOptions) -> list[tuple[int, str]]:
-  """The length and the text of each example; of one that cannot be used 0, and what is wrong."""
-  identity = spoken.identity | {"sample_rate": options.sample_rate, "longest": options.longest}
+def _index(spoken: tfds_text.Spoken, options: SpeechOptions) -> tuple[list[_Noted], dict[int, str]]:
+  """What is noted of each example, and what is wrong with those of which nothing is, by index."""
+  identity = spoken.identity | {"sample_rate": options.sample_rate, "shards": spoken.shards()}
   path = pathlib.Path(options.cache_dir, f"speech-{files.digest(identity)[:32]}.jsonl")
+  held: list[_Noted] = [None] * spoken.size
   if path.exists():
     try:
-      return _kept_index(path, spoken.size)
+      held = _kept_index(path, spoken.size)
     except (ValueError, TypeError) as error:
       logging.warning("%s is made anew (%s)", path, error)
-  held, tell_at = [], time.monotonic() + 30
-  for index in range(spoken.size):
-    try:
-      (samples, _), text = spoken.read(index)
-      if not text.strip():
-        file, within = spoken.place(index)
-        raise documents.BadRecord(file, within, "its text is empty")
-      held.append((samples, text))
-    except documents.BadRecord as error:
-      held.append((0, str(error)))
-    if time.monotonic() > tell_at:
-      tell_at = time.monotonic() + 30
-      logging.warning("read %d of %d utterances", index + 1, spoken.size)
-  body = "".join(json.dumps(entry) + "\n" for entry in held)
-  digest = hashlib.sha256(body.encode()).hexdigest()
-  files.write_durably(path, f"{digest}\n{body}".encode())
-  return held
+  missing = [index for index, noted in enumerate(held) if noted is None]
+  wrong: dict[int, str] = {}
+  tell_at = time.monotonic() + 30
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
+    for begin in range(0, len(missing), 1024):
+      part = missing[begin : begin + 1024]
+      for index, noted in zip(
+        part, threads.map(functools.partial(_look, spoken), part), strict=True
+      ):
+        if isinstance(noted, documents.BadRecord):
+          wrong[index] = str(noted)
+        else:
+          held[index] = noted
+      if time.monotonic() > tell_at:
+        tell_at = time.monotonic() + 30
+        logging.warning("read %d of %d utterances", begin + len(part), len(missing))
+  if len(wrong) < len(missing):
+    body = "".join(json.dumps(entry) + "\n" for entry in held)
+    digest = hashlib.sha256(body.encode()).hexdigest()
+    files.write_durably(path, f"{digest}\n{body}".encode())
+  return held, wrong
 
 
-def _kept_index(path: pathlib.Path, size: int) -> list[tuple[int, str]]:
+def _look(spoken: tfds_text.Spoken, index: int) -> tuple[int, str] | documents.BadRecord:
+  """What is noted of an example, or what is wrong with it."""
+  try:
+    wave_S, text = spoken.read(index)
+  except documents.BadRecord as error:
+    return error
+  if not text.strip():
+    return documents.BadRecord(*spoken.place(index), "its text is empty")
+  return len(wave_S), text
+
+
+def _kept_index(path: pathlib.Path, size: int) -> list[_Noted]:
   """What `_index` has written; ValueError if it is not that any more."""
   digest, _, body = path.read_text(encoding="utf-8").partition("\n")
   if hashlib.sha256(body.encode()).hexdigest() != digest:
     raise ValueError("it has been changed")
-  held = [(samples, text) for samples, text in map(json.loads, body.splitlines())]
+  held = [noted and (noted[0], noted[1]) for noted in map(json.loads, body.splitlines())]
   if len(held) != size:
     raise ValueError(f"it has {len(held)} entries of {size}")
   return held

@@ -252,5 +252,5 @@ def _char(
 
 
 TOKENIZERS = {"byte": _byte, "sentencepiece": _sentencepiece}
-# Of what need not be given back exactly: texts that are recognised or written, not read.
-LOSSY_TOKENIZERS = {**TOKENIZERS, "char": _char}
+# Of texts that are recognised or written, which need not be given back exactly.
+SPEECH_TOKENIZERS = {**TOKENIZERS, "char": _char}

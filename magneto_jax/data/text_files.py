@@ -97,7 +97,7 @@ def of_parts(
   """
   if split not in ("train", "validation", "test"):
     raise ValueError(
-      f"text files have no split {split!r}, only train, validation and test (test_files)"
+      f"files of one's own have no split {split!r}, only train, validation and test (test_files)"
     )
   named = {"train": train_files}
   if validation_files:

@@ -166,12 +166,15 @@ class Spoken(NamedTuple):
     read: index -> what `convert` made of the sound, and the text; BadRecord if the example is
       damaged.
     place: index -> the file that holds it, and its index in there.
+    shards: -> name, bytes and time of the last change of each file that holds some: other ones may
+      hold others, under the same identity.
     identity: JSON-able values that name the split's content.
   """
 
   size: int
   read: Callable[[int], tuple[Any, str]]
   place: Callable[[int], tuple[str, int]]
+  shards: Callable[[], list[tuple[str, int, int]]]
   identity: dict[str, Any]
 
 
@@ -212,7 +215,7 @@ def tfds_sounds(
     lambda example: (convert(example[audio_key], rate), _as_text(example[text_key]))
   )
   identity = prepared.identity | {"audio_key": audio_key, "text_key": text_key}
-  return Spoken(prepared.size, read, prepared.place, identity)
+  return Spoken(prepared.size, read, prepared.place, prepared.shards, identity)
 
 
 class Columns(NamedTuple):
@@ -303,13 +306,18 @@ class _Split:
     held = self._shards[shard]
     return held.filename, held.skip + index - (self._ends[shard] - held.take)
 
+  def shards(self) -> list[tuple[str, int, int]]:
+    """Name, bytes and time of the last change of the files that hold the examples."""
+    found = ((shard.filename, os.stat(shard.filename)) for shard in self._shards)
+    return [(os.path.basename(name), held.st_size, held.st_mtime_ns) for name, held in found]
+
   def reader(self, convert: Callable[[dict[str, Any]], T]) -> Callable[[int], T]:
     """`index -> convert(example)`; where that fails BadRecord, with the file and the place."""
 
     def read(index: int) -> T:
       try:
         return convert(self.examples[index])
-      except (MemoryError, OSError):  # Of the machine; another day the record can be read.
+      except (MemoryError, OSError, ImportError):  # Of the machine; another day it can be read.
         raise
       except Exception as error:  # ArrayRecord, protocol buffers and TFDS have no common one.
         reason = " ".join(str(error).split())

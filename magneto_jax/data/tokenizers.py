@@ -241,6 +241,10 @@ class CharTokenizer:
     """Takes the characters, each once and in their order; ValueError if they are not so."""
     if not characters or list(characters) != sorted({*characters}):
       raise ValueError(f"{characters!r:.40} are not characters in their order, each once")
+    if re.search("[\ud800-\udfff]", characters):
+      raise ValueError(
+        f"{characters!r:.40} are not valid text: halves of characters are among them"
+      )
     self.characters = characters
     self.vocab_size = SPECIALS + len(characters)
     # What a file holds of it.

@@ -116,10 +116,37 @@ def test_the_embedded_utterances_are_those_of_the_tables(name):
       assert len(part[i]) == part.samples[i] == int(of_split[i]["bytes"]) // 33 * 160
       assert abs(len(part[i]) / RATE - float(of_split[i]["seconds"])) < 0.01
       assert np.std(part[i].astype(float)) > 100
-      line = part.where(i).removeprefix(f"{language}.tsv: line ")
-      assert held[int(line) - 2] is not None and held[int(line) - 2][column] == part.texts[i]
+      line = part.where(i).removeprefix(f"{FOLDER / language}.tsv: line ")
+      assert held[int(line) - 2] == of_split[i]
   with pytest.raises(ValueError, match=f"{name} has no split 'dev'; it has train, validation, te"):
     speech_sources.embedded(name, "dev")
+
+
+SHARED = {
+  "embedded/en": (set(), {"first", "minutes", "IAX"}),
+  "embedded/fr": (set(), {"premier", "minutes"}),
+  "embedded/fr-en": (set(), {"first", "minutes"}),
+}
+SHARED_LOWER = {
+  "embedded/en": ({"Seconds"}, SHARED["embedded/en"][1]),
+  "embedded/fr": ({"heure", "Secondes"}, SHARED["embedded/fr"][1]),
+  "embedded/fr-en": ({"Seconds"}, SHARED["embedded/fr-en"][1]),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_texts_that_are_in_training_too_are_those_of_the_docs(name):
+  parts = {split: speech_sources.embedded(name, split).texts for split in SIZES[name]}
+  for shared, cased in ((SHARED, str), (SHARED_LOWER, str.lower)):
+    trained = set(map(cased, parts["train"]))
+    for split, words in zip(("validation", "test"), shared[name], strict=True):
+      found = [text for text in parts[split] if cased(text) in trained]
+      assert sorted(found) == sorted(words)
+  docs = pathlib.Path(speech.__file__).parents[2] / "docs" / "speech.md"
+  readme = (FOLDER / "README.md").read_text(encoding="utf-8")
+  for text in SHARED[name][1]:
+    assert f'"{text}"' in readme and f'"{text}"' in docs.read_text(encoding="utf-8")
+  assert all(f'"{text}"' in readme for text in SHARED_LOWER[name][0])
 
 
 def test_the_embedded_recordings_are_all_there_and_carry_their_licence():
@@ -166,11 +193,16 @@ def test_english_in_one_call(tmp_path):
 
 
 def test_a_rate_of_ones_own(tmp_path):
-  data = speech.load_speech(workdir=tmp_path, sample_rate=16000, max_seconds=4.0)
+  """Twice the samples, of what is at 8,000 a second: soxr's at half of it."""
+  data = speech.load_speech(workdir=tmp_path / "16000", sample_rate=16000)
+  slow = speech.load_speech(workdir=tmp_path / "8000")
   for i in range(0, len(data.train), 50):
-    sample = data.train[i]
-    assert abs(int(sample["wave_lengths"]) - data.train.samples[i]) <= 1
-    assert abs(int(sample["wave_lengths"]) - 2 * len(data.train.utterances[i]) / 2) <= 1
+    sample, expected = data.train[i], slow.train.utterances[i].astype(float)
+    length = int(sample["wave_lengths"])
+    assert sample["waves"].shape == (64000,)
+    assert abs(length - data.train.samples[i]) <= 1 and abs(length - 2 * len(expected)) <= 1
+    half = sample["waves"][:length:2][: len(expected)].astype(float)
+    assert np.corrcoef(half, expected[: len(half)])[0, 1] > 0.99
 
 
 def test_other_names_are_refused(tmp_path):
@@ -187,6 +219,12 @@ def test_other_names_are_refused(tmp_path):
     ({"tokenizer": "bpe"}, r"tokenizer='bpe' must be one of \['byte', 'char', 'sentencepiece'\]"),
     ({"too_long": "truncate"}, "too_long='truncate' must be refuse or skip"),
     ({"text_case": "upper"}, r"text_case='upper' must be one of \['keep', 'lower'\]"),
+    ({"sample_rate": 0}, "sample_rate=0 must be 1000 to 384000"),
+    ({"max_seconds": 0.05}, "max_seconds=0.05 must be 0.1 to 3600"),
+    ({"max_seconds": float("nan")}, "max_seconds=nan must be 0.1 to"),
+    ({"speed_change": 1.0}, "speed_change=1.0 must be 0 to 0.5"),
+    ({"speed_change": -0.1}, "speed_change=-0.1 must be 0 to 0.5"),
+    ({"validation_fraction": 1.5}, "validation_fraction=1.5 must be 0 to 1"),
   ):
     with pytest.raises(ValueError, match=message):
       load(**options)
@@ -580,13 +618,6 @@ def test_characters_are_kept_with_the_run(own, tmp_path):
   kept.write_text('{"characters": "abc"}')
   with pytest.raises(ValueError, match="characters.json is not the tokenizer that this run was st"):
     own(rows(range(8)), rows([9]), expected=expected)
-
-
-@pytest.mark.parametrize(
-  "tokens, frames", [([], 0), ([5], 1), ([5, 6], 2), ([5, 5], 3), ([5, 5, 5, 6, 6], 8)]
-)
-def test_frames_needed_is_the_shortest_alignment(tokens, frames):
-  assert speech.frames_needed(np.array(tokens, np.int32)) == frames
 
 
 # ---------------------------------------------------------------------------------------------

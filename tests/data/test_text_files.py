@@ -151,7 +151,7 @@ def test_a_file_in_two_parts_is_refused(tmp_path):
     ):
       text_files.of_parts([path], [validation], [test], "test")
   with pytest.raises(
-    ValueError, match="text files have no split 'dev', only train, validation and t"
+    ValueError, match="files of one's own have no split 'dev', only train, validation and t"
   ):
     text_files.of_parts([path], [], [], "dev")
 

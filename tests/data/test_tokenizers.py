@@ -276,6 +276,14 @@ def test_characters_are_loaded_as_they_were_written(tmp_path):
 BAD_CHARACTERS = ("", "abc", "[]", "{}", *(f'{{"characters": {v}}}' for v in (3, '""', '"ba"')))
 
 
+def test_a_file_of_halves_of_characters_is_refused(tmp_path):
+  """JSON can hold them, UTF-8 cannot: no answer with one could be written."""
+  (path := tmp_path / "characters.json").write_text('{"characters": "a\\ud800"}')
+  with pytest.raises(ValueError, match="characters.json: .*are not valid text") as error:
+    tokenizers.CharTokenizer.load(path)
+  str(error.value).encode()
+
+
 @pytest.mark.parametrize("content", (*BAD_CHARACTERS, '{"characters": "aa"}'))
 def test_a_file_without_characters_is_named(tmp_path, content):
   (path := tmp_path / "characters.json").write_text(content)
