@@ -197,16 +197,16 @@ def of_all_logits(labels, frames, lengths, **options):
   return loss
 
 
-@pytest.mark.parametrize("chunk", (1, 2, 3, 4, 99))
+@pytest.mark.parametrize("chunk", (1, 3, 99))
 def test_chunks_change_nothing(chunk):
-  """Values and all gradients, float64, to 1e-12; also where the last chunk is padded."""
+  """Values and all gradients, float64, to 1e-12; of five frames the second three are padded."""
   _, *rest = batch(blank=3)
   weights = np.linspace(-1, 2, len(SIZES))
   with jax.enable_x64(True):
     whole = of_all_logits(*rest, blank=3)
-    expected = value_and_gradient(whole, *joiner(), weights_B=weights)
+    expected = value_and_gradient(whole, *joiner(length=5), weights_B=weights)
     by_chunks = lambda *given: fused_transducer_loss(*given, *rest, blank=3, chunk=chunk)
-    found = value_and_gradient(by_chunks, *joiner(), weights_B=weights)
+    found = value_and_gradient(by_chunks, *joiner(length=5), weights_B=weights)
   for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
     assert a.shape == b.shape and a.dtype == b.dtype
     np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
