@@ -80,11 +80,11 @@ def mnist(config):
 def emoji(config):
   """The groups of emoji."""
   _tiny(config)
-  config.steps = 1000
+  config.steps = 6000
   config.batch_size = 64
-  config.eval_every = config.checkpoint_every = 250
+  config.eval_every = config.checkpoint_every = 500
   config.model.image_size = 32
-  config.model.patch_size = 4
+  config.model.patch_size = 8
   config.model.dropout = 0.1
   config.model.drop_path = 0.1
   config.data.name = "embedded/emoji"
