@@ -16,7 +16,9 @@ emoji
   test; near-copies lie in one part.
 
   Target: an accuracy of 0.55 on the test part, and more than a logistic regression on pixels has
-  there: 0.529. Of 157 the standard error is 0.04.
+  there: 0.529. Of 157 the standard error is 0.04. Reached: 0.599, after 7 min 10 s of training on
+  two cores of an Intel Xeon, beside other work, 28 November 2026, jax 0.10.2. It is what validation
+  chose: patches of 4 and 1,000 steps have 0.529 (validation 0.554, now 0.618).
 
 imagenet_base, imagenet_base_deepscalelm
   ViT-B/16 on ImageNet-1k at 224 pixels, with the recipes magneto and deepscalelm, trained as DeiT
