@@ -276,19 +276,25 @@ def show(results: Sequence[Mapping]) -> bool:
   """Prints the table and the marks; whether all are met."""
   rows = [
     [
-      f"{result['task']} ({result['config']})",
+      result["task"],
       f"{result['metric']} {'↑' if result['higher_is_better'] else '↓'}",
       *(f"{result[name]:.4f}" for name in ("value", "target", "baseline")),
       result["baseline_name"],
-      ", ".join(f"{name} {value:.4f}" for name, value in result["beside"].items()),
       f"{result['seconds']:.0f}",
       result["date"][:10],
     ]
     for result in results
   ]
-  columns = ["task", "metric", "value", "target", "baseline", "which", "beside", "seconds", "date"]
+  columns = ["task", "metric", "value", "target", "baseline", "which", "seconds", "date"]
   told = [mark for result in results for mark in marks(result)]
-  coordinator.show(columns, rows, [coordinator.mark_in_words(mark, digits=4) for mark in told])
+  beside = [
+    f"beside {result['task']}: "
+    + ", ".join(f"{name} {value:.4f}" for name, value in result["beside"].items())
+    for result in results
+    if result["beside"]
+  ]
+  words = [coordinator.mark_in_words(mark, digits=4) for mark in told]
+  coordinator.show(columns, rows, [*beside, *words])
   return all(mark["met"] for mark in told)
 
 

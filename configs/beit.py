@@ -12,6 +12,9 @@ tiny
 
   Target: a masked accuracy of 0.3, more than the commonest of the hidden patches' tokens has, also
   where each place has its own, and a codebook perplexity of at least 16, a quarter of the codes.
+  Reached: 0.412 (the commonest token 0.100, that of each place 0.323) with a perplexity of 42.8,
+  after 5 min 33 s of training on two cores of an Intel Xeon, otherwise nearly idle, 28 November
+  2026, jax 0.10.2.
 
 finetune_tiny
   Classes of the same digits, from tiny's encoder; `benchmarks.masked_image_finetuning` compares it

@@ -7,14 +7,18 @@ mnist
   python -m magneto_jax.evaluate --workdir=runs/mnist --split=test
 
   Target: an accuracy of 0.96 on the test part, and more than a logistic regression on pixels has
-  there (python -m benchmarks.image_baselines): 0.910. Of 500 the standard error is 0.009.
+  there (python -m benchmarks.image_baselines): 0.910. Of 500 the standard error is 0.009. Reached:
+  0.978, after 2 min 41 s of training on two cores of an Intel Xeon, otherwise nearly idle, 28
+  November 2026, jax 0.10.2.
 
 emoji
   Of which of Unicode's eight groups is this emoji? 1,265 to train on, 157 to validate and 157 to
   test; near-copies lie in one part.
 
   Target: an accuracy of 0.55 on the test part, and more than a logistic regression on pixels has
-  there: 0.529. Of 157 the standard error is 0.04.
+  there: 0.529. Of 157 the standard error is 0.04. Reached: 0.599, after 7 min 10 s of training on
+  two cores of an Intel Xeon, beside other work, 28 November 2026, jax 0.10.2. It is what validation
+  chose: patches of 4 and 1,000 steps have 0.529 (validation 0.554, now 0.618).
 
 imagenet_base, imagenet_base_deepscalelm
   ViT-B/16 on ImageNet-1k at 224 pixels, with the recipes magneto and deepscalelm, trained as DeiT
@@ -80,11 +84,11 @@ def mnist(config):
 def emoji(config):
   """The groups of emoji."""
   _tiny(config)
-  config.steps = 1000
+  config.steps = 6000
   config.batch_size = 64
-  config.eval_every = config.checkpoint_every = 250
+  config.eval_every = config.checkpoint_every = 500
   config.model.image_size = 32
-  config.model.patch_size = 4
+  config.model.patch_size = 8
   config.model.dropout = 0.1
   config.model.drop_path = 0.1
   config.data.name = "embedded/emoji"

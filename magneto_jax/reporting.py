@@ -335,7 +335,7 @@ def draw_examples(workdir: pathlib.Path, rows: Sequence[Row], *, title: str) -> 
       # As many letters as there is room for; they may hold what TeX takes for formulae.
       lines = textwrap.wrap(caption, int(17 * width), max_lines=3, placeholder="...")
       axes.set_xlabel("\n".join(lines), fontsize=7, parse_math=False)
-  figure.suptitle(title, parse_math=False)
+  figure.suptitle(title, fontsize=10, parse_math=False)
   path = workdir / EXAMPLES
   figure.savefig(path)
   return path
