@@ -11,6 +11,7 @@ import types
 import jax
 import numpy as np
 import pytest
+import soundfile
 
 from magneto_jax import decoding, generate, runs
 from magneto_jax.checkpoints import Checkpointer
@@ -87,6 +88,13 @@ TRANSLATING = {
 }
 
 
+HEARING = {
+  "task": "speech_recognition",
+  "model": TRANSLATING["model"],
+  "data": {"name": "embedded/en", "tokenizer": "byte"},
+}
+
+
 @pytest.mark.ci
 def test_the_command_translates_lines_up_to_a_bad_one(tmp_path):
   """In their order; of two lines that follow the bad one nothing is read."""
@@ -142,6 +150,10 @@ def test_a_task_of_ones_own_translates_and_the_best_can_be_asked_for(tmp_path):
   [
     (TRANSLATING, ["--prompt=x"], "--prompt is not read with a model of config.task='translation'"),
     (TRANSLATING, ["--beam_size=0"], "config.beam.size=0 must be at least 1"),
+    (TRANSLATING, ["--sound=x"], "--sound is not read with a model of config.task='translation'"),
+    (HEARING, [], "give --sound=FILE, of a WAV, FLAC, Ogg or MP3 file"),
+    (HEARING, ["--sound=x", "--prompt=x"], "--prompt is not read with a model of config.task='spe"),
+    (HEARING, ["--sound=x", "--max_ratio=2"], "config.beam.max_ratio is not read without config"),
     (
       {"model": TRANSLATING["model"], "data": TRANSLATING["data"]},
       ["--scores"],
@@ -226,3 +238,66 @@ def test_a_line_that_is_too_long_is_refused_or_cut(monkeypatch, capsys):
   assert translated(monkeypatch, lines, too_long="cut") == b"ba\n7654321\ndc\n"
   said = "warning: line 2 of the input has 9 tokens, and the model reads the first 8 of them\n"
   assert capsys.readouterr().err == said
+
+
+class Hearing:
+  """A transcriber that tells how long a sound is, and remembers how many it was given at once."""
+
+  rows, longest = 1, 4000
+  model = types.SimpleNamespace(encoder=types.SimpleNamespace(sample_rate=8000))
+
+  def __init__(self):
+    self.given = []
+
+  def __call__(self, waves):
+    self.given.append(len(waves))
+    return [[decoding.Translation(f"{len(wave)}\nsamples", -0.5)] for wave in waves]
+
+
+def heard(monkeypatch, paths, transcriber=None, **args):
+  """What is written for sounds; where one is refused, and its message."""
+  out = io.TextIOWrapper(io.BytesIO())
+  monkeypatch.setattr(sys, "stdout", out)
+  args = {"scores": False, "too_long": "refuse", "sound": list(map(str, paths))} | args
+  try:
+    generate._write_down_sounds(types.SimpleNamespace(**args), transcriber or Hearing())
+  except ConfigError as error:
+    return out.buffer.getvalue().decode(), str(error)
+  return out.buffer.getvalue().decode(), ""
+
+
+@pytest.fixture
+def recorded(tmp_path):
+  """Sounds of 0.2, 0.4 and 0.8 seconds."""
+  for name, seconds in (("a", 0.2), ("b", 0.4), ("long", 0.8)):
+    wave = np.random.default_rng(0).integers(-900, 900, round(16_000 * seconds)).astype(np.int16)
+    soundfile.write(tmp_path / f"{name}.wav", wave, 16_000)
+  return tmp_path
+
+
+def test_a_sound_in_is_a_line_out(recorded, monkeypatch, capsys):
+  """At the model's rate; cut if that is asked for."""
+  paths = [recorded / f"{name}.wav" for name in ("b", "a")]
+  assert heard(monkeypatch, paths) == ("3200 samples\n1600 samples\n", "")
+  assert heard(monkeypatch, paths[:1], scores=True) == ("-0.5000\t3200 samples\n", "")
+  cut = heard(monkeypatch, [recorded / "long.wav"], too_long="cut")
+  assert cut == ("4000 samples\n", "")
+  said = "long.wav has 0.80 seconds, and the model hears the first 0.5 of them\n"
+  assert capsys.readouterr().err.endswith(said)
+
+
+def test_of_sounds_before_a_bad_one_nothing_is_lost(recorded, monkeypatch):
+  (recorded / "bad.wav").write_bytes(b"none")
+  for name, message in (
+    ("bad", "bad.wav: it is no WAV, FLAC, Ogg"),
+    ("gone", "gone.wav: there is no such file"),
+    ("long", "long.wav: it has 0.8 seconds, more than 0.5: cut it into parts, or set --too_long"),
+  ):
+    told, error = heard(monkeypatch, [recorded / f"{n}.wav" for n in ("a", name, "b")])
+    assert told == "1600 samples\n" and message in error and "\n" not in error
+
+
+def test_sounds_are_heard_a_part_at_a_time(recorded, monkeypatch):
+  hearing = Hearing()
+  heard(monkeypatch, [recorded / "a.wav"] * (generate._SEARCHES + 2), hearing)
+  assert hearing.given == [generate._SEARCHES, 2]

@@ -71,6 +71,9 @@ def test_what_a_model_keeps_and_images_patches_are_estimated():
   images = {"image": jax.ShapeDtypeStruct((config.batch_size, 16, 16, 3), jnp.float32)}
   length = sizes.batch["inputs"].shape[1]
   assert memory.estimate(config, sizes._replace(batch=images, length=length)) == base
+  # Samples of a sound are no tokens.
+  sounds = images | {"waves": jax.ShapeDtypeStruct((config.batch_size, 32_000), jnp.int16)}
+  assert memory.estimate(config, sizes._replace(batch=sounds, length=length)) == base
 
 
 def test_what_is_held_is_counted_by_shards():

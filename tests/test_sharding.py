@@ -21,12 +21,17 @@ from magneto_jax.config import ConfigError, MeshConfig
 from magneto_jax.models import (
   BEiT3,
   CausalLM,
+  CTCRecognizer,
   Encoder,
   EncoderDecoder,
   ImageClassifier,
   MaskedBEiT3,
   MaskedLM,
+  SpeechEncoder,
+  SpeechToText,
+  StatelessPredictor,
   TextClassifier,
+  Transducer,
   VisionEncoder,
 )
 from magneto_jax.theory import recipes, records
@@ -52,8 +57,27 @@ def architecture(kind: str) -> records.Architecture:
   return records.Architecture(kind, width=WIDTH, ffn_width=FFN, heads=HEADS, **depth)
 
 
+def hearing(encoder):
+  return SpeechEncoder(encoder=encoder, sample_rate=1000, mel_bins=8)
+
+
+def speech_to_text():
+  both = recipes.RECIPES["magneto"](architecture("encoder_decoder"))
+  write = CausalLM(recipe=both.decoder, vocab_size=64, **SIZES)
+  encoder = hearing(Encoder(recipe=both.encoder, **SIZES))
+  return SpeechToText(encoder=encoder, decoder=write, ctc_weight=0.3), SOUNDS
+
+
+def transducer():
+  predictor = StatelessPredictor(vocab_size=64, width=WIDTH)
+  model = Transducer(encoder=hearing(encoder()), predictor=predictor, joint_width=WIDTH)
+  return model, SOUNDS
+
+
 TOKENS = jax.ShapeDtypeStruct((1, 8), jnp.int32)
 IMAGES = jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32)
+ONE = jax.ShapeDtypeStruct((1,), jnp.int32)
+SOUNDS = (jax.ShapeDtypeStruct((1, 650), jnp.int16), ONE, TOKENS, ONE)
 
 
 def decoder(recipe: str = "magneto", **options):
@@ -125,6 +149,9 @@ MODELS = {
     (IMAGES,),
   ),
   "BEiT3": lambda: (beit3(), (IMAGES, TOKENS)),
+  "CTCRecognizer": lambda: (CTCRecognizer(encoder=hearing(encoder()), vocab_size=64), SOUNDS),
+  "Transducer": transducer,
+  "SpeechToText": speech_to_text,
   "MaskedBEiT3": lambda: (MaskedBEiT3(encoder=beit3(), image_vocab_size=32), (IMAGES, TOKENS)),
 }
 

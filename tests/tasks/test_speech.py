@@ -513,7 +513,7 @@ def test_a_run_learns_resumes_is_evaluated_and_writes_down_a_file(tmp_path):
   result = subprocess.run([*command, *asked], capture_output=True, text=True, cwd=tmp_path)
   assert result.returncode == 2
   assert result.stderr == (
-    f"error: {tmp_path}/long.wav: it has 0.80 seconds, more than 0.5: cut it into parts, or set"
+    f"error: {tmp_path}/long.wav: it has 0.8 seconds, more than 0.5: cut it into parts, or set"
     " --too_long=cut\n"
   )
   model, variables = runs.load(whole)
