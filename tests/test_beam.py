@@ -77,9 +77,10 @@ class Answering:
     memory = jnp.zeros((batch, 1), jnp.int32)
     return self.decoder.init_state(batch, length)._replace(memory_ids_BS=memory)
 
-  def apply(self, table, tokens_BT, *, method, mask_BT=None, memory_BSD=None, **options):
-    if method == "encode":
-      return jnp.where(mask_BT, tokens_BT, 0)[..., None]
+  def apply(self, table, tokens_BT, lengths_B=None, *, method, memory_BSD=None, **options):
+    if method == "memory":
+      mask_BT = jnp.arange(tokens_BT.shape[1])[None] < lengths_B[:, None]
+      return jnp.where(mask_BT, tokens_BT, 0)[..., None], mask_BT
     state = options["state"]
     if memory_BSD is not None:
       state = state._replace(memory_ids_BS=jnp.sum(memory_BSD, axis=1))

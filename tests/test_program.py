@@ -93,7 +93,7 @@ def drawn(model, variables, batch, dropout_key):
 def steps_on_draws(count, **options):
   """All states of `count` steps of rate 1/2 on one batch of that loss, and their metrics."""
   optimizer, params = optax.sgd(0.5), {"w": jnp.arange(1.0, 5.0)}
-  task = types.SimpleNamespace(loss_and_state=drawn)
+  task = types.SimpleNamespace(loss_and_state=drawn, weigh=lambda model, batch: batch)
   step = functools.partial(
     program.train_step, model=None, task=task, optimizer=optimizer, **options
   )
@@ -123,7 +123,10 @@ def test_every_step_and_every_part_draws_its_own_dropout(accumulation):
 def test_a_step_that_is_not_finite_changes_only_its_counters(accumulation, value):
   """Of whichever row; what follows is as if its update had been left out."""
   optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.1))
-  params, task = {"w": jnp.arange(1.0, 5.0)}, types.SimpleNamespace(loss_and_state=drawn)
+  params, task = (
+    {"w": jnp.arange(1.0, 5.0)},
+    types.SimpleNamespace(loss_and_state=drawn, weigh=lambda model, batch: batch),
+  )
   options = {"model": None, "task": task, "optimizer": optimizer, "ema": 0.5}
   step = jax.jit(functools.partial(program.train_step, accumulation=accumulation, **options))
   none = jnp.int32(0)
