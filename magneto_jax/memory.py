@@ -177,7 +177,8 @@ def estimate(config: TrainConfig, sizes: Sizes) -> int:
 
   State: parameters, the optimizer's two moments, the average, and the gradients, each cut as its
   parameter is. Activations, for each token that a device has at a time: what `remat` keeps of every
-  layer; of one layer, all; and of the loss the logits and their gradient. Of each row its `row_bytes`.
+  layer; of one layer, all; and of the loss the logits and their gradient; and for each row its
+  `row_bytes`.
 
   Raises:
     ValueError: if the mesh does not fit the devices, or does not divide what it cuts.

@@ -210,7 +210,7 @@ def test_chunks_change_nothing(chunk):
   """
   _, *rest = batch(blank=3)
   weights = np.linspace(-1, 2, len(SIZES))
-  *given, bias = joiner()
+  *given, bias = joiner(length=T + 1)
   with jax.enable_x64(True):
     whole = of_all_logits(*rest, blank=3)
     expected = value_and_gradient(whole, *given, bias, weights_B=weights)

@@ -17,7 +17,13 @@ from benchmarks.reliability import states
 from magneto_jax import diagnostics, evaluation, jobs, program, runs, training
 from magneto_jax.config import ConfigError, from_config_dict
 from magneto_jax.data import pipelines, scores, sounds
-from magneto_jax.decoding import Transcriber, Translation, ctc_beam_search, ctc_greedy
+from magneto_jax.decoding import (
+  Transcriber,
+  Translation,
+  beam_search,
+  ctc_beam_search,
+  ctc_greedy,
+)
 from magneto_jax.layers import SpecAugment, frame_counts, log_mel, normalize_mel
 from magneto_jax.models import CTCRecognizer, SpeechToText, StatelessPredictor, Transducer
 from magneto_jax.tasks import TASKS, speech
@@ -334,6 +340,18 @@ def test_what_a_sound_becomes_does_not_depend_on_the_others(head):
     (alone,) = dataclasses.replace(write, rows=1, longest=3300)([wave])
     assert [text for text, _ in alone] == [text for text, _ in found]
     np.testing.assert_allclose([x for _, x in alone], [x for _, x in found], rtol=1e-4)
+
+
+def test_sounds_of_no_vector_or_of_several_types_are_refused():
+  write = transcriber("decoder", 1)
+  with pytest.raises(ValueError, match="sound 1 has 199 samples: more than 3300, or too few for"):
+    write([np.zeros(800, np.int16), np.zeros(199, np.int16)])
+  waves = [np.zeros(800, np.int16), np.zeros(800, np.float32)]
+  search = functools.partial(beam_search, *ready("decoder"), size=1, max_length=1, eos_id=2)
+  with pytest.raises(ValueError, match="sounds must be arrays of one type, int16 or floats"):
+    search([[2], [2]], sources=waves)
+  with pytest.raises(ValueError, match="a SpeechToText needs sources"):
+    search([[2]])
 
 
 def test_sounds_are_padded_to_few_lengths():
