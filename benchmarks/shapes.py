@@ -161,14 +161,14 @@ class Transducer:
     return [*rows, (self.width, self.vocab_size), (self.vocab_size,)]
 
   def inputs(self, seed: int = 0) -> list[np.ndarray]:
-    """What `shapes` says, labels, frames and label lengths, from whole to half."""
+    """What `shapes` says, frames, labels and label lengths, from whole to half."""
     rng = np.random.default_rng(seed)
     joiner = [rng.standard_normal(shape, np.float32) for shape in self.shapes()]
     joiner[2] /= np.float32(self.width**0.5)
     labels = rng.integers(1, self.vocab_size, (self.batch, self.labels))
     fill = np.linspace(1.0, 0.5, self.batch)
-    lengths = (np.round(fill * size) for size in (self.frames, self.labels))
-    return [*joiner, *(x.astype(np.int32) for x in (labels, *lengths))]
+    frames, lengths = (np.round(fill * size) for size in (self.frames, self.labels))
+    return [*joiner, *(x.astype(np.int32) for x in (frames, labels, lengths))]
 
 
 def normals(seed: int = 0) -> np.ndarray:

@@ -18,7 +18,7 @@ def _logits(e_BTJ, g_BXJ, kernel_JV, bias_V):
   return jnp.einsum("btxj,jv->btxv", hidden_BTXJ, kernel_JV) + bias_V[None, None, None]
 
 
-def plain_loss(logits_BTXV, labels_BU, frames_B, label_lengths_B):
+def plain_loss(logits_BTXV, frames_B, labels_BU, label_lengths_B):
   """As one would write it: log-softmax, and the recursion by diagonals, left to autodiff."""
   log_p_BTXV = jax.nn.log_softmax(logits_BTXV)
   batch, length, columns, _ = log_p_BTXV.shape

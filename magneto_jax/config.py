@@ -157,6 +157,9 @@ class ModelConfig(_Checked):
     choices=("conv", "vgg", "conv2d"),
   )
   joint_width: int = _positive(640, "J, of a transducer's joiner", _WIDEST)
+  joint_chunk: int = _positive(
+    4, "vectors of a sound whose logits a transducer's loss holds at a time", _LONGEST
+  )
   predictor: str = _field(
     "lstm",
     "what a transducer's prediction network is: an LSTM, or the last two labels' embeddings",
@@ -240,6 +243,7 @@ OF_SOME_TASKS: dict[str, tuple[str, ...]] = {
   "model.mel_bins": _SPEECH_TASKS,
   "model.front_end": _SPEECH_TASKS,
   "model.joint_width": ("speech_recognition",),
+  "model.joint_chunk": ("speech_recognition",),
   "model.predictor": ("speech_recognition",),
   "model.predictor_layers": ("speech_recognition",),
   "model.predictor_width": ("speech_recognition",),
@@ -834,6 +838,7 @@ class TrainConfig(_Checked):
     transducer, decoder = head == "transducer", head == "decoder"
     needs = {
       "model.joint_width": (transducer, "speech_head='transducer'"),
+      "model.joint_chunk": (transducer, "speech_head='transducer'"),
       "model.predictor": (transducer, "speech_head='transducer'"),
       "model.predictor_width": (transducer, "speech_head='transducer'"),
       "model.predictor_layers": (

@@ -161,6 +161,7 @@ class Sizes(NamedTuple):
     variables: shapes of what the model keeps beside them, whole on every device.
     length: tokens of a row of the stack, which a batch of images or sounds does not show; 0: as
       many as its arrays [B, T] have.
+    row_bytes: what a row takes beside its tokens, as a sound's maps do before the stack.
   """
 
   params: Any
@@ -168,6 +169,7 @@ class Sizes(NamedTuple):
   devices: int
   variables: Any = None
   length: int = 0
+  row_bytes: int = 0
 
 
 def estimate(config: TrainConfig, sizes: Sizes) -> int:
@@ -175,7 +177,8 @@ def estimate(config: TrainConfig, sizes: Sizes) -> int:
 
   State: parameters, the optimizer's two moments, the average, and the gradients, each cut as its
   parameter is. Activations, for each token that a device has at a time: what `remat` keeps of every
-  layer; of one layer, all; and of the loss the logits and their gradient.
+  layer; of one layer, all; and of the loss the logits and their gradient; and for each row its
+  `row_bytes`.
 
   Raises:
     ValueError: if the mesh does not fit the devices, or does not divide what it cuts.
@@ -220,7 +223,8 @@ def estimate(config: TrainConfig, sizes: Sizes) -> int:
   if config.vocab_chunk:
     logits = min(logits, config.vocab_chunk)
   working = kept[config.model.remat] + 2 * layers["widest"]
-  return int(state + tokens * number * (working + 2 * logits))
+  beside = config.batch_size // rows * sizes.row_bytes
+  return int(state + tokens * number * (working + 2 * logits) + beside)
 
 
 def _count(layers: dict, names, shape, repeats: int, by) -> None:

@@ -271,7 +271,10 @@ class Program(NamedTuple):
   def sizes(self) -> memory.Sizes:
     """What estimates of memory go by."""
     state, length = self.state, self.task.length(self.config)
-    return memory.Sizes(state.params, self.batch, self.mesh.size, state.variables, length)
+    row_bytes = self.task.row_bytes(self.config, self.model)
+    return memory.Sizes(
+      state.params, self.batch, self.mesh.size, state.variables, length, row_bytes
+    )
 
   @property
   def device(self) -> jax.Device:

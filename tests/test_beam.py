@@ -456,6 +456,7 @@ def test_beams_share_what_is_of_the_source(translating):
   [
     (dict(prompts=[[]]), "at least one token"),
     (dict(prompts=[]), "at least one token"),
+    (dict(sources=None), "a EncoderDecoder needs sources"),
     (dict(sources=[]), "give each of 1 prompts a source"),
     (dict(sources=[[]]), "give each of 1 prompts a source"),
     (dict(sources=[[12]]), "sources lie outside of the vocabulary, 0 .. 11"),

@@ -22,6 +22,7 @@ from benchmarks import (
   text_baselines,
   tpu_static_cost,
   train_step_gpu,
+  transducer,
 )
 from benchmarks.shapes import Attention
 from magneto_jax.data.labelled import Row
@@ -84,6 +85,14 @@ def test_transducer(tmp_path):
   for name, cell in cells.items():
     assert cell["wall_ms"] > 0 and cell["peak_memory_mib"] > 0
     assert ("over_baseline" in cell) == (name != "autodiff")
+
+
+def test_a_transducer_s_marks_are_of_what_load_does_not_change():
+  """Memory and CPU time; those on record are of the figures beside them."""
+  path = ROOT / "benchmarks" / "results" / "transducer-cpu-2026-11-28.json"
+  recorded = json.loads(path.read_text())
+  assert transducer.marks(recorded["summary"]) == recorded["marks"]
+  assert len(recorded["marks"]) == 2 and "CPU time" in recorded["marks"][1]["name"]
 
 
 @pytest.mark.parametrize("shape", ["smoke", "smoke-encoder"])

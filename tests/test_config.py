@@ -129,6 +129,7 @@ def test_every_number_has_a_range_on_both_sides():
     ("data.normalization", "imagenette", r"must be one of half, imagenet; did you mean imagenet"),
     ("data.image_key", "x", r"data.image_key is not read with config.task='causal_lm', only with"),
     ("data.label_scale", 0.0, r"config.data.label_scale=0.0 must be above 0.0"),
+    ("model.joint_chunk", 8, r"joint_chunk is not read without config.model.speech_head='transduc"),
     ("model.joint_width", 8, r"joint_width is not read without config.model.speech_head='transduc"),
     (
       "model.ctc_weight",

@@ -1,5 +1,6 @@
 """CTC's search against its rule written out, and against all texts there are."""
 
+import functools
 import itertools
 
 import jax
@@ -76,19 +77,29 @@ def test_the_search_is_its_rule(width, longest):
     assert_same(as_dict(found, b), by_the_rule(log_p[b], width, longest), atol=1e-4)
 
 
-def test_one_beam_is_greedy_which_is_the_best_of_each_frame():
-  """Many utterances of several lengths, also where symbols tie; texts and scores."""
+@pytest.mark.parametrize("longest", (None, 1, 3))
+def test_one_beam_is_greedy_which_is_the_best_of_each_frame(longest):
+  """Many utterances of several lengths, also where symbols tie; texts and scores.
+
+  Once a text is full, the best that does not extend it.
+  """
   log_p = tables(60, 12, 4, seed=2)
   log_p[:20] = np.round(log_p[:20])
   frames = np.arange(60, dtype=np.int32) % 13
-  beam, greedy = ctc_beam_search(log_p, frames, width=1), ctc_greedy(log_p, frames)
+  beam = ctc_beam_search(log_p, frames, width=1, max_length=longest)
+  greedy = ctc_greedy(log_p, frames, max_length=longest)
+  assert greedy.tokens_BWU.shape == (60, 1, longest or 12)
   np.testing.assert_array_equal(beam.tokens_BWU, greedy.tokens_BWU)
   np.testing.assert_array_equal(beam.lengths_BW, greedy.lengths_BW)
   np.testing.assert_allclose(beam.scores_BW, greedy.scores_BW, rtol=1e-5)
   for b, length in enumerate(frames):
     best = log_p[b, :length].argmax(-1).tolist()
-    score = sum(log_p[b, t, k] for t, k in enumerate(best))
-    assert_same(as_dict(greedy, b), {alignments.collapsed(best): score})
+    if longest and len(alignments.collapsed(best)) > longest:
+      expected = by_the_rule(log_p[b, :length], 1, longest)
+    else:
+      score = sum(log_p[b, t, k] for t, k in enumerate(best))
+      expected = {alignments.collapsed(best): score}
+    assert_same(as_dict(greedy, b), expected)
 
 
 def test_behind_the_texts_nothing_is_written():
@@ -111,9 +122,12 @@ def test_more_beams_find_texts_that_are_more_probable():
     assert narrow[b] <= best[2][b] + 1e-5
 
 
-def test_sizes_below_one_are_refused():
+def test_sizes_below_one_and_blanks_of_no_vocabulary_are_refused():
   log_p = tables(1, 2, 2)
-  with jax.disable_jit(), pytest.raises(ValueError, match="width=0 and max_length=None"):
+  with jax.disable_jit(), pytest.raises(ValueError, match="width=0 must be at least 1"):
     ctc_beam_search(log_p, np.array([2]), width=0)
-  with pytest.raises(ValueError, match="width=1 and max_length=0 must be at least 1"):
-    ctc_beam_search(log_p, np.array([2]), width=1, max_length=0)
+  for search in (ctc_greedy, functools.partial(ctc_beam_search, width=1)):
+    with pytest.raises(ValueError, match="max_length=0 must be at least 1"):
+      search(log_p, np.array([2]), max_length=0)
+    with pytest.raises(ValueError, match="blank=2 must be one of the 2 ids 0 .. 1"):
+      search(log_p, np.array([2]), blank=2)

@@ -101,6 +101,33 @@ def test_stronger_remat_and_more_parts_need_less():
   assert at(mesh__fsdp=8) < at(mesh__fsdp=4) < at()
 
 
+def test_what_a_row_takes_beside_its_tokens_is_counted_for_each_of_a_device():
+  """Of 32 rows on 16 devices, 2 of which share a row: 4 each, and 2 at a time in two parts."""
+  config, sizes = config_of(), sizes_of(config_of())
+  beside = sizes._replace(row_bytes=1000)
+  for changes, rows in (({}, 4), ({"accumulation": 2}, 2)):
+    turned = memory.changed(config, changes)
+    assert memory.estimate(turned, beside) - memory.estimate(turned, sizes) == 1000 * rows
+
+
+def test_of_a_transducer_a_chunk_of_its_lattice_and_the_maps_of_its_front_end_are_counted():
+  task = TASKS["speech_recognition"]
+
+  def row_bytes(**model):
+    fields = {"width": 64, "heads": 4, "layers": 1, "speech_head": "transducer"} | model
+    config = from_config_dict(
+      {"task": "speech_recognition", "model": fields, "data": {"seq_length": 20}}
+    )
+    facts = {"vocab_size": 100}
+    return task.row_bytes(config, task.build_model(config, facts))
+
+  cells = 4 * 21 * 100
+  assert row_bytes() - row_bytes(joint_chunk=2) == pytest.approx(2.3 * 4 * cells / 2, abs=2)
+  assert row_bytes(front_end="vgg") > row_bytes(front_end="conv2d") > row_bytes()
+  # The first two of VGG's maps alone, of 398 frames and 80 bins.
+  assert row_bytes(front_end="vgg") > 2 * 398 * 80 * 64 * 4
+
+
 def test_every_knob_can_be_turned_and_saves_what_it_says():
   config, sizes = config_of(ema=0.99), sizes_of(config_of())
   found = memory.knobs(config, sizes)

@@ -145,9 +145,13 @@ def test_ties_go_to_the_smaller_id():
     np.testing.assert_allclose(found.scores_BW[:, 0], -FRAMES * np.log(3), rtol=1e-6)
 
 
-def test_sizes_below_one_are_refused():
+def test_sizes_below_one_and_blanks_of_no_vocabulary_are_refused():
   model = Model(3)
   with pytest.raises(ValueError, match="max_symbols=0 and max_length=2 must be at least 1"):
     model.search(transducer_greedy, FRAMES, max_symbols=0, max_length=2)
   with pytest.raises(ValueError, match="width=0"):
     model.search(transducer_beam_search, FRAMES, width=0, max_symbols=1, max_length=2)
+  other = Model(3, blank=3)
+  for search, options in ((transducer_greedy, {}), (transducer_beam_search, {"width": 2})):
+    with pytest.raises(ValueError, match="blank=3 must be one of the 3 ids 0 .. 2"):
+      other.search(search, FRAMES, max_symbols=1, max_length=2, **options)

@@ -173,7 +173,7 @@ def beam_search(
   variables,
   prompts: Sequence[Sequence[int]],
   *,
-  sources: Sequence[Sequence[int]] | None = None,
+  sources: Sequence[Sequence[int]] | Sequence[np.ndarray] | None = None,
   size: int,
   max_length: int | Sequence[int],
   eos_id: int,
@@ -197,8 +197,8 @@ def beam_search(
     model: a causal language model, or an encoder-decoder, of texts or of sounds.
     variables: its variables.
     prompts: what the decoder begins with, at least one token each.
-    sources: what an encoder-decoder reads, one for each prompt: tokens, or a sound's samples, int16
-      or floats in [-1, 1]; None for a language model.
+    sources: what an encoder-decoder reads, one for each prompt: tokens, or a sound's samples, an
+      array of int16 or of floats in [-1, 1], of one type for all; None for a language model.
     size: k, the number of beams.
     max_length: the most new tokens before the eos, of all or of each; it comes before min_length.
     eos_id: the token that ends a sequence.
@@ -241,11 +241,20 @@ def beam_search(
     raise ValueError(
       f"{length_penalty=} must be at least 0, and {penalty=} one of {', '.join(PENALTIES)}"
     )
+  is_spoken = isinstance(model, SpeechToText)
+  if (sources is None) == (is_spoken or isinstance(model, EncoderDecoder)):
+    needs = "needs" if sources is None else "has no encoder for"
+    raise ValueError(f"a {type(model).__name__} {needs} sources")
+  kind = np.dtype(np.int32)
+  if is_spoken:
+    kind, *others = {np.asarray(source).dtype for source in sources}
+    if others or (kind != np.int16 and not np.issubdtype(kind, np.floating)):
+      raise ValueError("sounds must be arrays of one type, int16 or floats in [-1, 1]")
   decoder = model if sources is None else model.decoder
   _check_ids(decoder, [[eos_id], [pad_id], *prompts], "eos_id, pad_id or prompts")
   if eos_id == pad_id:
     raise ValueError(f"{eos_id=} must not be the {pad_id=}, which is never written")
-  if isinstance(model, EncoderDecoder) and sources is not None:
+  if isinstance(model, EncoderDecoder):
     _check_ids(model.encoder, sources, "sources")
   if (most := decoder.longest) is not None and lengths.max() + room > most:
     raise ValueError(
@@ -254,9 +263,7 @@ def beam_search(
   prompt_BT = np.full((len(prompts), lengths.max()), pad_id, np.int32)
   for row, prompt in zip(prompt_BT, prompts, strict=True):
     row[len(row) - len(prompt) :] = prompt
-  is_spoken = isinstance(model, SpeechToText)
-  kind, filling = (np.asarray(sources[0]).dtype, 0) if is_spoken else (np.int32, pad_id)
-  source_BS = np.full((len(prompts), source_room), filling, kind)
+  source_BS = np.full((len(prompts), source_room), 0 if is_spoken else pad_id, kind)
   for row, source in zip(source_BS, sources or (), strict=sources is not None):
     row[: len(source)] = source
   tokens, scores = _search(

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from magneto_jax.layers.ctc import check_blank
+
 
 class Transcripts(NamedTuple):
   """The texts found for each utterance, the best first.
@@ -26,7 +28,7 @@ class Transcripts(NamedTuple):
 
 
 class Texts(NamedTuple):
-  """Label sequences on their way.
+  """Label sequences on their way: of the beams of an utterance, or one of each utterance.
 
   Attributes:
     tokens_WU: the labels, -1 behind the last.
@@ -73,31 +75,49 @@ class Texts(NamedTuple):
     return Transcripts(jnp.maximum(tokens_WU, 0), lengths_W, scores_W[order_W])
 
 
-@functools.partial(jax.jit, static_argnames=("blank",))
-def ctc_greedy(log_p_BTV: jax.Array, frames_B: jax.Array, *, blank: int = 0) -> Transcripts:
-  """The text of the most probable alignment: of each frame the likeliest symbol, [B, 1, T].
+@functools.partial(jax.jit, static_argnames=("max_length", "blank"))
+def ctc_greedy(
+  log_p_BTV: jax.Array, frames_B: jax.Array, *, max_length: int | None = None, blank: int = 0
+) -> Transcripts:
+  """The text of the alignment that takes the likeliest symbol of each frame, [B, 1, U].
+
+  Once a text has `max_length` labels, of the symbols that do not extend it: the blank, and its last
+  label while that goes on.
 
   Args:
     log_p_BTV: log-probabilities of each frame.
     frames_B: how many frames each utterance has.
+    max_length: U; by default T, the most there can be.
     blank: the id of the blank.
 
   Returns:
     One text each, scored by its one alignment.
+
+  Raises:
+    ValueError: less than one label, or a blank that is none of V.
   """
-  log_p_BTV = _wide(log_p_BTV)
-  batch, length = log_p_BTV.shape[:2]
-  within_BT = jnp.arange(length)[None] < frames_B[:, None]
-  best_BT = jnp.where(within_BT, jnp.argmax(log_p_BTV, axis=-1).astype(jnp.int32), blank)
-  before_BT = jnp.pad(best_BT[:, :-1], ((0, 0), (1, 0)), constant_values=blank)
-  says_BT = (best_BT != blank) & (best_BT != before_BT)
-  # The n-th label goes to place n, all else nowhere.
-  places_BT = jnp.where(says_BT, jnp.cumsum(says_BT, axis=1) - 1, length)
-  put = lambda tokens_T, places_T, labels_T: tokens_T.at[places_T].set(labels_T, mode="drop")
-  tokens_BT = jax.vmap(put)(jnp.zeros((batch, length), jnp.int32), places_BT, best_BT)
-  scores_B = jnp.sum(jnp.where(within_BT, jnp.max(log_p_BTV, axis=-1), 0), axis=1)
-  lengths_B = jnp.sum(says_BT, axis=1, dtype=jnp.int32)
-  return Transcripts(tokens_BT[:, None], lengths_B[:, None], scores_B[:, None])
+  longest = _longest(log_p_BTV, max_length, blank)
+  log_p_TBV = jnp.moveaxis(_wide(log_p_BTV), 1, 0)
+  length, batch, vocab_size = log_p_TBV.shape
+  ids_1V = jnp.arange(vocab_size, dtype=jnp.int32)[None]
+
+  def step(carry, frame):
+    texts, before_B, scores_B = carry
+    t, log_p_BV = frame
+    extends_BV = (ids_1V != blank) & (ids_1V != before_B[:, None])
+    is_full_B1 = (texts.lengths_W == longest)[:, None]
+    log_p_BV = jnp.where(extends_BV & is_full_B1, -jnp.inf, log_p_BV)
+    within_B = t < frames_B
+    best_B = jnp.where(within_B, jnp.argmax(log_p_BV, axis=-1).astype(jnp.int32), blank)
+    scores_B += jnp.where(within_B, jnp.max(log_p_BV, axis=-1), 0)
+    texts = texts.said(best_B, (best_B != blank) & (best_B != before_B))
+    return (texts, best_B, scores_B), None
+
+  start = jnp.full((batch,), blank, jnp.int32), jnp.zeros((batch,), log_p_TBV.dtype)
+  carry = (Texts.empty(batch, longest), *start)
+  (texts, _, scores_B), _ = jax.lax.scan(step, carry, (jnp.arange(length), log_p_TBV))
+  tokens_BU = jnp.maximum(texts.tokens_WU, 0)
+  return Transcripts(tokens_BU[:, None], texts.lengths_W[:, None], scores_B[:, None])
 
 
 @functools.partial(jax.jit, static_argnames=("width", "max_length", "blank"))
@@ -131,7 +151,7 @@ def ctc_beam_search(
     At most k texts each, [B, k, U], all different.
 
   Raises:
-    ValueError: fewer than one beam or one label.
+    ValueError: fewer than one beam or one label, or a blank that is none of V.
 
   Reference: Graves et al., Connectionist temporal classification, ICML 2006, section 3.2; Hannun et
   al., arXiv 1408.2873, algorithm 1.
@@ -140,11 +160,20 @@ def ctc_beam_search(
     >>> found = ctc_beam_search(log_p_BTV, frames_B, width=8)
     >>> best = found.tokens_BWU[0, 0, : found.lengths_BW[0, 0]]
   """
-  longest = log_p_BTV.shape[1] if max_length is None else max_length
-  if width < 1 or longest < 1:
-    raise ValueError(f"{width=} and {max_length=} must be at least 1")
+  if width < 1:
+    raise ValueError(f"{width=} must be at least 1")
+  longest = _longest(log_p_BTV, max_length, blank)
   search = functools.partial(_search, width=width, longest=longest, blank=blank)
   return jax.vmap(search)(_wide(log_p_BTV), frames_B)
+
+
+def _longest(log_p_BTV: jax.Array, max_length: int | None, blank: int) -> int:
+  _, length, vocab_size = log_p_BTV.shape
+  longest = length if max_length is None else max_length
+  if longest < 1:
+    raise ValueError(f"{max_length=} must be at least 1")
+  check_blank(blank, vocab_size)
+  return longest
 
 
 def _wide(log_p_BTV: jax.Array) -> jax.Array:

@@ -68,12 +68,15 @@ class Transcriber:
       waves: int16 [S] each, at the model's rate.
 
     Raises:
-      ValueError: if one is longer than `longest`.
+      ValueError: if one is longer than `longest`, or too short for a vector.
       FloatingPointError: if the model's scores are not finite.
     """
     for index, wave in enumerate(waves):
-      if not 0 < len(wave) <= self.longest:
-        raise ValueError(f"sound {index} has {len(wave)} samples, not 1 to {self.longest}")
+      if len(wave) > self.longest or self.model.encoder.lengths(len(wave)) < 1:
+        raise ValueError(
+          f"sound {index} has {len(wave)} samples: more than {self.longest}, or too few for one"
+          " vector of the model"
+        )
     found: list[list[Translation]] = [[] for _ in waves]
     search = self._beam_search if isinstance(self.model, SpeechToText) else self._sum_search
     for width, indices in in_batches(list(map(len, waves)), self._width, self.rows):
@@ -146,7 +149,7 @@ def _ctc(model, variables, waves_BS, lengths_B, *, size: int, most: int) -> Tran
   h_BTD, frames_B = model.apply(variables, _cut(waves_BS), lengths_B, method="encode")
   log_p_BTV = model.apply(variables, h_BTD, method="log_probs")
   if size == 1:
-    return sharding.replicate(ctc_greedy(log_p_BTV, frames_B))
+    return sharding.replicate(ctc_greedy(log_p_BTV, frames_B, max_length=most))
   found = ctc_beam_search(log_p_BTV, frames_B, width=size, max_length=most)
   return sharding.replicate(found)
 
@@ -158,12 +161,8 @@ def _transducer(
   of = functools.partial(model.apply, variables)
   h_BTD, frames_B = of(_cut(waves_BS), lengths_B, method="encode")
 
-  def predict(state, labels_N):
-    state, p_NJ = of(state, labels_N, method="step")
-    return p_NJ, state
-
   given = (
-    predict,
+    functools.partial(of, method="predict"),
     functools.partial(of, method="join"),
     of(len(waves_BS), method="init_predictor"),
     of(h_BTD, method="project"),

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from magneto_jax.decoding.ctc import Texts, Transcripts
+from magneto_jax.layers.ctc import check_blank
 
 # (state, labels [N]) -> (what the joiner reads of it, state): the predictor takes in a label a row.
 # All leaves of both have the rows as their first axis.
@@ -55,13 +56,13 @@ def transducer_greedy(
     One text each, scored by its one alignment.
 
   Raises:
-    ValueError: fewer than one label a frame or a text.
+    ValueError: fewer than one label a frame or a text, or a blank that is none of V.
 
   Reference: Graves, arXiv 1211.3711, section 2.6.
   """
   _check(1, max_symbols, max_length)
   batch, length = h_BTD.shape[:2]
-  log_p = functools.partial(_log_p, join)
+  log_p = functools.partial(_log_p, join, blank)
   g, state = predict(state, jnp.full((batch,), blank, jnp.int32))
   zeros_B = jnp.zeros((batch,), jnp.int32)
   at = lambda t_B: jax.vmap(lambda h_TD, t: h_TD[t])(h_BTD, jnp.minimum(t_B, length - 1))
@@ -121,7 +122,7 @@ def transducer_beam_search(
     At most k texts each, [B, k, U], all different.
 
   Raises:
-    ValueError: fewer than one beam, or label a frame or a text.
+    ValueError: fewer than one beam, or label a frame or a text; or a blank that is none of V.
 
   Reference: Saon, Tueske and Audhkhasi, Alignment-length synchronous decoding for RNN transducer,
   ICASSP 2020 (time-synchronous decoding).
@@ -130,15 +131,18 @@ def transducer_beam_search(
 
   Example:
     >>> @jax.jit
-    ... def transcribe(variables, h_BTD, frames_B):
-    ...   predict = functools.partial(model.apply, variables, method="predict")
-    ...   join = functools.partial(model.apply, variables, method="join")
+    ... def transcribe(variables, waves_BS, wave_lengths_B):
+    ...   of = functools.partial(model.apply, variables)
+    ...   h_BTD, frames_B = of(waves_BS, wave_lengths_B, method="encode")
+    ...   predict, join = (functools.partial(of, method=name) for name in ("predict", "join"))
+    ...   state = of(len(waves_BS), method="init_predictor")
+    ...   e_BTJ = of(h_BTD, method="project")
     ...   options = dict(width=4, max_symbols=3, max_length=100)
-    ...   return transducer_beam_search(predict, join, state, h_BTD, frames_B, **options)
+    ...   return transducer_beam_search(predict, join, state, e_BTJ, frames_B, **options)
   """
   _check(width, max_symbols, max_length)
   batch, length = h_BTD.shape[:2]
-  log_p = functools.partial(_log_p, join)
+  log_p = functools.partial(_log_p, join, blank)
   g, state = predict(state, jnp.full((batch,), blank, jnp.int32))
   rows = lambda tree: jax.tree.map(lambda x_B: jnp.repeat(x_B, width, axis=0), tree)
   dtype = jax.eval_shape(log_p, h_BTD[:, 0], g).dtype
@@ -219,8 +223,9 @@ def _choose(beams: _Beams, log_p_WV: jax.Array, may_say: jax.Array, *, blank: in
   return _Beams(texts.take(from_W).said(ids_W, says_W), says_W, scores_W), from_W, ids_W, says_W
 
 
-def _log_p(join: Join, h_ND: jax.Array, g) -> jax.Array:
+def _log_p(join: Join, blank: int, h_ND: jax.Array, g) -> jax.Array:
   logits_NV = join(h_ND, g)
+  check_blank(blank, logits_NV.shape[1])
   return jax.nn.log_softmax(logits_NV.astype(jnp.promote_types(logits_NV.dtype, jnp.float32)))
 
 

@@ -5,7 +5,7 @@ from magneto_jax.layers.cross_entropy import cross_entropy, vocabulary_logits
 from magneto_jax.layers.ctc import ctc_loss, is_alignable
 from magneto_jax.layers.feed_forward import FeedForward
 from magneto_jax.layers.initializers import DenseInit, bias_init, dense_init, kernel_init
-from magneto_jax.layers.log_mel import frame_counts, log_mel, normalize
+from magneto_jax.layers.log_mel import frame_counts, log_mel, normalize_mel
 from magneto_jax.layers.multiway import Multiway, multiway
 from magneto_jax.layers.norms import norm_factory
 from magneto_jax.layers.patches import PatchEmbedding
@@ -43,7 +43,7 @@ __all__ = [
   "log_mel",
   "multiway",
   "norm_factory",
-  "normalize",
+  "normalize_mel",
   "rotary",
   "sinusoidal",
   "spec_augment",

@@ -44,8 +44,7 @@ def ctc_loss(
       f" {list(labels_BU.shape)} and label lengths {list(label_lengths_B.shape)} must be"
       " [B, T, V], [B], [B, U] and [B], with at least one frame"
     )
-  if not 0 <= blank < vocab_size:
-    raise ValueError(f"{blank=} must be one of the {vocab_size} ids 0 .. {vocab_size - 1}")
+  check_blank(blank, vocab_size)
   logits_BTV = logits_BTV.astype(jnp.promote_types(logits_BTV.dtype, jnp.float32))
   beyond = lambda x_BS, lengths_B: jnp.arange(x_BS.shape[1])[None] >= lengths_B[:, None]
   # Labels are looked up by a product, whose factors accelerators would round to bfloat16.
@@ -59,6 +58,12 @@ def ctc_loss(
       log_epsilon=_LOG_ZERO,
     )
   return jnp.where(is_alignable(frames_B, labels_BU, label_lengths_B), nats_B, 0)
+
+
+def check_blank(blank: int, vocab_size: int) -> None:
+  """Raises ValueError unless the blank is one of the vocabulary's ids."""
+  if not 0 <= blank < vocab_size:
+    raise ValueError(f"{blank=} must be one of the {vocab_size} ids 0 .. {vocab_size - 1}")
 
 
 def is_alignable(

@@ -16,7 +16,8 @@ FRAME_LENGTH, HOP = 0.025, 0.010
 _LOWEST = 20.0
 _PRE_EMPHASIS = 0.97
 _POVEY = 0.85
-# The least energy of a bin, of samples in [-1, 1]: far below that of the last bit of 16.
+# The least energy of a bin, of samples in [-1, 1]. Sounds of the last bit of 16 alone are partly
+# below it, in low bins above all, which the pre-emphasis takes 30 dB from.
 _FLOOR = 1e-10
 # A bin that varies less over an utterance counts as one that does not vary.
 _LEAST_VARIANCE = 1e-5
@@ -84,7 +85,7 @@ def log_mel(
   Example:
     >>> mel_BTM = log_mel(waves_BS, sample_rate=16_000)
     >>> frames_B = frame_counts(lengths_B, sample_rate=16_000)
-    >>> mel_BTM = normalize(mel_BTM, frames_B)
+    >>> mel_BTM = normalize_mel(mel_BTM, frames_B)
   """
   waves_BS = jnp.asarray(waves_BS)
   if waves_BS.ndim != 2:
@@ -140,10 +141,11 @@ def mel_filters(sample_rate: int, mel_bins: int, size: int) -> np.ndarray:
       f"{mel_bins=} are too many at {sample_rate=}: {empty} of them lie between two of the"
       f" {size // 2 + 1} frequencies; take fewer bins"
     )
+  filters_FM.setflags(write=False)  # It is kept, and given to all.
   return filters_FM
 
 
-def normalize(mel_BTM: jax.Array, frames_B: jax.Array) -> jax.Array:
+def normalize_mel(mel_BTM: jax.Array, frames_B: jax.Array) -> jax.Array:
   """(x - mean) / std [B, T, M] of each bin over an utterance's own frames, and 0 behind them.
 
   Computed in float32 or wider. It comes before SpecAugment, so that what is masked with 0 has the

@@ -11,13 +11,15 @@ import numpy as np
 class SpecAugment:
   """How many bands of a spectrogram are hidden, and how wide they are.
 
-  Of M bins, and of the tau frames of an utterance, with all bounds drawn uniformly from integers,
-  the upper ends excluded:
+  Of M bins, and of the tau frames of an utterance, with U{a, ..., b} each of the integers from a to
+  b, both of them among these, as likely:
 
-    f ~ U{0 .. F-1},    f_0 ~ U{0 .. M-f-1},      bins [f_0, f_0 + f),       n_F times
-    t ~ U{0 .. T'-1},   t_0 ~ U{0 .. tau-t-1},    frames [t_0, t_0 + t),     n_T' times
+    f ~ U{0, ..., F-1},    f_0 ~ U{0, ..., M-f-1},      bins f_0 to f_0 + f - 1,      n_F times
+    t ~ U{0, ..., T'-1},   t_0 ~ U{0, ..., tau-t-1},    frames t_0 to t_0 + t - 1,    n_T' times
 
     T' = min(T, floor(p tau)),   n_T' = n_T, or with r > 0 min(n_T, floor(r tau))
+
+  So F and T' are never drawn themselves: a width of 1 hides nothing.
 
     | policy                    | F, n_F | T, n_T | p   | r   |
     |---------------------------|--------|--------|-----|-----|
@@ -52,6 +54,8 @@ class SpecAugment:
 
   def __post_init__(self):
     counts = self.frequency_masks, self.frequency_width, self.time_masks, self.time_width
+    if any(not isinstance(count, int) for count in counts):
+      raise ValueError(f"{self} must have counts and widths that are integers")
     if min(counts) < 0 or not (0 < self.time_share <= 1 and 0 <= self.time_mask_share <= 1):
       raise ValueError(f"{self} must have counts of at least 0, and shares of at most 1")
 
@@ -61,8 +65,8 @@ def spec_augment(
 ) -> jax.Array:
   """Normalised spectrograms [B, T, M] with 0 in bands that the policy draws for each utterance.
 
-  A function of the key, the policy and the frames of each utterance alone: how far the batch is
-  padded changes nothing.
+  A function of the key, the policy, the frames of each utterance and its row in the batch: how far
+  the batch is padded changes nothing.
 
   Args:
     key: of the draws.

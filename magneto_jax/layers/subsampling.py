@@ -4,8 +4,8 @@ Each is called with spectrograms [B, T, M] and how many frames each utterance ha
 [B, T', D] and how many of them are the utterance's own. These do not depend on how far the batch is
 padded: before every convolution all that lies behind an utterance is 0.
 
-What a matrix or a convolution puts out has on average the mean square of what it reads, the last
-one's being the `projection_init`'s affair.
+At the start a convolution, with its gates or its ReLU, puts out on average the mean square of what
+it reads; the last product is the `projection_init`'s affair. VGG's maxima make more of it.
 """
 
 import math

@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 
 from magneto_jax import sharding
+from magneto_jax.layers.ctc import check_blank
 
 
 def transducer_loss(
   logits_BTXV: jax.Array,
-  labels_BU: jax.Array,
   frames_B: jax.Array,
+  labels_BU: jax.Array,
   label_lengths_B: jax.Array,
   blank: int = 0,
 ) -> jax.Array:
@@ -33,7 +34,7 @@ def transducer_loss(
 
   The gradient is exact and closed, dL/dz_{t,u,k} = gamma p(k) - o_b [k = blank] - o_y [k = y_{u+1}]
   with the `occupancies` o and gamma = o_b + o_y: nothing of the size of the logits is kept but the
-  logits themselves. It can be differentiated once, in reverse mode only.
+  logits themselves. It can be differentiated once, in reverse mode only; twice is refused.
 
   Beyond an utterance's frames and labels there may be any numbers, and the gradient is 0. A text
   may be empty. An utterance without frames costs 0, with the gradient 0, whatever its text: nothing
@@ -42,19 +43,20 @@ def transducer_loss(
 
   Args:
     logits_BTXV: z, of each frame after each number of labels.
-    labels_BU: y, integers in [0, V).
     frames_B: integers in [0, T], how many frames each utterance has.
+    labels_BU: y, integers in [0, V).
     label_lengths_B: integers in [0, U], how many labels.
     blank: the id of the blank.
 
   Raises:
     ValueError: shapes that do not belong together, or a blank that is none of V.
+    TypeError: a gradient of the gradient is asked for.
 
   Reference: Graves, arXiv 1211.3711, section 2.4 and 2.5.
   """
   batch, length, columns, vocab_size = logits_BTXV.shape
-  _check((batch, length, columns), vocab_size, labels_BU, frames_B, label_lengths_B, blank)
-  return _of_logits(blank, logits_BTXV, labels_BU, frames_B, label_lengths_B)
+  _check((batch, length, columns), vocab_size, frames_B, labels_BU, label_lengths_B, blank)
+  return _of_logits(blank, logits_BTXV, frames_B, labels_BU, label_lengths_B)
 
 
 def fused_transducer_loss(
@@ -62,8 +64,8 @@ def fused_transducer_loss(
   predicted_BXJ: jax.Array,
   kernel_JV: jax.Array,
   bias_V: jax.Array,
-  labels_BU: jax.Array,
   frames_B: jax.Array,
+  labels_BU: jax.Array,
   label_lengths_B: jax.Array,
   blank: int = 0,
   *,
@@ -82,7 +84,8 @@ def fused_transducer_loss(
     predicted_BXJ: g, the predictor's states after 0 .. U labels, projected.
     kernel_JV: W; cast to the dtype of e.
     bias_V: b.
-    labels_BU, frames_B, label_lengths_B, blank: as in `transducer_loss`.
+    frames_B, labels_BU, label_lengths_B, blank: as in `transducer_loss`; but what e and g have
+      beyond must be finite.
     chunk: C, how many frames' logits are held at a time.
 
   Raises:
@@ -92,7 +95,7 @@ def fused_transducer_loss(
 
   Example:
     >>> nats_B = fused_transducer_loss(
-    ...   encoded_BTJ, predicted_BXJ, kernel_JV, bias_V, labels_BU, frames_B, label_lengths_B
+    ...   encoded_BTJ, predicted_BXJ, kernel_JV, bias_V, frames_B, labels_BU, label_lengths_B
     ... )
     >>> loss = nats_B.sum() / label_lengths_B.sum()
   """
@@ -106,13 +109,13 @@ def fused_transducer_loss(
   if chunk < 1:
     raise ValueError(f"{chunk=} must be at least one frame")
   lattice = (batch, length, predicted_BXJ.shape[1])
-  _check(lattice, len(bias_V), labels_BU, frames_B, label_lengths_B, blank)
+  _check(lattice, len(bias_V), frames_B, labels_BU, label_lengths_B, blank)
   options = (blank, min(chunk, max(1, length)))
   joiner = (encoded_BTJ, predicted_BXJ, kernel_JV, bias_V)
-  return _of_joiner(options, *joiner, labels_BU, frames_B, label_lengths_B)
+  return _of_joiner(options, *joiner, frames_B, labels_BU, label_lengths_B)
 
 
-def _check(lattice, vocab_size, labels_BU, frames_B, label_lengths_B, blank) -> None:
+def _check(lattice, vocab_size, frames_B, labels_BU, label_lengths_B, blank) -> None:
   """Raises ValueError unless shapes are those of one batch."""
   batch, length, columns = lattice
   if labels_BU.shape != (batch, columns - 1):
@@ -125,8 +128,7 @@ def _check(lattice, vocab_size, labels_BU, frames_B, label_lengths_B, blank) -> 
       f"frames {list(frames_B.shape)} and label lengths {list(label_lengths_B.shape)} must be"
       f" [{batch}], and the {length} frames at least 1"
     )
-  if not 0 <= blank < vocab_size:
-    raise ValueError(f"{blank=} must be one of the {vocab_size} ids 0 .. {vocab_size - 1}")
+  check_blank(blank, vocab_size)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -267,8 +269,10 @@ def _normalised(logits_BTXV: jax.Array, labels_BX: jax.Array, blank: int):
 def _gradient(logits_BTXV, lse_BTX, blank_BTX, label_BTX, labels_BX, blank: int) -> jax.Array:
   """dL/dz, given o_b and o_y, each times dL/dnats."""
   ids_111V = jnp.arange(logits_BTXV.shape[-1])[None, None, None]
-  p_BTXV = jnp.exp(logits_BTXV - lse_BTX[..., None])
-  d_BTXV = (blank_BTX + label_BTX)[..., None] * p_BTXV
+  gamma_BTX1 = (blank_BTX + label_BTX)[..., None]
+  # Where no alignment passes, the softmax may be of anything, and its sum of nothing.
+  p_BTXV = jnp.where(gamma_BTX1 == 0, 0, jnp.exp(logits_BTXV - lse_BTX[..., None]))
+  d_BTXV = gamma_BTX1 * p_BTXV
   # By comparison, in one pass: to scatter, accelerators would go over it again.
   d_BTXV -= jnp.where(ids_111V == blank, blank_BTX[..., None], 0)
   return d_BTXV - jnp.where(ids_111V == labels_BX[:, None, :, None], label_BTX[..., None], 0)
@@ -277,6 +281,17 @@ def _gradient(logits_BTXV, lse_BTX, blank_BTX, label_BTX, labels_BX, blank: int)
 def _next_labels(labels_BU: jax.Array) -> jax.Array:
   """[B, X]: what each column's label is; of the last column, which has none, 0."""
   return jnp.pad(labels_BU, ((0, 0), (0, 1)))
+
+
+@jax.custom_jvp
+def _once(x):
+  """x, arrays that a loss keeps for its gradient, which has no gradient itself."""
+  return x
+
+
+@_once.defjvp
+def _refuse(primals, tangents):
+  raise TypeError("a transducer's loss can be differentiated once: its gradient is a closed form")
 
 
 def _wide(x: jax.Array) -> jax.Array:
@@ -289,11 +304,12 @@ def _wide(x: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _of_logits(blank, logits_BTXV, labels_BU, frames_B, label_lengths_B):
-  return _of_logits_forward(blank, logits_BTXV, labels_BU, frames_B, label_lengths_B)[0]
+def _of_logits(blank, logits_BTXV, frames_B, labels_BU, label_lengths_B):
+  return _of_logits_forward(blank, logits_BTXV, frames_B, labels_BU, label_lengths_B)[0]
 
 
-def _of_logits_forward(blank, logits_BTXV, labels_BU, frames_B, label_lengths_B):
+def _of_logits_forward(blank, logits_BTXV, frames_B, labels_BU, label_lengths_B):
+  logits_BTXV = _once(logits_BTXV)
   lse_BTX, *planes = _normalised(_wide(logits_BTXV), _next_labels(labels_BU), blank)
   nats_B, *o_BTX = occupancies(*planes, frames_B, label_lengths_B)
   return nats_B, (logits_BTXV, labels_BU, lse_BTX, *o_BTX)
@@ -345,15 +361,16 @@ def _joined(e_BCJ, g_BXJ, kernel_JV, bias_V):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _of_joiner(options, e_BTJ, g_BXJ, kernel_JV, bias_V, labels_BU, frames_B, label_lengths_B):
+def _of_joiner(options, e_BTJ, g_BXJ, kernel_JV, bias_V, frames_B, labels_BU, label_lengths_B):
   joiner = (e_BTJ, g_BXJ, kernel_JV, bias_V)
-  return _of_joiner_forward(options, *joiner, labels_BU, frames_B, label_lengths_B)[0]
+  return _of_joiner_forward(options, *joiner, frames_B, labels_BU, label_lengths_B)[0]
 
 
 def _of_joiner_forward(
-  options, e_BTJ, g_BXJ, kernel_JV, bias_V, labels_BU, frames_B, label_lengths_B
+  options, e_BTJ, g_BXJ, kernel_JV, bias_V, frames_B, labels_BU, label_lengths_B
 ):
   blank, chunk = options
+  e_BTJ, g_BXJ, kernel_JV, bias_V = _once((e_BTJ, g_BXJ, kernel_JV, bias_V))
   labels_BX = _next_labels(labels_BU)
 
   def step(_, e_BCJ):

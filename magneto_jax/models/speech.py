@@ -16,7 +16,7 @@ from flax import linen as nn
 
 from magneto_jax.layers.ctc import ctc_loss, is_alignable
 from magneto_jax.layers.initializers import dense_init, lecun_normal
-from magneto_jax.layers.log_mel import frame_counts, frame_mask, log_mel, normalize
+from magneto_jax.layers.log_mel import frame_counts, frame_mask, log_mel, normalize_mel
 from magneto_jax.layers.spec_augment import SpecAugment, spec_augment
 from magneto_jax.layers.subsampling import Conv2dSubsampling, ConvSubsampling, VGGSubsampling
 from magneto_jax.layers.transducer import fused_transducer_loss
@@ -29,7 +29,7 @@ FRONT_ENDS = {"conv": ConvSubsampling, "vgg": VGGSubsampling, "conv2d": Conv2dSu
 
 
 class SpeechEncoder(nn.Module, kw_only=True):
-  """h = encoder(front_end(augment(normalize(log_mel(sound))))).
+  """h = encoder(front_end(augment(normalize_mel(log_mel(sound))))).
 
   Each utterance's h is a function of its own samples: how far the batch is padded, and with what,
   changes nothing. A sound too short for one vector has none: no h of it means anything.
@@ -90,7 +90,7 @@ class SpeechEncoder(nn.Module, kw_only=True):
       )
     mel_BTM = log_mel(waves_BS, sample_rate=self.sample_rate, mel_bins=self.mel_bins)
     frames_B = frame_counts(wave_lengths_B, sample_rate=self.sample_rate)
-    mel_BTM = normalize(mel_BTM, frames_B)
+    mel_BTM = normalize_mel(mel_BTM, frames_B)
     if self.augment is not None and not deterministic:
       mel_BTM = spec_augment(self.make_rng("dropout"), mel_BTM, frames_B, self.augment)
     embedding = (encoder.recipe if recipe is None else recipe).embedding
@@ -200,7 +200,7 @@ class Transducer(nn.Module, kw_only=True):
   predictor: LSTMPredictor | StatelessPredictor
   joint_width: int = 640
   ctc_weight: float = 0.0
-  chunk: int = 8
+  chunk: int = 4
 
   def setup(self):
     dtype = self.encoder.encoder.dtype
@@ -236,13 +236,14 @@ class Transducer(nn.Module, kw_only=True):
     e_BTJ = self.project(h_BTD)
     if targets_BU is None:
       return (e_BTJ, *hidden) if hidden else e_BTJ
+    # Behind a text there may be ids that no embedding has.
+    targets_BU = jnp.where(frame_mask(target_lengths_B, targets_BU.shape[1]), targets_BU, 0)
     labels_BU = jnp.pad(targets_BU, ((0, 0), (1, 0)), constant_values=START)
     p_BUJ = self.joiner_predictor(self.predictor(labels_BU, deterministic=deterministic))
-    targets = targets_BU, frames_B, target_lengths_B
+    targets = frames_B, targets_BU, target_lengths_B
     nats_B = fused_transducer_loss(e_BTJ, p_BUJ, *self.joiner_out(), *targets, chunk=self.chunk)
     if self.ctc_weight and (self.is_initializing() or not deterministic):
-      ctc = self.ctc_head(h_BTD), frames_B, targets_BU, target_lengths_B
-      nats_B = _mixed(self.ctc_weight, nats_B, *ctc)
+      nats_B = _mixed(self.ctc_weight, nats_B, self.ctc_head(h_BTD), *targets)
     return (nats_B, *hidden) if hidden else nats_B
 
   def encode(self, waves_BS: jax.Array, wave_lengths_B: jax.Array, **kwargs):
@@ -257,24 +258,20 @@ class Transducer(nn.Module, kw_only=True):
     """The predictor's state before its first step, whose label is START for all."""
     return self.predictor.init_state(batch)
 
-  def step(self, state, labels_B: jax.Array):
-    """The predictor's state after one more label each, and W_p g [B, J]."""
+  def predict(self, state, labels_B: jax.Array):
+    """W_p g [B, J] after one more label each, and the predictor's state."""
     state, g_BP = self.predictor.step(state, labels_B)
-    return state, self.joiner_predictor(g_BP)
+    return self.joiner_predictor(g_BP), state
 
   def join(self, e_BJ: jax.Array, p_BJ: jax.Array) -> jax.Array:
-    """log p(label or blank) [..., V] of e [..., J] of `project` and W_p g [..., J] of `step`."""
+    """Logits [..., V] of e [..., J] of `project` and W_p g [..., J] of `predict`."""
     hidden_BJ = jnp.tanh(e_BJ + p_BJ)
     kernel_JV, bias_V = self.joiner_out()
     wide = jnp.promote_types(hidden_BJ.dtype, jnp.float32)
     kernel_JV = kernel_JV.astype(hidden_BJ.dtype)
     logits = jnp.einsum("...j,jv->...v", hidden_BJ, kernel_JV, preferred_element_type=wide)
     bias = bias_V.astype(wide).reshape((1,) * (logits.ndim - 1) + bias_V.shape)
-    return jax.nn.log_softmax(logits + bias)
-
-  def log_probs(self, h_BTD: jax.Array) -> jax.Array:
-    """log p(label or blank) [B, T, V] of the auxiliary CTC, where there is one."""
-    return jax.nn.log_softmax(self.ctc_head(h_BTD))
+    return logits + bias
 
   def is_scored(self, wave_lengths_B, targets_BU, target_lengths_B) -> jax.Array:
     """[B]: whether the sound has a vector."""
@@ -374,10 +371,6 @@ class SpeechToText(nn.Module, kw_only=True):
   def init_state(self, batch: int, length: int, memory_length: int) -> DecodingState:
     """An empty decoding state for `length` tokens and a memory; see `EncoderDecoder`."""
     return self.decoder.init_state(batch, length, memory_length)
-
-  def log_probs(self, h_BTD: jax.Array) -> jax.Array:
-    """log p(label or blank) [B, T, V] of the auxiliary CTC, where there is one."""
-    return jax.nn.log_softmax(self.ctc_head(h_BTD))
 
   def is_scored(self, wave_lengths_B, targets_BU, target_lengths_B) -> jax.Array:
     """[B]: whether the sound has a vector."""

@@ -25,7 +25,7 @@ from magneto_jax.config import ConfigError, TrainConfig, speech_head
 from magneto_jax.data import speech, speech_sources
 from magneto_jax.data.tokenizers import EOS_ID, CharTokenizer, Tokenizer
 from magneto_jax.decoding import Transcriber
-from magneto_jax.layers.log_mel import frame_counts, log_mel, normalize
+from magneto_jax.layers.log_mel import frame_counts, log_mel, normalize_mel
 from magneto_jax.layers.spec_augment import SpecAugment
 from magneto_jax.models.encoder import Encoder
 from magneto_jax.models.language import CausalLM
@@ -130,6 +130,7 @@ def build_model(config: TrainConfig, facts: Facts) -> Recognizer:
       predictor=_predictor(config, size),
       joint_width=model.joint_width,
       ctc_weight=model.ctc_weight,
+      chunk=model.joint_chunk,
     )
   decoder = CausalLM(
     recipe=stacks.decoder,
@@ -177,6 +178,27 @@ def flops(config: TrainConfig, facts: Facts) -> int:
     **of_transducer,
     **common.sizes(model),
   )
+
+
+def row_bytes(config: TrainConfig, model: Recognizer) -> int:
+  """About what a train step holds of a row beside its tokens; see `Task`.
+
+  Three times the front end's maps, for what functions make of them and for gradients; and of a
+  transducer a chunk of the lattice's logits in float32, 2.3 times, as a compiled gradient holds.
+  """
+  sizes = config.model
+  front_end = FRONT_ENDS[sizes.front_end](sizes.width, dtype=jnp.dtype(sizes.dtype))
+  frames = frame_counts(samples(config), sample_rate=config.data.sample_rate)
+  mel_BTM = jax.ShapeDtypeStruct((1, frames, sizes.mel_bins), jnp.float32)
+  run = lambda x_BTM: front_end.init_with_output(
+    jax.random.key(0), x_BTM, jnp.array([frames]), capture_intermediates=True
+  )
+  maps = jax.tree.leaves(jax.eval_shape(run, mel_BTM)[1]["intermediates"])
+  found = 3 * sum(x.size * x.dtype.itemsize for x in maps)
+  if isinstance(model, Transducer):
+    cells = min(model.chunk, length(config)) * (config.data.seq_length + 1)
+    found += int(2.3 * 4 * cells * model.predictor.vocab_size)
+  return found
 
 
 # ---------------------------------------------------------------------------------------------
@@ -398,7 +420,7 @@ def _spectrograms(config: TrainConfig, batch: Mapping[str, np.ndarray]) -> list[
   @jax.jit
   def spectrogram(waves_BS, frames_B):
     mel_BTM = log_mel(waves_BS, sample_rate=rate, mel_bins=bins)
-    return sharding.replicate(normalize(mel_BTM, frames_B))
+    return sharding.replicate(normalize_mel(mel_BTM, frames_B))
 
   frames_B = frame_counts(batch["wave_lengths"], sample_rate=rate)
   mel_BTM = np.asarray(spectrogram(batch["waves"], frames_B))[:, : max(frames_B)]

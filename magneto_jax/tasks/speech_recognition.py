@@ -57,5 +57,6 @@ TASK = Task(
   unit="utterances",
   size=lambda config: 1,
   length=speech.length,
+  row_bytes=speech.row_bytes,
   pretrained="encoder",
 )

@@ -99,6 +99,7 @@ class Task(NamedTuple):
     best: the metric by which a model is chosen, and whether more is better.
     unit: what a sample is counted in; `size`: `config -> how many of them a sample has`.
     length: `config -> how many tokens, or patches, a row of the stack has`.
+    row_bytes: `(config, model) -> about what a step holds of a row beside its tokens`.
     fact_kinds: the facts without which there is no model, and their types.
     pretrained: the module, and so the part of the parameters, that `config.init_from` gives; empty
       for none.
@@ -131,6 +132,7 @@ class Task(NamedTuple):
   unit: str = "tokens"
   size: Callable[[TrainConfig], int] = lambda config: config.data.seq_length
   length: Callable[[TrainConfig], int] = lambda config: config.data.seq_length
+  row_bytes: Callable[[TrainConfig, nn.Module], int] = lambda config, model: 0
   fact_kinds: Mapping[str, type] = {"vocab_size": int}
   pretrained: str = ""
 

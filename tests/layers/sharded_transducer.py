@@ -30,7 +30,7 @@ def inputs():
   labels = rng.integers(1, V, (B, U)).astype(np.int32)
   rows = np.arange(B, dtype=np.int32)
   joiner = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
-  return [*joiner, labels, rows % T + 1, rows % (U + 1)]
+  return [*joiner, rows % T + 1, labels, rows % (U + 1)]
 
 
 def crossing(axes: dict[str, int], *, in_context: bool = True) -> list[tuple[int, ...]]:

@@ -12,7 +12,7 @@ import pytest
 import scipy.fft
 import soundfile
 
-from magneto_jax.layers import frame_counts, log_mel, normalize
+from magneto_jax.layers import frame_counts, log_mel, normalize_mel
 from magneto_jax.layers.log_mel import mel_filters
 
 # A short one, one with loud and silent parts, and a long one.
@@ -154,6 +154,8 @@ def test_filters_rise_and_fall_and_leave_no_frequency_out():
   """Between the first and the last peak every frequency's parts sum to 1."""
   filters = mel_filters(16000, 40, 512)
   assert filters.min() == 0 and filters.max() <= 1
+  with pytest.raises(ValueError, match="read-only"):
+    filters[:] = 0
   peaks = np.argmax(filters, axis=0)
   assert np.all(np.diff(peaks) > 0)
   np.testing.assert_allclose(filters[peaks[0] + 1 : peaks[-1]].sum(1), 1, atol=1e-12)
@@ -164,7 +166,7 @@ def test_utterances_are_normalised_over_their_own_frames():
   rng = np.random.default_rng(0)
   mel = rng.normal(3, 2, (3, 30, 5)).astype(np.float32)
   frames = np.array([30, 12, 0])
-  found = np.asarray(jax.jit(normalize)(mel, frames))
+  found = np.asarray(jax.jit(normalize_mel)(mel, frames))
   for b, count in enumerate(frames):
     own = mel[b, :count].astype(np.float64)
     if count:
@@ -172,16 +174,16 @@ def test_utterances_are_normalised_over_their_own_frames():
       np.testing.assert_allclose(found[b, :count], expected, rtol=0, atol=1e-5)
     assert not found[b, count:].any()
   other = np.where(np.arange(30)[None, :, None] < frames[:, None, None], mel, np.nan)
-  np.testing.assert_array_equal(jax.jit(normalize)(other, frames), found)
+  np.testing.assert_array_equal(jax.jit(normalize_mel)(other, frames), found)
 
 
 def test_what_does_not_vary_is_0_and_float64_stays():
   silence = np.full((2, 300, 4), math.log(1e-10), np.float32)
-  assert np.abs(jax.jit(normalize)(silence, np.array([300, 1]))).max() < 1e-2
+  assert np.abs(jax.jit(normalize_mel)(silence, np.array([300, 1]))).max() < 1e-2
   with jax.enable_x64(True):
-    found = jax.eval_shape(normalize, jnp.ones((1, 2, 3), jnp.float64), jnp.array([2]))
+    found = jax.eval_shape(normalize_mel, jnp.ones((1, 2, 3), jnp.float64), jnp.array([2]))
   assert found.dtype == jnp.float64
-  found = jax.eval_shape(normalize, jnp.ones((1, 2, 3), jnp.bfloat16), jnp.array([2]))
+  found = jax.eval_shape(normalize_mel, jnp.ones((1, 2, 3), jnp.bfloat16), jnp.array([2]))
   assert found.dtype == jnp.float32
 
 

@@ -138,6 +138,7 @@ def test_nothing_is_hidden_by_default_and_a_gradient_passes_where_nothing_is():
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
+    ({"time_masks": 1.5}, "must have counts and widths that are integers"),
     ({"time_masks": -1}, "must have counts of at least 0"),
     ({"time_share": 0.0}, "and shares of at most 1"),
     ({"time_mask_share": 1.1}, "and shares of at most 1"),

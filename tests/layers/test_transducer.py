@@ -36,15 +36,15 @@ def of_one(logits, labels, **options):
   """The same of one utterance, in float64."""
   with jax.enable_x64(True):
     logits = np.asarray(logits, np.float64)[None]
-    sizes = np.array([logits.shape[1]]), np.array([len(labels)])
+    frames, lengths = np.array([logits.shape[1]]), np.array([len(labels)])
     labels = np.array([labels], np.int32).reshape(1, -1)
-    loss = lambda z: transducer_loss(z, labels, *sizes, **options)
+    loss = lambda z: transducer_loss(z, frames, labels, lengths, **options)
     nats_B, (d_BTXV,) = value_and_gradient(loss, logits)
   return nats_B[0], d_BTXV[0]
 
 
 def batch(blank=0, seed=0):
-  """(logits, labels, frames, label lengths), large numbers and labels behind what is valid."""
+  """(logits, frames, labels, label lengths), large numbers and labels behind what is valid."""
   rng = np.random.default_rng(seed)
   frames, lengths = np.array(SIZES, np.int32).T
   logits = rng.normal(size=(len(SIZES), T, U + 1, V)) * 2
@@ -52,16 +52,19 @@ def batch(blank=0, seed=0):
   for b, (t, u) in enumerate(SIZES):
     logits[b, t:] = rng.normal(size=logits[b, t:].shape) * 1e3
     logits[b, :, u + 1 :] = rng.normal(size=logits[b, :, u + 1 :].shape) * 1e3
-  return logits, labels, frames, lengths
+  return logits, frames, labels, lengths
 
 
 @pytest.mark.parametrize("blank", (0, 3))
 def test_value_and_gradient_are_those_of_all_alignments(blank):
-  """float64, 1e-12; each utterance of a padded batch as by itself."""
-  logits, labels, frames, lengths = batch(blank)
+  """float64, 1e-12; each utterance of a padded batch as by itself, whatever lies behind."""
+  logits, frames, labels, lengths = batch(blank)
+  for b, (t, u) in enumerate(SIZES):
+    logits[b, t:, 0], logits[b, t:, 1] = np.inf, np.nan
+    labels[b, u:] = 99
   weights = np.linspace(-1, 2, len(SIZES))
   with jax.enable_x64(True):
-    loss = lambda z: transducer_loss(z, labels, frames, lengths, blank=blank)
+    loss = lambda z: transducer_loss(z, frames, labels, lengths, blank=blank)
     nats, (gradient,) = value_and_gradient(loss, logits, weights_B=weights)
   for b, (t, u) in enumerate(SIZES):
     expected, d, *_ = alignments.transducer(logits[b, :t, : u + 1], labels[b, :u], blank)
@@ -73,7 +76,7 @@ def test_value_and_gradient_are_those_of_all_alignments(blank):
 
 def test_occupancies_are_those_of_all_alignments():
   """Of every label they sum to 1 over the frames, of every frame's blank over the columns."""
-  logits, labels, frames, lengths = batch()
+  logits, frames, labels, lengths = batch()
   log_p = alignments.log_softmax(logits)
   padded = np.pad(labels, ((0, 0), (0, 1)))
   label = np.take_along_axis(log_p, padded[:, None, :, None], axis=-1)[..., 0]
@@ -125,9 +128,11 @@ def test_the_case_that_implementations_publish():
   np.testing.assert_allclose(d[1, 2], last, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("length, labels, vocab_size", [(2, 1, 2), (3, 2, 3), (10, 4, 5)])
+@pytest.mark.parametrize(
+  "length, labels, vocab_size", [(2, 1, 2), (3, 2, 3), (4, 3, 5), (10, 4, 5)]
+)
 def test_of_equal_logits_it_counts_the_alignments(length, labels, vocab_size):
-  """(T + U) log V - log C(T - 1 + U, U)."""
+  """(T + U) log V - log C(T - 1 + U, U); of (4, 3, 5), 8.2703331."""
   nats, _ = of_one(np.zeros((length, labels + 1, vocab_size)), [1] * labels)
   paths = math.comb(length - 1 + labels, labels)
   expected = (length + labels) * math.log(vocab_size) - math.log(paths)
@@ -141,13 +146,13 @@ def test_of_equal_logits_it_counts_the_alignments(length, labels, vocab_size):
 
 def test_an_impossible_text_costs_infinity_and_one_without_frames_nothing():
   """Neither has a gradient; and they reach the others as little as what is not a number."""
-  logits, labels, frames, lengths = batch()
+  logits, frames, labels, lengths = batch()
   expected = alignments.transducer(logits[0, :, :], labels[0])
   logits[4, :, :, labels[4, 0]] = -np.inf
   logits[6, 1, 1] = np.nan
   frames[[5, 2]] = 0
   with jax.enable_x64(True):
-    loss = lambda z: transducer_loss(z, labels, frames, lengths)
+    loss = lambda z: transducer_loss(z, frames, labels, lengths)
     nats, (gradient,) = value_and_gradient(loss, logits)
   assert np.isnan(nats[6]) and nats[4] == np.inf and nats[5] == nats[2] == 0
   assert not gradient[[4, 5, 2]].any()
@@ -183,7 +188,7 @@ def joiner(seed=0, length=T, dtype=np.float64):
   return [(rng.normal(size=shape) * 1.5).astype(dtype) for shape in shapes]
 
 
-def of_all_logits(labels, frames, lengths, **options):
+def of_all_logits(frames, labels, lengths, **options):
   """The loss of the same joiner, with its gradient by autodiff."""
 
   def loss(e, g, kernel, bias):
@@ -192,21 +197,28 @@ def of_all_logits(labels, frames, lengths, **options):
     kernel = kernel.astype(e.dtype)
     logits = jnp.einsum("btxj,jv->btxv", hidden, kernel, preferred_element_type=wide)
     logits += bias.astype(wide)[None, None, None]
-    return transducer_loss(logits, labels, frames, lengths, **options)
+    return transducer_loss(logits, frames, labels, lengths, **options)
 
   return loss
 
 
 @pytest.mark.parametrize("chunk", (1, 3, 99))
 def test_chunks_change_nothing(chunk):
-  """Values and all gradients, float64, to 1e-12; of five frames the second three are padded."""
+  """Values and all gradients, float64, to 1e-12; also where the last chunk is padded.
+
+  So with logits that are larger by a constant, whose exponential is infinite: to 1e-9.
+  """
   _, *rest = batch(blank=3)
   weights = np.linspace(-1, 2, len(SIZES))
+  *given, bias = joiner(length=T + 1)
   with jax.enable_x64(True):
     whole = of_all_logits(*rest, blank=3)
-    expected = value_and_gradient(whole, *joiner(length=5), weights_B=weights)
+    expected = value_and_gradient(whole, *given, bias, weights_B=weights)
     by_chunks = lambda *given: fused_transducer_loss(*given, *rest, blank=3, chunk=chunk)
-    found = value_and_gradient(by_chunks, *joiner(length=5), weights_B=weights)
+    found = value_and_gradient(by_chunks, *given, bias, weights_B=weights)
+    large = value_and_gradient(by_chunks, *given, bias + 1e3, weights_B=weights)
+  for a, b in zip(jax.tree.leaves(large), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
   for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
     assert a.shape == b.shape and a.dtype == b.dtype
     np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
@@ -214,14 +226,14 @@ def test_chunks_change_nothing(chunk):
 
 def test_padding_changes_nothing():
   """More frames, more columns and other chunks around the same utterances; its gradient is 0."""
-  _, labels, frames, lengths = batch()
+  _, frames, labels, lengths = batch()
   e, g, kernel, bias = joiner()
   with jax.enable_x64(True):
-    loss = lambda *given: fused_transducer_loss(*given, labels, frames, lengths, chunk=2)
+    loss = lambda *given: fused_transducer_loss(*given, frames, labels, lengths, chunk=2)
     expected = value_and_gradient(loss, e, g, kernel, bias)
     more = lambda x, count: np.pad(x, ((0, 0), (0, count), (0, 0)), constant_values=7.0)
     wider = np.pad(labels, ((0, 0), (0, 2)), constant_values=2)
-    loss = lambda *given: fused_transducer_loss(*given, wider, frames, lengths, chunk=3)
+    loss = lambda *given: fused_transducer_loss(*given, frames, wider, lengths, chunk=3)
     found = value_and_gradient(loss, more(e, 3), more(g, 2), kernel, bias)
   np.testing.assert_allclose(found[0], expected[0], rtol=1e-12)
   (de, dg, *params), (de_0, dg_0, *params_0) = found[1], expected[1]
@@ -257,7 +269,7 @@ def test_no_more_than_a_chunk_of_logits_lives():
   def temporaries(loss):
     shapes = ((B, frames, width), (B, X, width), (width, vocab), (vocab,))
     given = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    counts = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((B, X - 1), (B,), (B,))]
+    counts = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((B,), (B, X - 1), (B,))]
     step = compiled(jax.grad(lambda *given: loss(*given).sum(), (0, 1, 2, 3)))
     return step.lower(*given, *counts).compile().memory_analysis().temp_size_in_bytes
 
@@ -279,18 +291,26 @@ def test_it_is_differentiated_once_and_backwards_only():
   call = lambda z: transducer_loss(z, *rest).sum()
   with pytest.raises(TypeError, match="forward-mode"):
     jax.jit(lambda z: jax.jvp(call, (z,), (z,))).lower(logits)
+  with pytest.raises(TypeError, match="a transducer's loss can be differentiated once"):
+    jax.eval_shape(jax.grad(lambda z: jnp.sum(jax.grad(call)(z) ** 2)), logits)
+  fused = lambda e, *others: fused_transducer_loss(e, *others, *rest).sum()
+  e, *others = joiner(dtype=np.float32)
+  with pytest.raises(TypeError, match="a transducer's loss can be differentiated once"):
+    jax.eval_shape(jax.hessian(lambda kernel: fused(e, others[0], kernel, others[2])), others[1])
+  # Computed again, it is differentiated once all the same.
+  jax.eval_shape(jax.grad(jax.checkpoint(call)), logits)
 
 
 def test_what_does_not_belong_together_is_refused():
-  logits, labels, frames, lengths = batch()
+  logits, frames, labels, lengths = batch()
   with pytest.raises(ValueError, match=r"labels \[8, 2\] must be \[8, 3\]"):
-    transducer_loss(logits, labels[:, :2], frames, lengths)
+    transducer_loss(logits, frames, labels[:, :2], lengths)
   with pytest.raises(ValueError, match=r"frames \[7\] and label lengths \[8\] must be \[8\]"):
-    transducer_loss(logits, labels, frames[:7], lengths)
+    transducer_loss(logits, frames[:7], labels, lengths)
   with pytest.raises(ValueError, match="blank=5 must be one of the 5 ids"):
-    transducer_loss(logits, labels, frames, lengths, blank=5)
+    transducer_loss(logits, frames, labels, lengths, blank=5)
   with pytest.raises(ValueError, match="chunk=0 must be at least one frame"):
-    fused_transducer_loss(*joiner(), labels, frames, lengths, chunk=0)
+    fused_transducer_loss(*joiner(), frames, labels, lengths, chunk=0)
   e, g, kernel, bias = joiner()
   with pytest.raises(ValueError, match=r"kernel \[6, 5\] and bias \[4\] must be"):
-    fused_transducer_loss(e, g, kernel, bias[:4], labels, frames, lengths)
+    fused_transducer_loss(e, g, kernel, bias[:4], frames, labels, lengths)
