@@ -226,11 +226,7 @@ def test_an_impossible_value_is_refused(name, value, message):
     ({"too_long": "truncate"}, r"too_long='truncate' is not read with config.task='speech_recogni"),
   ],
 )
-def test_sounds_fit_a_device_and_are_not_cut(fields, message, monkeypatch):
-  names = [*config_lib.TASK_NAMES]
-  task = TrainConfig.__dataclass_fields__["task"]
-  choices = {**task.metadata, "choices": [*names, "speech_recognition"]}
-  monkeypatch.setattr(task, "metadata", choices)
+def test_sounds_fit_a_device_and_are_not_cut(fields, message):
   from_config_dict({"task": "speech_recognition", "data": {"max_seconds": 35.0}})
   with pytest.raises(ConfigError, match=message) as error:
     from_config_dict({"task": "speech_recognition", "data": fields})

@@ -304,7 +304,7 @@ def metrics(totals: Totals, data: speech.SpeechData, *, whole: bool) -> dict[str
   """Nats a token, and the share of utterances that are left out of them, if there are any.
 
   A CTC has no alignment for a text that needs more vectors than its sound has; see
-  `data.speech.frames_needed`.
+  `layers.is_alignable`.
 
   Raises:
     ValueError: no utterance can be scored.

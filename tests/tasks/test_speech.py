@@ -388,7 +388,7 @@ def test_one_beam_of_a_ctc_is_greedy_and_more_are_a_search():
 def test_sounds_that_do_not_fit_are_refused():
   write = transcriber("ctc", 1)
   for samples in (0, 100, 3301):
-    with pytest.raises(ValueError, match=f"sound 1 has {samples} samples: more than 3300, or too few"):
+    with pytest.raises(ValueError, match=f"1 has {samples} samples: more than 3300, or too few"):
       write([np.ones(900, np.int16), np.ones(samples, np.int16)])
   broken = jax.tree.map(lambda x: x * np.nan, write.variables)
   with pytest.raises(FloatingPointError, match="no text of a sound has a finite score"):
