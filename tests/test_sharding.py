@@ -18,6 +18,7 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from magneto_jax import sharding
 from magneto_jax.config import ConfigError, MeshConfig
+from magneto_jax.layers import ConvSubsampling
 from magneto_jax.models import (
   BEiT3,
   CausalLM,
@@ -170,7 +171,8 @@ def test_every_parameter_matches_one_pattern_and_only_small_ones_are_whole_every
   for (path, leaf), place in zip(leaves, jax.tree.leaves(places), strict=True):
     if place.is_fully_replicated:
       # A row of numbers a layer: its last dimension alone can be as wide as the model.
-      channels = max(WIDTH, FFN)
+      hidden = ConvSubsampling.hidden if "front_end" in sharding.path_name(path) else 0
+      channels = max(WIDTH, FFN, hidden)
       assert math.prod(leaf.shape[1:] if leaf.ndim > 1 else leaf.shape) <= channels, path
 
 
