@@ -215,6 +215,27 @@ def test_an_impossible_value_is_refused(name, value, message):
   assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+  "fields, message",
+  [
+    (
+      {"max_seconds": 3600.0, "sample_rate": 384_000},
+      r"batch_size=16 times data.max_seconds=3600 times data.sample_rate=384000 is 22,118,400,000",
+    ),
+    ({"too_long": "truncate"}, r"too_long='truncate' is not read with config.task='speech_recogni"),
+  ],
+)
+def test_sounds_fit_a_device_and_are_not_cut(fields, message, monkeypatch):
+  names = [*config_lib.TASK_NAMES]
+  task = TrainConfig.__dataclass_fields__["task"]
+  choices = {**task.metadata, "choices": [*names, "speech_recognition"]}
+  monkeypatch.setattr(task, "metadata", choices)
+  from_config_dict({"task": "speech_recognition", "data": {"max_seconds": 35.0}})
+  with pytest.raises(ConfigError, match=message) as error:
+    from_config_dict({"task": "speech_recognition", "data": fields})
+  assert "\n" not in str(error.value)
+
+
 def test_choices_are_the_tables_they_stand_for():
   """The config lies below the models and tasks, so it names their tables' keys once more."""
   choices = {

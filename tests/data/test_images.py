@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import errno
 import io
 import json
 import os
@@ -404,6 +405,21 @@ def test_a_link_to_nothing_is_a_bad_file(folder):
   os.symlink(folder / "nowhere", folder / "ant" / "x.png")
   with pytest.raises(ValueError, match="ant/x.png cannot be read .it is a link to nothing"):
     load(train_files=[str(folder)])
+
+
+@pytest.mark.parametrize("name", ("stat", "open"))
+def test_a_fault_of_the_machine_ends_the_run(folder, monkeypatch, name):
+  """It is no bad file: with another one left out, the run would be another."""
+  real = {"stat": os.stat, "open": open}[name]
+
+  def fail(path, *args, **kwargs):
+    if str(path).endswith(".png"):
+      raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+    return real(path, *args, **kwargs)
+
+  monkeypatch.setattr(*(("os.stat", fail) if name == "stat" else ("builtins.open", fail)))
+  with pytest.raises(OSError, match="Stale file handle"):
+    load(train_files=[str(folder)], skip_bad=99)
 
 
 def test_a_gigantic_file_is_named_with_its_size(folder, monkeypatch):

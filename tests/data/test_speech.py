@@ -3,9 +3,11 @@
 import collections
 import csv
 import dataclasses
+import errno
 import hashlib
 import inspect
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -296,6 +298,41 @@ def test_a_part_is_held_out_by_the_sounds(own, tmp_path, caplog):
     own(rows([0]), workdir="fourth")
 
 
+def test_equal_waves_are_held_out_together(own, tmp_path, caplog):
+  """Whatever files they are in: the same sound in FLAC is no other utterance."""
+  for i in range(20):
+    soundfile.write(tmp_path / f"{i:02}.flac", wave(i), RATE)
+  both = [*rows(range(20)), *((f"{i:02}.flac", f"number {i}") for i in range(20))]
+  data = own(both, validation_fraction=0.2)
+  assert len(data.validation) == 8 and data.shared == 0
+  assert "16 of the 32 training sounds are equal to others" in caplog.text
+
+
+def test_a_fault_of_the_machine_ends_the_run(own, monkeypatch):
+  """It is no bad record: with another one left out, the run would be another."""
+
+  def fail(*args, **kwargs):
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+  monkeypatch.setattr(sounds, "decode", fail)
+  with pytest.raises(OSError, match="Too many open files"):
+    own(rows(range(8)), rows([9]), skip_bad=9)
+
+
+def test_texts_differ_by_what_is_heard_alone(own):
+  """Two ways to write an accent, and spaces, are none."""
+  train = [("00.wav", "caf\u00e9  au\u00a0lait "), ("01.wav", "b")]
+  data = own(train, [("09.wav", " cafe\u0301 au lait")])
+  assert data.train.texts[0] == data.validation.texts[0] == "caf\u00e9 au lait"
+  assert data.unknown == (0, 0) and data.shared == 1
+
+
+def test_a_limit_is_passed_in_words_too(own, tmp_path):
+  soundfile.write(tmp_path / "long.wav", wave(41, 1.0 + 1 / RATE), RATE)
+  with pytest.raises(ValueError, match="has 1.01 seconds, more than data.max_seconds=1, .* 1.01,"):
+    own([*rows(range(4)), ("long.wav", "b")], rows([9]))
+
+
 def test_equal_sounds_are_told(own, caplog):
   own([*rows(range(6)), *rows([2, 2])], [*rows(range(10, 13)), *rows([4, 5])])
   assert "2 of the 8 training sounds are equal to others" in caplog.text
@@ -510,8 +547,10 @@ def test_prepared_tfds_sounds_are_read_without_tensorflow(prepared, monkeypatch)
   assert reasons[1] == "its text is empty)"
   lower = load_tfds(prepared, workdir="lower")
   assert abs(lower.train.samples.sum() - data.train.samples.sum() / 2) <= 7
-  monkeypatch.setattr(sounds, "to_wave", lambda *args, **kwargs: pytest.fail("read again"))
+  read, to_wave = [], sounds.to_wave
+  monkeypatch.setattr(sounds, "to_wave", lambda *args, **kw: read.append(1) or to_wave(*args, **kw))
   again = load_tfds(prepared, text_case="lower", sample_rate=2 * RATE)
+  assert len(read) == 2  # Those that could not be used, lest they have been mended.
   assert again.identity == data.identity and again.bad_records == data.bad_records
 
 
@@ -530,9 +569,65 @@ def test_what_is_noted_of_a_set_is_made_anew_if_it_was_changed(prepared, caplog)
     caplog.clear()
 
 
-def test_a_long_sound_of_a_set_is_skipped(prepared):
+def test_a_damaged_set_that_is_mended_is_read(prepared, monkeypatch):
+  """Nothing of what is wrong is kept: neither with a record, nor with the machine."""
+  (shard,) = prepared.rglob("*-train_clean.array_record-*")
+  whole, times = shard.read_bytes(), shard.stat()
+  damaged = bytearray(whole)
+  for place in range(len(damaged) // 3, len(damaged) // 3 + 3000):
+    damaged[place] ^= 0x55
+  shard.write_bytes(bytes(damaged))
+  found = load_tfds(prepared, skip_bad=9, tokenizer="byte")
+  assert len(found.bad_records) > 2
+  shard.write_bytes(whole)
+  os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
+  data = load_tfds(prepared, tokenizer="byte")
+  assert len(data.bad_records) == 2 and len(data.train) == 7
+
+  def fail(*args, **kwargs):
+    raise ImportError("No module named 'soxr'")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(sounds, "to_wave", fail)
+    with pytest.raises(ImportError, match="soxr"):
+      load_tfds(prepared, workdir="other")
+  assert load_tfds(prepared, workdir="other").train.texts == data.train.texts
+
+
+def test_files_of_a_set_that_changed_are_read_anew(prepared):
+  data = load_tfds(prepared)
+  (shard,) = prepared.rglob("*-dev.array_record-*")
+  kept = {path.name for path in (prepared.parent / "run" / "cache").iterdir()}
+  os.utime(shard, ns=(1, 1))
+  assert load_tfds(prepared).validation.texts == data.validation.texts
+  now = {path.name for path in (prepared.parent / "run" / "cache").iterdir()}
+  assert len(now - kept) == 1 and kept < now
+
+
+def test_a_long_sound_of_a_set_is_skipped(prepared, monkeypatch):
+  """What is noted serves every limit."""
+  load_tfds(prepared, validation_split="train_clean[1:]")
+  read, to_wave = [], sounds.to_wave
+  monkeypatch.setattr(sounds, "to_wave", lambda *args, **kw: read.append(1) or to_wave(*args, **kw))
   data = load_tfds(prepared, max_seconds=1.0, too_long="skip", validation_split="train_clean[1:]")
   assert data.too_long[0] == 1 and "NUMBER 8" not in data.train.texts
+  # Of both parts what could not be used.
+  assert len(read) <= 4 and data.train.samples.max() <= RATE
+
+
+@pytest.mark.parametrize("dtype, scale", (("int32", 2**16), ("float32", 2**-15), ("int32", 1)))
+def test_samples_that_do_not_fit_16_bits_are_refused(dtype, scale):
+  """Louder ones would be clipped, floats rounded to silence; wide integers that fit are read."""
+  stored = wave(3, rate=2 * RATE).astype(dtype) * np.dtype(dtype).type(scale)
+  if scale == 1:
+    found = speech_sources._stored_wave(2 * RATE, stored, 2 * RATE)
+    np.testing.assert_array_equal(found, wave(3, rate=2 * RATE))
+    return
+  peak = f"{np.abs(stored).max().astype(float):g}"
+  with pytest.raises(
+    ValueError, match=re.escape(f"its samples are {dtype} with the peak {peak}, not i")
+  ):
+    speech_sources._stored_wave(2 * RATE, stored, 2 * RATE)
 
 
 def test_sounds_that_are_kept_as_files_are_read(tmp_path):
