@@ -165,7 +165,9 @@ def test_files_have_no_split_but_those_that_are_named(workdir):
   opened = evaluation.open_run(workdir, changes={"data.test_files": ""})
   with pytest.raises(ConfigError, match="test_files is empty: name at least one file of your own"):
     evaluation.load_split(opened, "test")
-  with pytest.raises(ConfigError, match="text files have no split 'dev', only train, validation a"):
+  with pytest.raises(
+    ConfigError, match="files of one's own have no split 'dev', only train, validation a"
+  ):
     evaluation.load_split(opened, "dev")
   opened = evaluation.open_run(
     workdir, changes={"data.test_files": str(workdir.parent / "train.txt")}
@@ -246,7 +248,7 @@ def test_the_command_tells_and_writes_the_same(tmp_path, workdir):
 @pytest.mark.parametrize(
   "flags, message",
   [
-    (["--split=dev"], "text files have no split 'dev', only train, validation and test"),
+    (["--split=dev"], "files of one's own have no split 'dev', only train, validation and test"),
     (["--config.modle.width=2"], "did you mean config.model.width?"),
     (["--config.model.width=2"], "config.model.width is the run's own"),
     (["--output=."], "--output=. is a folder: name a file"),

@@ -242,7 +242,7 @@ def beam_search(
       f"{length_penalty=} must be at least 0, and {penalty=} one of {', '.join(PENALTIES)}"
     )
   is_spoken = isinstance(model, SpeechToText)
-  if (sources is None) == (is_spoken or isinstance(model, EncoderDecoder)):
+  if (sources is None) == hasattr(model, "encoder"):
     needs = "needs" if sources is None else "has no encoder for"
     raise ValueError(f"a {type(model).__name__} {needs} sources")
   kind = np.dtype(np.int32)
