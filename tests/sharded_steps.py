@@ -272,7 +272,7 @@ def take_steps(case: dict, dtype) -> dict[str, np.ndarray]:
 def _in_dtype(model, dtype):
   """The model, and those in it, computing in a dtype."""
   changes = {"dtype": dtype} if hasattr(model, "dtype") else {}
-  for part in ("encoder", "decoder"):
+  for part in ("encoder", "decoder", "predictor"):
     if hasattr(model, part):
       changes[part] = _in_dtype(getattr(model, part), dtype)
   return model.clone(**changes)
