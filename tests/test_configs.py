@@ -1,5 +1,6 @@
 """The shipped configs against the papers they name."""
 
+import dataclasses
 import math
 
 import jax
@@ -533,3 +534,15 @@ def test_a_translator_hears_as_the_recogniser_that_it_starts_with(recognizer, tr
     heard = encoder.sample_rate, encoder.mel_bins, encoder.subsampling
     trees.append((heard, jax.tree.map(lambda leaf: leaf.shape, init["params"]["encoder"])))
   assert trees[0] == trees[1]
+
+
+@pytest.mark.parametrize("variant", ["ctc", "pretraining", "translation"])
+def test_the_prompts_fit_the_small_models_of_speech(variant, tmp_path):
+  """All of them, in all three parts, as a run would otherwise end before its first step."""
+  config = from_config_dict(speech.get_config(variant))
+  splits = ("validation", "test")
+  for split in splits:
+    of_split = dataclasses.replace(config.data, validation_split=split)
+    given = dataclasses.replace(config, data=of_split)
+    data = TASKS[config.task].load_data(given, tmp_path / split, None)
+    assert data.too_long == (0, 0)
