@@ -278,7 +278,7 @@ def show(results: Sequence[Mapping]) -> bool:
     [
       result["task"],
       f"{result['metric']} {'↑' if result['higher_is_better'] else '↓'}",
-      *(f"{result[name]:.4f}" for name in ("value", "target", "baseline")),
+      *(f"{result[name]:.4g}" for name in ("value", "target", "baseline")),
       result["baseline_name"],
       f"{result['seconds']:.0f}",
       result["date"][:10],
