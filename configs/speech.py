@@ -25,7 +25,9 @@ translation
   python -m magneto_jax.train --config=configs/speech.py:translation --workdir=runs/translation \\
     --config.init_from=runs/pretraining
 
-  Target: 20 of chrF, and more than the best constant text has: 18.9.
+  Target: 20 of chrF, and more than the best constant text has: 18.9. Reached: 35.5, from scratch,
+  after 30 min of training on two cores of an Intel Xeon, of which it had a part, 28 November 2026,
+  jax 0.10.2.
 
 pretraining
   A CTC on the French prompts; no target of its own.
