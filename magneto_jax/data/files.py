@@ -110,3 +110,25 @@ def write_durably(path: str | os.PathLike[str], content: bytes) -> None:
   """Writes all of a file's bytes to `durable_path(path)`."""
   with durable_path(path) as temporary:
     temporary.write_bytes(content)
+
+
+def two_columns(line: bytes, expected: str) -> tuple[str, str]:
+  """What stands before and behind a line's tab; ValueError with what is wrong with it.
+
+  Args:
+    line: without its end.
+    expected: what its columns are, in words.
+  """
+  if not line:
+    raise ValueError("it is empty")
+  try:
+    columns = line.decode().split("\t")
+  except UnicodeDecodeError as error:
+    raise ValueError(
+      f"not UTF-8: its byte {error.start} is {line[error.start]:#04x}; convert the file, for"
+      " example with iconv -f latin1 -t utf-8"
+    ) from None
+  if len(columns) != 2:
+    count = "one column" if len(columns) == 1 else f"{len(columns)} columns"
+    raise ValueError(f"it has {count}, not {expected}")
+  return columns[0], columns[1]

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import logging
 
-from magneto_jax.data import documents, text_files, tfds_text
+from magneto_jax.data import documents, files, text_files, tfds_text
 
 Pair = tuple[str, str]
 
@@ -196,23 +196,11 @@ class _Lines:
   def read(self, index: int) -> Pair:
     begin, end = self.bounds[index : index + 2]
     line = self.content[begin:end].tobytes().removesuffix(b"\n").removesuffix(b"\r")
-
-    def bad(reason: str) -> documents.BadRecord:
-      return documents.BadRecord(self.path, self.first + index, reason, unit="line")
-
-    if not line:
-      raise bad("it is empty")
     try:
-      columns = line.decode().split("\t")
-    except UnicodeDecodeError as error:
-      raise bad(
-        f"not UTF-8: its byte {error.start} is {line[error.start]:#04x}; convert the file, for"
-        " example with iconv -f latin1 -t utf-8"
-      ) from None
-    if len(columns) != 2:
-      count = "one column" if len(columns) == 1 else f"{len(columns)} columns"
-      raise bad(f"it has {count}, not a source, a tab and its target")
-    return columns[0], columns[1]
+      return files.two_columns(line, "a source, a tab and its target")
+    except ValueError as error:
+      place = self.path, self.first + index
+      raise documents.BadRecord(*place, str(error), unit="line") from None
 
 
 def _lines(path: str) -> _Lines:

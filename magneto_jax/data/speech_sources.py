@@ -277,19 +277,7 @@ def _entries(path: str, bad: documents.BadRecords) -> Iterator[_Entry]:
 
 def _columns(line: bytes, manifest: str) -> tuple[str, str]:
   """The sound's path and its text; ValueError with what is wrong with a line."""
-  if not line:
-    raise ValueError("it is empty")
-  try:
-    columns = line.decode().split("\t")
-  except UnicodeDecodeError as error:
-    raise ValueError(
-      f"not UTF-8: its byte {error.start} is {line[error.start]:#04x}; convert the file, for"
-      " example with iconv -f latin1 -t utf-8"
-    ) from None
-  if len(columns) != 2:
-    count = "one column" if len(columns) == 1 else f"{len(columns)} columns"
-    raise ValueError(f"it has {count}, not a path, a tab and a text")
-  name, text = columns
+  name, text = files.two_columns(line, "a path, a tab and a text")
   if not name.strip() or "\0" in name:
     raise ValueError("its path is empty" if not name.strip() else "its path has a null character")
   path = os.path.join(os.path.dirname(manifest), os.path.expanduser(name))
