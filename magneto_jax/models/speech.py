@@ -116,7 +116,22 @@ class SpeechEncoder(nn.Module, kw_only=True):
     return FRONT_ENDS[self.subsampling]
 
 
-class CTCRecognizer(nn.Module, kw_only=True):
+class _Headed(nn.Module, kw_only=True):
+  """What models of speech with a head have in common."""
+
+  encoder: SpeechEncoder
+
+  def encode(self, waves_BS: jax.Array, wave_lengths_B: jax.Array, **kwargs):
+    """(h [B, T, D], how many of them are each utterance's [B]); see `SpeechEncoder`."""
+    return self.encoder(waves_BS, wave_lengths_B, **kwargs)
+
+  def is_scored(self, wave_lengths_B, targets_BU, target_lengths_B) -> jax.Array:
+    """[B]: whether the sound has a vector."""
+    del targets_BU, target_lengths_B
+    return self.encoder.lengths(wave_lengths_B) > 0
+
+
+class CTCRecognizer(_Headed, kw_only=True):
   """p(y | sound) = sum over alignments a of prod_t softmax(W h_t + b)_{a_t}, h = encoder(sound).
 
   Attributes:
@@ -126,7 +141,6 @@ class CTCRecognizer(nn.Module, kw_only=True):
   Reference: Graves et al., Connectionist temporal classification, ICML 2006.
   """
 
-  encoder: SpeechEncoder
   vocab_size: int
 
   def setup(self):
@@ -164,10 +178,6 @@ class CTCRecognizer(nn.Module, kw_only=True):
     nats_B = ctc_loss(logits_BTV, frames_B, targets_BU, target_lengths_B)
     return (nats_B, *hidden) if hidden else nats_B
 
-  def encode(self, waves_BS: jax.Array, wave_lengths_B: jax.Array, **kwargs):
-    """(h [B, T, D], how many of them are each utterance's [B]); see `SpeechEncoder`."""
-    return self.encoder(waves_BS, wave_lengths_B, **kwargs)
-
   def log_probs(self, h_BTD: jax.Array) -> jax.Array:
     """log p(label or blank) [B, T, V] of each vector."""
     return jax.nn.log_softmax(self.ctc_head(h_BTD))
@@ -177,7 +187,7 @@ class CTCRecognizer(nn.Module, kw_only=True):
     return is_alignable(self.encoder.lengths(wave_lengths_B), targets_BU, target_lengths_B)
 
 
-class Transducer(nn.Module, kw_only=True):
+class Transducer(_Headed, kw_only=True):
   """p(y | sound), the sum over alignments of labels and blanks; see `layers.transducer`.
 
   After u labels, at vector t, the next symbol is drawn from
@@ -196,7 +206,6 @@ class Transducer(nn.Module, kw_only=True):
   auxiliary CTC: Boyer et al., ASRU 2021.
   """
 
-  encoder: SpeechEncoder
   predictor: LSTMPredictor | StatelessPredictor
   joint_width: int = 640
   ctc_weight: float = 0.0
@@ -246,10 +255,6 @@ class Transducer(nn.Module, kw_only=True):
       nats_B = _mixed(self.ctc_weight, nats_B, self.ctc_head(h_BTD), *targets)
     return (nats_B, *hidden) if hidden else nats_B
 
-  def encode(self, waves_BS: jax.Array, wave_lengths_B: jax.Array, **kwargs):
-    """(h [B, T, D], how many of them are each utterance's [B]); see `SpeechEncoder`."""
-    return self.encoder(waves_BS, wave_lengths_B, **kwargs)
-
   def project(self, h_BTD: jax.Array) -> jax.Array:
     """e = W_e h + b [B, T, J], which `join` takes."""
     return self.joiner_encoder(h_BTD)
@@ -273,13 +278,8 @@ class Transducer(nn.Module, kw_only=True):
     bias = bias_V.astype(wide).reshape((1,) * (logits.ndim - 1) + bias_V.shape)
     return logits + bias
 
-  def is_scored(self, wave_lengths_B, targets_BU, target_lengths_B) -> jax.Array:
-    """[B]: whether the sound has a vector."""
-    del targets_BU, target_lengths_B
-    return self.encoder.lengths(wave_lengths_B) > 0
 
-
-class SpeechToText(nn.Module, kw_only=True):
+class SpeechToText(_Headed, kw_only=True):
   """p(y | sound) = prod_u decoder(y_u | y_<u, h), h = encoder(sound), y between two marks.
 
   Both stacks come from one recipe of an architecture of the kind `encoder_decoder`.
@@ -294,7 +294,6 @@ class SpeechToText(nn.Module, kw_only=True):
   11(8).
   """
 
-  encoder: SpeechEncoder
   decoder: CausalLM
   end_id: int = 2
   ctc_weight: float = 0.0
@@ -355,10 +354,6 @@ class SpeechToText(nn.Module, kw_only=True):
       nats_B = _mixed(self.ctc_weight, nats_B, *ctc)
     return (nats_B, *hidden, *of_decoder) if hidden else nats_B
 
-  def encode(self, waves_BS: jax.Array, wave_lengths_B: jax.Array, **kwargs):
-    """(h [B, T, D], how many of them are each utterance's [B]); see `SpeechEncoder`."""
-    return self.encoder(waves_BS, wave_lengths_B, **kwargs)
-
   def memory(self, waves_BS: jax.Array, lengths_B: jax.Array) -> tuple[jax.Array, jax.Array]:
     """What a decoder reads of sounds [B, T, D], and whether it is each one's own [B, T]."""
     h_BTD, frames_B = self.encode(waves_BS, lengths_B)
@@ -371,11 +366,6 @@ class SpeechToText(nn.Module, kw_only=True):
   def init_state(self, batch: int, length: int, memory_length: int) -> DecodingState:
     """An empty decoding state for `length` tokens and a memory; see `EncoderDecoder`."""
     return self.decoder.init_state(batch, length, memory_length)
-
-  def is_scored(self, wave_lengths_B, targets_BU, target_lengths_B) -> jax.Array:
-    """[B]: whether the sound has a vector."""
-    del targets_BU, target_lengths_B
-    return self.encoder.lengths(wave_lengths_B) > 0
 
 
 class _Output(nn.Module):
