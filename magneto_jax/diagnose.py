@@ -120,10 +120,10 @@ def diagnose(
         " magneto_jax.diagnostics.diagnose"
       )
     batch = diagnostics.first_samples(data, config.batch_size, task.length(config))
-    calls = diagnostics.calls_of(task)
 
     def measured(recipe: str, layers: int, **options) -> diagnostics.Diagnosis:
       model = task.build_model(variant(config, recipe, layers), facts)
+      calls = diagnostics.calls_of(task, model)
       return diagnostics.examine(model, calls, batch, name=recipe, seed=config.seed, **options)
 
     shallow = measured("pre_ln", stability.SHALLOW)

@@ -215,12 +215,12 @@ def measurer(
   return measure
 
 
-def calls_of(task) -> Callable[[Any, jax.Array], Call]:
-  """How a task calls its model on a batch, for `examine`."""
+def calls_of(task, model: nn.Module) -> Callable[[Any, jax.Array], Call]:
+  """How a task calls the model on a batch, for `examine`."""
 
   def call(batch, rng: jax.Array) -> Call:
     def mean_loss(output):
-      loss_sum, weight_sum = task.score(output, batch)
+      loss_sum, weight_sum = task.score(output, task.weigh(model, batch))
       return loss_sum / weight_sum
 
     return Call(*task.inputs(batch), mean_loss, rng)

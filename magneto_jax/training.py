@@ -261,7 +261,7 @@ class _Loop:
         self.monitor = Monitor(
           self.workdir,
           program.model,
-          diagnostics.calls_of(self.task),
+          diagnostics.calls_of(self.task, program.model),
           diagnostics.first_samples(self.job.data, rows, length),
           after_step=start,
           writes=self.is_first,

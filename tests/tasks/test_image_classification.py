@@ -219,7 +219,7 @@ def test_the_stack_of_a_classifier_is_found_and_its_targets_left_out():
   parts = diagnostics.parts_of(model)
   assert tuple(parts) == ("encoder",) and parts["encoder"].path == ("encoder", "encoder")
   spec = TASK.batch_spec(config_of(batch_size=2))
-  call = diagnostics.calls_of(TASK)(spec, jax.random.key(0)).without_targets()
+  call = diagnostics.calls_of(TASK, model)(spec, jax.random.key(0)).without_targets()
   assert not call.kwargs
 
 

@@ -258,7 +258,11 @@ def test_the_stacks_of_a_model_are_found_and_its_targets_left_out(head):
   parts = diagnostics.parts_of(model)
   assert parts["encoder"].path == ("encoder", "encoder")
   assert ("decoder" in parts) == (head == "decoder")
-  call = diagnostics.calls_of(TASK)(batch_of(), jax.random.key(0)).without_targets()
+  of_targets = diagnostics.calls_of(TASK, model)(batch_of(), jax.random.key(0))
+  # Nats a symbol that is scored, as in training.
+  mean = {"ctc": (20 + 40) / 4, "transducer": 70 / 6, "decoder": 70 / 9}[head]
+  assert float(of_targets.loss(jnp.array([10.0, 20.0, 40.0]))) == pytest.approx(mean)
+  call = of_targets.without_targets()
   output = jax.eval_shape(lambda: call.apply(model, variables))
   shapes = {"ctc": (3, 10, VOCAB), "transducer": (3, 10, 8), "decoder": (3, 1, VOCAB)}
   assert output.shape == shapes[head]
