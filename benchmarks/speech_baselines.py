@@ -30,7 +30,7 @@ def best_constant(
 def embedded(name: str, *, text_case: str = "lower") -> dict[str, float]:
   """Of the embedded sounds of a name: the score of the best constant text."""
   train, validation = (
-    list(map(speech.TEXT_CASES[text_case], speech_sources.embedded(name, split).texts))
+    [speech.plain(words, text_case) for words in speech_sources.embedded(name, split).texts]
     for split in ("train", "validation")
   )
   translated = "-" in name

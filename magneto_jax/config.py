@@ -230,6 +230,7 @@ OF_SOME_TASKS: dict[str, tuple[str, ...]] = {
   "sample_prompt": ("causal_lm",),
   "sample_temperature": ("causal_lm",),
   "beam": ("translation", *_SPEECH_TASKS),
+  "beam.max_symbols": ("speech_recognition",),
   "model.encoder_layers": ("translation", "image_tokenizer", *_SPEECH_TASKS),
   "model.image_size": ("beit3", *_IMAGE_TASKS),
   "model.patch_size": ("beit3", *_IMAGE_TASKS),
@@ -626,6 +627,9 @@ class BeamConfig(_Checked):
     1.2, "the same at most, for each token of the source, or vector of a sound", min=0.0, max=1e3
   )
   max_extra: int = _field(10, "what is added to that", min=0, max=_LONGEST)
+  max_symbols: int = _positive(
+    5, "the most labels that a transducer says at a vector of a sound", 1024
+  )
   rows: int = _positive(32, "sources that are searched together", 2**16)
   judged: int = _field(
     0,
@@ -808,12 +812,7 @@ class TrainConfig(_Checked):
         raise ConfigError(
           f"config.recipe={self.recipe!r} has no option {name}: it is of {', '.join(having)}"
         )
-    longest = 70 * self.model.xpos_scale_base
-    if self.model.positions == "xpos" and self.data.seq_length > longest:
-      raise ConfigError(
-        f"config.model.xpos_scale_base={self.model.xpos_scale_base} serves {longest:.0f} positions,"
-        f" and config.data.seq_length={self.data.seq_length}: xPos's scales would overflow"
-      )
+    refuse_far_xpos(self.model, self.data.seq_length, "config.data.seq_length")
     if re.search("[\ud800-\udfff]", self.sample_prompt):  # Bytes that were not UTF-8.
       raise ConfigError(f"sample_prompt={self.sample_prompt!r} is not valid text")
 
@@ -839,6 +838,7 @@ class TrainConfig(_Checked):
     needs = {
       "model.joint_width": (transducer, "speech_head='transducer'"),
       "model.joint_chunk": (transducer, "speech_head='transducer'"),
+      "beam.max_symbols": (transducer, "speech_head='transducer'"),
       "model.predictor": (transducer, "speech_head='transducer'"),
       "model.predictor_width": (transducer, "speech_head='transducer'"),
       "model.predictor_layers": (
@@ -859,6 +859,16 @@ class TrainConfig(_Checked):
 _OF_DECODERS = ("label_smoothing", "vocab_chunk", "model.encoder_layers", "model.tied_embeddings")
 _OF_DECODERS += ("beam.length_penalty", "beam.penalty", "beam.min_length")
 _OF_DECODERS += ("beam.max_ratio", "beam.max_extra")
+
+
+def refuse_far_xpos(model: ModelConfig, length: int, name: str) -> None:
+  """Raises where xPos's scales would overflow float32 at the last of as many positions."""
+  longest = 70 * model.xpos_scale_base
+  if model.positions == "xpos" and length > longest:
+    raise ConfigError(
+      f"config.model.xpos_scale_base={model.xpos_scale_base} serves {longest:.0f} positions, and"
+      f" {name}={length}: xPos's scales would overflow"
+    )
 
 
 def speech_head(config: TrainConfig) -> str:
@@ -935,6 +945,7 @@ RESUMABLE = (
   "beam.min_length",
   "beam.max_ratio",
   "beam.max_extra",
+  "beam.max_symbols",
   "beam.rows",
   "beam.judged",
 )

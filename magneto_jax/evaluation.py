@@ -31,9 +31,10 @@ from magneto_jax.data import files, pipelines
 from magneto_jax.tasks import TASKS
 from magneto_jax.tasks.task import Data, Sample, Totals
 
-# Fields of a run's config that an evaluation may change: where its data lie, the devices, and how
-# translations are searched.
+# Fields of a run's config that an evaluation may change: where its data lie, what is left out of
+# them, the devices, and how texts are searched.
 CHANGEABLE = tuple(name for name in RESUMABLE if name.startswith(("beam.", "data.", "mesh.")))
+CHANGEABLE += ("data.too_long",)
 
 # What a metric is in other words, that do not depend on the tokenizer or are those of papers.
 _IN_OTHER_WORDS: dict[str, tuple[str, Callable[[float], float]]] = {
@@ -230,7 +231,7 @@ def changed(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
     if name in flatten(config) and name not in CHANGEABLE:
       raise ConfigError(
         f"config.{name} is the run's own and cannot be changed in an evaluation, only where its"
-        " data lie, how many devices share it and how translations are searched:"
+        " data lie, what is too long, how many devices share it and how texts are searched:"
         f" {', '.join(CHANGEABLE)}"
       )
     *groups, leaf = name.split(".")
@@ -304,7 +305,7 @@ def evaluate(opened: Opened, split: str = "validation") -> dict[str, Any]:
     started,
     split=split,
     metrics=in_other_words(scores),
-    signatures=task.signatures(),
+    signatures=task.signatures(config),
     **({"beam": dataclasses.asdict(config.beam)} if task.translator or task.transcriber else {}),
     counts=counts,
     bad_records=len(data.bad_records),

@@ -3,11 +3,12 @@
 A language model continues `--prompt`. A model that translates does so with the lines of the
 standard input, UTF-8, one text a line; an empty line stays one. Lines are read and written in
 parts, so that a file of any size passes. A model of speech writes what it hears in each `--sound`,
-one text a line.
+or in each file that a line of the standard input names, as lines of a manifest: path, tab, text.
 """
 
 import dataclasses
 import itertools
+import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -63,7 +64,11 @@ def main() -> None:
   flags.DEFINE_enum(
     "too_long", "refuse", ["refuse", "cut"], "What to do with what the model cannot hold."
   )
-  flags.DEFINE_multi_string("sound", [], "A WAV, FLAC, Ogg or MP3 file to hear; may be repeated.")
+  flags.DEFINE_multi_string(
+    "sound",
+    [],
+    "A WAV, FLAC, Ogg or MP3 file to hear; may be repeated. Without it paths are read, one a line.",
+  )
   run_task_file = cli.define_task_file_flag()
   cli.run(lambda: run(flags.FLAGS, run_task_file))
 
@@ -80,13 +85,12 @@ def run(args, run_task_file: Callable[[], None]) -> None:
   for name in (*_OF_PROMPTS, *_OF_SOUNDS):
     if args[name].present and name not in read:
       raise ConfigError(f"--{name} is not read with a model of config.task={config.task!r}")
-  if task.transcriber and not args.sound:
-    raise ConfigError("give --sound=FILE, of a WAV, FLAC, Ogg or MP3 file")
+  paths = _paths(args) if task.transcriber else None
   given = {name: args[flag].value for flag, name in _OF_BEAMS.items() if args[flag].present}
   config = dataclasses.replace(config, beam=dataclasses.replace(config.beam, **given))
   model, variables = runs.load(args.workdir, step=args.step)
   if task.transcriber:
-    _write_down_sounds(args, task.transcriber(config, model, variables, tokenizer))
+    _write_down_sounds(args, paths, task.transcriber(config, model, variables, tokenizer))
   elif task.translator:
     _translate_lines(args, task.translator(config, model, variables, tokenizer))
   elif isinstance(model, CausalLM):
@@ -127,10 +131,28 @@ def _translate_lines(args, translator: decoding.Translator) -> None:
   _answer(args, lines, together, read, translator.translate)
 
 
-def _write_down_sounds(args, transcriber: decoding.Transcriber) -> None:
+def _write_down_sounds(args, paths: Iterator[str], transcriber: decoding.Transcriber) -> None:
   """Writes a line for each sound, in their order."""
   read = lambda path: _wave(args, transcriber, path)
-  _answer(args, iter(args.sound), transcriber.rows * _SEARCHES, read, transcriber)
+  _answer(args, paths, transcriber.rows * _SEARCHES, read, transcriber, name=lambda path: path)
+
+
+def _paths(args) -> Iterator[str]:
+  """The sounds that flags name, or else lines of the standard input, in whatever bytes names are.
+
+  Raises:
+    ConfigError: there is none.
+  """
+  if args.sound:
+    return iter(args.sound)
+  lines = () if sys.stdin.isatty() else sys.stdin.buffer
+  paths = filter(None, (os.fsdecode(line).rstrip("\r\n") for line in lines))
+  for first in paths:
+    return itertools.chain([first], paths)
+  raise ConfigError(
+    "give --sound=FILE, of a WAV, FLAC, Ogg or MP3 file, or paths of such on the standard input,"
+    " one a line"
+  )
 
 
 def _answer(
@@ -139,6 +161,7 @@ def _answer(
   together: int,
   read: Callable[[Any], np.ndarray | None],
   answer: Callable[[list[np.ndarray]], list[list[decoding.Translation]]],
+  name: Callable[[Any], str] | None = None,
 ) -> None:
   """Writes a line in answer to each, in their order, some of them at once.
 
@@ -148,6 +171,7 @@ def _answer(
     together: how many are read at once.
     read: from one of them to what is searched for; None for an empty answer, or ConfigError.
     answer: from some of these to their texts.
+    name: what of one stands before its text, with a tab between; None: nothing.
   """
   while part := list(itertools.islice(asked, together)):
     sources, refused = [], None
@@ -159,12 +183,14 @@ def _answer(
         break
     # Of those before one that is refused nothing is lost.
     found = iter(answer([source for source in sources if source is not None]))
-    for source in sources:
+    for one, source in zip(part, sources, strict=False):
       text, score = ("", None) if source is None else next(found)[0]
       # One in is a line out.
       text = text.replace("\r", " ").replace("\n", " ")
       scored = ("" if score is None else f"{score:.4f}") + "\t" if args.scores else ""
-      sys.stdout.buffer.write(f"{scored}{text}\n".encode())
+      named = "" if name is None else name(one) + "\t"
+      # Names are the bytes that they were.
+      sys.stdout.buffer.write(f"{scored}{named}{text}\n".encode(errors="surrogateescape"))
     sys.stdout.buffer.flush()
     if refused is not None:
       raise refused

@@ -463,7 +463,7 @@ class _Loop:
     summary = {
       **{f"validation_{k}": v for k, v in scores.items()},
       **judged,
-      "signatures": task.signatures(),
+      "signatures": task.signatures(config),
       "scored_weights": f"{'params' if self.state.ema_params is None else 'ema_params'} of step"
       f" {config.steps}",
       **self.best(),

@@ -351,7 +351,7 @@ MAY_DIFFER = {
   *(f"spike.{name}" for name in ("factor", "window", "rewind_steps", "skip_batches", "limit")),
   *("mesh.slices", "mesh.data", "mesh.fsdp", "mesh.sequence", "mesh.tensor"),
   *(f"beam.{name}" for name in ("size", "length_penalty", "penalty", "min_length")),
-  *("beam.max_ratio", "beam.max_extra", "beam.rows", "beam.judged"),
+  *("beam.max_ratio", "beam.max_extra", "beam.max_symbols", "beam.rows", "beam.judged"),
 }
 
 

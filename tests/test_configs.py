@@ -495,6 +495,8 @@ S2T = {
   "model.heads": 4,
   "model.activation": "relu",
   "model.dropout": 0.1,
+  "model.attention_dropout": 0.1,
+  "model.activation_dropout": 0.1,
   "model.front_end": "conv",
   "optimizer.schedule": "inverse_sqrt",
   "optimizer.warmup_steps": 10_000,
@@ -503,20 +505,48 @@ S2T = {
 
 
 @pytest.mark.parametrize(
-  ("variant", "recipe", "steps", "learning_rate", "masks"),
+  ("variant", "recipe", "steps", "learning_rate", "masks", "tied"),
   [
-    ("fairseq_s", "pre_ln", 300_000, 2e-3, 2),
-    ("mustc_pretraining", "deepscalelm", 100_000, 1e-3, 1),
-    ("mustc", "deepscalelm", 100_000, 2e-3, 1),
+    ("fairseq_s", "pre_ln", 300_000, 2e-3, 2, True),
+    ("mustc_pretraining", "deepscalelm", 100_000, 1e-3, 1, False),
+    ("mustc", "deepscalelm", 100_000, 2e-3, 1, False),
   ],
 )
 def test_small_encoder_decoders_of_sounds_are_fairseqs(
-  variant, recipe, steps, learning_rate, masks
+  variant, recipe, steps, learning_rate, masks, tied
 ):
   config = flatten(from_config_dict(speech.get_config(variant)))
   own = {"recipe": recipe, "steps": steps, "optimizer.learning_rate": learning_rate}
   own |= {"spec_augment.frequency_masks": masks, "spec_augment.time_masks": masks}
+  own |= {"model.tied_embeddings": tied}
   assert {name: config[name] for name in S2T | own} == S2T | own
+
+
+def test_the_encoder_decoder_of_espnet_is_its():
+  """train_asr_transformer_specaug.yaml."""
+  config = flatten(from_config_dict(speech.get_config("espnet_transformer")))
+  expected = {
+    "recipe": "pre_ln",
+    "label_smoothing": 0.1,
+    "model.encoder_layers": 12,
+    "model.layers": 6,
+    "model.width": 512,
+    "model.ffn_width": 2048,
+    "model.heads": 8,
+    "model.activation": "relu",
+    "model.dropout": 0.1,
+    "model.attention_dropout": 0.0,
+    "model.activation_dropout": 0.1,
+    "model.tied_embeddings": False,
+    "model.front_end": "conv2d",
+    "model.ctc_weight": 0.3,
+    "optimizer.learning_rate": 5e-3,
+    "optimizer.schedule": "inverse_sqrt",
+    "optimizer.warmup_steps": 25_000,
+    "spec_augment.frequency_width": 30,
+    "spec_augment.time_width": 40,
+  }
+  assert {name: config[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -260,7 +261,8 @@ def heard(monkeypatch, paths, transcriber=None, **args):
   monkeypatch.setattr(sys, "stdout", out)
   args = {"scores": False, "too_long": "refuse", "sound": list(map(str, paths))} | args
   try:
-    generate._write_down_sounds(types.SimpleNamespace(**args), transcriber or Hearing())
+    args = types.SimpleNamespace(**args)
+    generate._write_down_sounds(args, generate._paths(args), transcriber or Hearing())
   except ConfigError as error:
     return out.buffer.getvalue().decode(), str(error)
   return out.buffer.getvalue().decode(), ""
@@ -278,10 +280,11 @@ def recorded(tmp_path):
 def test_a_sound_in_is_a_line_out(recorded, monkeypatch, capsys):
   """At the model's rate; cut if that is asked for."""
   paths = [recorded / f"{name}.wav" for name in ("b", "a")]
-  assert heard(monkeypatch, paths) == ("3200 samples\n1600 samples\n", "")
-  assert heard(monkeypatch, paths[:1], scores=True) == ("-0.5000\t3200 samples\n", "")
-  cut = heard(monkeypatch, [recorded / "long.wav"], too_long="cut")
-  assert cut == ("4000 samples\n", "")
+  lines = f"{paths[0]}\t3200 samples\n{paths[1]}\t1600 samples\n"
+  assert heard(monkeypatch, paths) == (lines, "")
+  assert heard(monkeypatch, paths[:1], scores=True) == (f"-0.5000\t{paths[0]}\t3200 samples\n", "")
+  long = recorded / "long.wav"
+  assert heard(monkeypatch, [long], too_long="cut") == (f"{long}\t4000 samples\n", "")
   said = "long.wav has 0.80 seconds, and the model hears the first 0.5 of them\n"
   assert capsys.readouterr().err.endswith(said)
 
@@ -294,7 +297,24 @@ def test_of_sounds_before_a_bad_one_nothing_is_lost(recorded, monkeypatch):
     ("long", "long.wav: it has 0.8 seconds, more than 0.5: cut it into parts, or set --too_long"),
   ):
     told, error = heard(monkeypatch, [recorded / f"{n}.wav" for n in ("a", name, "b")])
-    assert told == "1600 samples\n" and message in error and "\n" not in error
+    assert told == f"{recorded}/a.wav\t1600 samples\n"
+    assert message in error and "\n" not in error
+
+
+def test_sounds_may_be_named_on_the_standard_input(recorded, monkeypatch):
+  """A line each, in whatever bytes; empty ones are none, and no line at all is an error."""
+  paths = [os.fsencode(recorded) + name for name in (b"/\xff.wav", b"/b.wav")]
+  os.link(recorded / "a.wav", paths[0])
+  out = io.TextIOWrapper(io.BytesIO())
+  monkeypatch.setattr(sys, "stdout", out)
+  args = types.SimpleNamespace(scores=False, too_long="refuse", sound=[])
+  given = lambda lines: monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))
+  given(paths[0] + b"\n\r\n" + paths[1])
+  generate._write_down_sounds(args, generate._paths(args), Hearing())
+  assert [line.split(b"\t")[0] for line in out.buffer.getvalue().splitlines()] == paths
+  given(b"\n")
+  with pytest.raises(ConfigError, match="or paths of such on the standard input, one a line$"):
+    generate._paths(args)
 
 
 def test_sounds_are_heard_a_part_at_a_time(recorded, monkeypatch):

@@ -4,15 +4,22 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def _metrics() -> dict[str, Any]:
-  """By name, as WMT computes them: tokens of 13a, case kept, exponential smoothing."""
+def _metrics(lowercase: bool) -> dict[str, Any]:
+  """By name, as WMT computes them: tokens of 13a, exponential smoothing."""
   from sacrebleu import metrics  # Few runs read it.
 
-  return {"bleu": metrics.BLEU(), "chrf": metrics.CHRF()}
+  return {
+    "bleu": metrics.BLEU(lowercase=lowercase),
+    "chrf": metrics.CHRF(lowercase=lowercase),
+  }
 
 
-def corpus_scores(translations: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+def corpus_scores(
+  translations: Sequence[str], references: Sequence[str], *, lowercase: bool = False
+) -> dict[str, float]:
   """BLEU and chrF, in percent, of a corpus of raw texts, one reference each.
+
+  Case counts, as WMT has it, unless `lowercase`.
 
   Raises:
     ValueError: if there are none, or not as many of both.
@@ -24,14 +31,14 @@ def corpus_scores(translations: Sequence[str], references: Sequence[str]) -> dic
     raise ValueError(f"{len(translations)} translations of {len(references)} references")
   return {
     name: metric.corpus_score(list(translations), [list(references)]).score
-    for name, metric in _metrics().items()
+    for name, metric in _metrics(lowercase).items()
   }
 
 
-def signatures() -> dict[str, str]:
+def signatures(*, lowercase: bool = False) -> dict[str, str]:
   """How each of `corpus_scores` is computed: what is to be quoted with it."""
   signed = {}
-  for name, metric in _metrics().items():
+  for name, metric in _metrics(lowercase).items():
     # Only what has scored knows how many references there are.
     metric.corpus_score(["a"], [["a"]])
     signed[name] = str(metric.get_signature())

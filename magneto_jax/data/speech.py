@@ -119,6 +119,9 @@ class SpeechData:
       or the text is too long.
     unknown: how many have characters that the tokenizer has not; they are read as `unk_id`.
     shared: how many of the validation texts are training texts too.
+    alignable: whether the model has an alignment for each of the training, and of the validation
+      utterances; None: it has for all.
+    marks: which ids a model adds to every text.
     bad_records: the utterances that were left out: file, line in it, and what is wrong.
     identity: see `text.TextData`.
     mix: nothing.
@@ -134,6 +137,8 @@ class SpeechData:
   shared: int
   bad_records: tuple[str, ...]
   identity: Mapping[str, Any]
+  alignable: tuple[np.ndarray, np.ndarray] | None = None
+  marks: tuple[int, ...] = ()
   mix: None = None
 
   def describe(self) -> str:
@@ -150,6 +155,8 @@ class SpeechData:
       words += f"; {sum(self.too_long):,} are too long and skipped"
     if any(self.unknown):
       words += f"; {sum(self.unknown):,} have characters that are read as unknown"
+    if self.alignable and (without := sum(int(np.sum(~part)) for part in self.alignable)):
+      words += f"; {without:,} have more to say than a CTC has vectors for, and are left out"
     if self.shared:
       words += f"; {self.shared:,} of the validation texts are training texts too"
     return words
@@ -243,7 +250,7 @@ def load_speech(
       f"the {part} utterances are not those that this run was started with: bring them back, or use"
       " another workdir"
     )
-  texts = [tuple(_plain(words, TEXT_CASES[text_case]) for words in part.texts) for part in found]
+  texts = [tuple(plain(words, text_case) for words in part.texts) for part in found]
   made = text.SPEECH_TOKENIZERS[tokenizer](
     documents.Documents(
       size=len(texts[0]),
@@ -290,9 +297,9 @@ def load_speech(
   )
 
 
-def _plain(words: str, cased: Callable[[str], str]) -> str:
-  """A text of which nothing differs that nobody can hear."""
-  return " ".join(unicodedata.normalize("NFC", cased(words)).split())
+def plain(words: str, text_case: str) -> str:
+  """A text of which nothing differs that nobody can hear, as it is learned and judged."""
+  return " ".join(unicodedata.normalize("NFC", TEXT_CASES[text_case](words)).split())
 
 
 def _fitting(

@@ -21,7 +21,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from magneto_jax import sharding
-from magneto_jax.config import ConfigError, TrainConfig, speech_head
+from magneto_jax.config import ConfigError, TrainConfig, refuse_far_xpos, speech_head
 from magneto_jax.data import speech, speech_sources
 from magneto_jax.data.tokenizers import EOS_ID, CharTokenizer, Tokenizer
 from magneto_jax.decoding import Transcriber
@@ -111,6 +111,7 @@ def describe(config: TrainConfig, facts: Facts) -> list[str]:
 def build_model(config: TrainConfig, facts: Facts) -> Recognizer:
   """The config's encoder of sounds with its head over the data's vocabulary."""
   common.refuse_window(config)
+  refuse_far_xpos(config.model, length(config), "vectors of config.data.max_seconds")
   model, stacks, size = config.model, recipe(config, facts), facts["vocab_size"]
   policy = SpecAugment(**dataclasses.asdict(config.spec_augment))
   sizes = common.backbone(config)
@@ -209,9 +210,33 @@ def row_bytes(config: TrainConfig, model: Recognizer) -> int:
 def load_data(
   config: TrainConfig, directory: str | os.PathLike, expected: Mapping[str, Any] | None = None
 ) -> speech.SpeechData:
-  """Utterances and tokenizer; what is derived is kept in `directory`."""
+  """Utterances and tokenizer; what is derived is kept in `directory`.
+
+  Raises:
+    ConfigError: of a part no utterance has an alignment with its text; see `layers.is_alignable`.
+  """
   values = common.data_options(config.data, config.task)
-  return speech.load_speech(workdir=directory, expected=expected, **values)
+  data = speech.load_speech(workdir=directory, expected=expected, **values)
+  if _has_decoder(config):
+    return dataclasses.replace(data, marks=(data.tokenizer.eos_id,))
+  if config.model.speech_head != "ctc":
+    return data
+  alignable = tuple(_alignable(config, part) for part in (data.train, data.validation))
+  for which, of_part in zip(("training", "validation"), alignable, strict=True):
+    if not of_part.any():
+      raise ConfigError(
+        f"no {which} utterance has an alignment with its text: each has fewer vectors, of 40 ms,"
+        " than tokens; set data.tokenizer='sentencepiece' or model.speech_head='transducer'"
+      )
+  return dataclasses.replace(data, alignable=alignable)
+
+
+def _alignable(config: TrainConfig, part: speech.SpokenTokens) -> np.ndarray:
+  """[size], as `layers.is_alignable`: whether a sound has a vector for each token, and a blank."""
+  frames = frame_counts(part.samples, sample_rate=config.data.sample_rate)
+  vectors = FRONT_ENDS[config.model.front_end].lengths(frames)
+  needed = [len(ids) + int(np.sum(ids[1:] == ids[:-1])) for ids in part.tokens]
+  return (vectors >= np.array(needed)) & (vectors > 0)
 
 
 def facts(data: speech.SpeechData) -> Facts:
@@ -233,8 +258,8 @@ def planned_facts(config: TrainConfig) -> Facts:
       f"the characters of data.name={data.name!r} are not known without reading it: to plan, set"
       " data.tokenizer=sentencepiece, and data.vocab_size to as many"
     )
-  train = speech_sources.embedded(data.name, "train")
-  tokenizer = CharTokenizer.of(map(speech.TEXT_CASES[data.text_case], train.texts))
+  train = speech_sources.embedded(data.name, data.train_split)
+  tokenizer = CharTokenizer.of(speech.plain(words, data.text_case) for words in train.texts)
   return {"vocab_size": tokenizer.vocab_size}
 
 
@@ -307,12 +332,12 @@ def metrics(totals: Totals, data: speech.SpeechData, *, whole: bool) -> dict[str
   `layers.is_alignable`.
 
   Raises:
-    ValueError: no utterance can be scored.
+    ConfigError: no utterance of a part of the set can be scored.
   """
   if not totals["weight"]:
-    raise ValueError(
-      "no utterance has an alignment with its text: each has fewer vectors of 40 ms than tokens;"
-      " set data.tokenizer=sentencepiece or model.speech_head=transducer"
+    raise ConfigError(
+      "none of the utterances that were measured has an alignment with its text: set"
+      " config.eval_batches=0, to measure all"
     )
   found = mean_nats(totals, data, whole=whole)
   if totals["unscored"]:
@@ -321,12 +346,19 @@ def metrics(totals: Totals, data: speech.SpeechData, *, whole: bool) -> dict[str
 
 
 def unigram_nats(data: speech.SpeechData) -> float:
-  """Nats a token of the validation texts, by how often each token is in training; without marks."""
-  size = data.tokenizer.vocab_size
-  train, validation = (
-    np.bincount(np.concatenate(part.tokens), minlength=size)
-    for part in (data.train, data.validation)
-  )
+  """Nats a token of the validation texts, by how often each token is in training.
+
+  Of the texts and tokens that a model is measured by: the marks that it adds, and no text that has
+  no alignment.
+  """
+  size, counts = data.tokenizer.vocab_size, []
+  for i, part in enumerate((data.train, data.validation)):
+    texts = part.tokens
+    if data.alignable is not None:
+      texts = [ids for ids, has in zip(texts, data.alignable[i], strict=True) if has]
+    marks = np.array(data.marks * len(texts), int)
+    counts.append(np.bincount(np.concatenate([*texts, marks]), minlength=size))
+  train, validation = counts
   log_p = np.log((1 + train) / np.sum(1 + train))
   return float(-validation @ log_p / validation.sum())
 

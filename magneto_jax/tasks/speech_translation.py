@@ -21,10 +21,19 @@ def judge(
 ) -> tuple[dict[str, float], int]:
   """BLEU and chrF of translations of the validation set, and of how many utterances they are.
 
-  See `data.scores.signatures` for how they are computed.
+  Texts that are learned in small letters are judged so; see `signatures`.
   """
   found, references = speech.judged(config, model, variables, data, mesh)
-  return scores.corpus_scores(found, references), len(found)
+  return scores.corpus_scores(found, references, lowercase=_is_lower(config)), len(found)
 
 
-TASK: Task = speech_recognition.TASK._replace(judge=judge, signatures=scores.signatures)
+def signatures(config: TrainConfig) -> dict[str, str]:
+  """How these are computed."""
+  return scores.signatures(lowercase=_is_lower(config))
+
+
+def _is_lower(config: TrainConfig) -> bool:
+  return config.data.text_case == "lower"
+
+
+TASK: Task = speech_recognition.TASK._replace(judge=judge, signatures=signatures)

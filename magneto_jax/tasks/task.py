@@ -91,7 +91,7 @@ class Task(NamedTuple):
       metrics leave out or see changed.
     judge: `(config, model, variables, data, mesh) -> ({name: value}, number of texts)`: further
       metrics, of what the model writes by itself, at the end of a run; None: there are none.
-    signatures: `() -> {name: text}`: how those of them that are computed in several ways are.
+    signatures: `config -> {name: text}`: how those of them that are computed in several ways are.
     translator: `(config, model, variables, tokenizer) -> decoding.Translator`: what answers texts
       with texts; None: the model does not.
     transcriber: the same, a `decoding.Transcriber`, of what answers sounds with texts.
@@ -124,7 +124,7 @@ class Task(NamedTuple):
   picture: Callable[..., list[reporting.Row]] | None = None
   counts: Callable[[Data], dict[str, int]] = lambda data: {"samples": len(data.validation)}
   judge: Callable[..., tuple[dict[str, float], int]] | None = None
-  signatures: Callable[[], dict[str, str]] = dict
+  signatures: Callable[[TrainConfig], dict[str, str]] = lambda config: {}
   translator: Callable[..., Translator] | None = None
   transcriber: Callable[..., Transcriber] | None = None
   loss_name: str = "loss_nats_per_token"

@@ -164,7 +164,7 @@ def translator(
 ) -> Translator:
   """What translates as `config.beam` says, texts of at most as many tokens as the model learned."""
   search = dataclasses.asdict(config.beam)
-  del search["judged"]
+  del search["judged"], search["max_symbols"]
   return Translator(model, variables, tokenizer, longest=config.data.seq_length, **search)
 
 
@@ -223,5 +223,5 @@ TASK = Task(
   counts=counts,
   judge=judge,
   translator=translator,
-  signatures=scores.signatures,
+  signatures=lambda config: scores.signatures(),
 )

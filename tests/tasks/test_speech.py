@@ -5,6 +5,8 @@ import functools
 import json
 import subprocess
 import sys
+import textwrap
+import types
 
 import chex
 import jax
@@ -24,16 +26,16 @@ from magneto_jax.decoding import (
   ctc_beam_search,
   ctc_greedy,
 )
-from magneto_jax.layers import SpecAugment, frame_counts, log_mel, normalize_mel
+from magneto_jax.layers import SpecAugment, frame_counts, is_alignable, log_mel, normalize_mel
 from magneto_jax.models import CTCRecognizer, SpeechToText, StatelessPredictor, Transducer
 from magneto_jax.tasks import TASKS, speech
-from tests import reference
+from tests import reference, simulated
 from tests.models.common import compiled
 
 TASK, TRANSLATION = TASKS["speech_recognition"], TASKS["speech_translation"]
 HEADS = ("ctc", "transducer", "decoder")
 SMALL = {"layers": 1, "width": 16, "ffn_width": 16, "heads": 2, "mel_bins": 8}
-VOCAB = 9
+VOCAB = 10
 FACTS = {"vocab_size": VOCAB}
 
 
@@ -150,7 +152,7 @@ def test_a_step_is_of_the_mean_over_symbols():
 
 def test_a_set_without_any_alignment_is_told():
   totals = {"loss": 0.0, "weight": 0.0, "utterances": 2.0, "unscored": 2.0}
-  with pytest.raises(ValueError, match="no utterance has an alignment .*speech_head=transducer$"):
+  with pytest.raises(ConfigError, match="none of the utterances that were measured has an align"):
     TASK.metrics(totals, None, whole=True)
 
 
@@ -167,6 +169,7 @@ def test_a_set_without_any_alignment_is_told():
     ("transducer", {"model": {"encoder_layers": 2}}, "model.encoder_layers is not read without"),
     ("transducer", {"vocab_chunk": 3}, "config.vocab_chunk is not read without .*='decoder'"),
     ("decoder", {"model": {"joint_width": 9}}, "joint_width is not read without .*='transducer'"),
+    ("ctc", {"beam": {"max_symbols": 3}}, "max_symbols is not read without .*='transducer'"),
   ],
 )
 def test_what_a_head_does_not_read_is_refused(head, fields, message):
@@ -279,7 +282,7 @@ def loaded(tmp_path_factory):
   return config, TASK.load_data(config, tmp_path_factory.mktemp("data"))
 
 
-def test_planned_facts_and_batches_are_those_of_the_data(loaded):
+def test_planned_facts_and_batches_are_those_of_the_data(loaded, tmp_path):
   config, data = loaded
   assert TASK.planned_facts(config) == TASK.facts(data) == {"vocab_size": 46}
   batch = next(pipelines.train_iterator(data.train, batch_size=3, seed=0, augment=data.augment))
@@ -289,6 +292,8 @@ def test_planned_facts_and_batches_are_those_of_the_data(loaded):
   assert TASK.counts(data) == {"utterances": 49, "too_long": 0, "with_unknown_characters": 3}
   by = lambda **fields: TASK.planned_facts(config_of(data=fields))["vocab_size"]
   assert by(tokenizer="byte") == 260 and by(tokenizer="sentencepiece", vocab_size=300) == 300
+  part = {"train_split": "validation", "validation_split": "test", "text_case": "lower"}
+  assert by(**part) == TASK.facts(TASK.load_data(config_of(data=part), tmp_path))["vocab_size"]
   with pytest.raises(ConfigError, match="characters of data.name='own' are not known without"):
     by(name="own")
 
@@ -302,6 +307,65 @@ def test_the_baseline_is_of_how_often_each_token_was_seen(loaded):
   p = {token: (1 + seen.count(token)) / (46 + len(seen)) for token in set(others)}
   expected = -np.mean([np.log(p[token]) for token in others])
   assert TASK.baselines(data) == {"loss_nats_per_token": {"unigram": pytest.approx(expected)}}
+  # Of a decoder with the end of each text, and of a CTC without texts that have no alignment.
+  ends = [2] * len(data.validation)
+  p[2] = (1 + len(data.train)) / (46 + len(seen) + len(data.train))
+  others_p = {token: (1 + seen.count(token)) / (46 + len(seen) + len(data.train)) for token in p}
+  marked = dataclasses.replace(data, marks=(2,), alignable=None)
+  expected = -np.mean([np.log((others_p | {2: p[2]})[token]) for token in others + ends])
+  assert speech.unigram_nats(marked) == pytest.approx(expected)
+  one = np.arange(len(data.validation)) == 3
+  first = dataclasses.replace(data, alignable=(data.alignable[0], one))
+  ids = [i for i in data.validation[3]["tokens"] if i]
+  expected = -np.mean([np.log((1 + seen.count(i)) / (46 + len(seen))) for i in ids])
+  assert speech.unigram_nats(first) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("front_end", ["conv", "vgg", "conv2d"])
+def test_utterances_without_an_alignment_are_those_of_the_loss(front_end):
+  """Sounds of none to some vectors, each with every text."""
+  texts = ([], [4], [4, 4], [4, 4, 4], [5, 6, 5], [5, 5, 6, 6])
+  lengths = range(0, 4000, 180)
+  samples, tokens = zip(*((n, np.array(text, int)) for n in lengths for text in texts), strict=True)
+  part = types.SimpleNamespace(samples=np.array(samples), tokens=tokens)
+  found = speech._alignable(config_of("ctc", model={"front_end": front_end}), part)
+  vectors = speech.FRONT_ENDS[front_end].lengths(frame_counts(part.samples, sample_rate=8000))
+  padded = np.stack([np.pad(ids, (0, 4 - len(ids))) for ids in tokens])
+  expected = is_alignable(vectors, padded, np.array(list(map(len, tokens))))
+  np.testing.assert_array_equal(found, expected)
+  assert 0 < found.sum() < len(found)
+
+
+def test_utterances_without_an_alignment_are_told(loaded, tmp_path):
+  config, data = loaded
+  assert data.alignable[0].all() and "vectors" not in data.describe()
+  masks = tuple(np.arange(len(part)) > 2 for part in (data.train, data.validation))
+  told = dataclasses.replace(data, alignable=masks).describe()
+  assert "; 6 have more to say than a CTC has vectors for, and are left out" in told
+  transducer = config_of("transducer", data={"text_case": "lower"})
+  assert TASK.load_data(transducer, tmp_path).alignable is None
+
+
+def test_data_of_which_nothing_has_an_alignment_are_refused(tmp_path):
+  files = {}
+  for seed, which in enumerate(("train", "validation")):
+    soundfile.write(tmp_path / f"{which}.wav", sounds_of([900], seed=seed)[0], 8000)
+    (tmp_path / f"{which}.tsv").write_text(f"{which}.wav\tfar more than two letters\n")
+    files[f"{which}_files"] = str(tmp_path / f"{which}.tsv")
+  config = config_of("ctc", data={"name": "manifest", **files})
+  with pytest.raises(
+    ConfigError, match="^no training utterance has an alignment with its text: ea"
+  ):
+    TASK.load_data(config, tmp_path / "run")
+
+
+def test_positions_that_would_overflow_are_refused():
+  """Of vectors of a sound, not of tokens."""
+  config = config_of(model={"positions": "xpos", "xpos_scale_base": 1.2}, data={"seq_length": 64})
+  with pytest.raises(
+    ConfigError, match="serves 84 positions, and vectors of .*max_seconds=100: xP"
+  ):
+    TASK.build_model(config, FACTS)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -391,6 +455,30 @@ def test_one_beam_of_a_ctc_is_greedy_and_more_are_a_search():
     assert best.score == pytest.approx(float(found.scores_BW[0, 0]), rel=1e-5)
 
 
+@pytest.mark.ci
+@pytest.mark.parametrize("head", HEADS)
+def test_a_mesh_hears_what_one_device_hears(head):
+  """Rows on two devices, channels and vocabulary on two; rows that do not fit are filled up."""
+  program = f"""
+    import dataclasses, jax, numpy as np
+    from magneto_jax import sharding
+    from tests.tasks import test_speech
+    write = test_speech.transcriber({head!r}, 2, rows=3)
+    waves = [test_speech.sounds_of([n], seed=n)[0] for n in (900, 3300, 1700, 2100)]
+    expected = write(waves)
+    mesh = sharding.make_mesh({{"data": 2, "tensor": 2}})
+    placed = sharding.parameter_shardings(write.variables["params"], mesh)
+    params = jax.device_put(write.variables["params"], placed)
+    with sharding.use_mesh(mesh):
+      found = dataclasses.replace(write, variables={{"params": params}})(waves)
+    assert [[x.text for x in row] for row in found] == [[x.text for x in r] for r in expected]
+    score = lambda rows: np.array([x.score for row in rows for x in row])
+    np.testing.assert_allclose(score(found), score(expected), rtol=0, atol=1e-4)
+  """
+  command = [sys.executable, "-c", textwrap.dedent(program)]
+  subprocess.run(command, check=True, env=simulated.devices(4))
+
+
 def test_sounds_that_do_not_fit_are_refused():
   write = transcriber("ctc", 1)
   for samples in (0, 100, 3301):
@@ -448,9 +536,12 @@ def test_the_judge_compares_the_best_of_each_sound(rigged):
       "character_error_rate": scores.character_error_rate(texts[:count], references[:count]),
     }
     assert TASK.judge(asked, None, {}, data, None) == (rates, count)
-    expected = scores.corpus_scores(texts[:count], references[:count]), count
-    assert TRANSLATION.judge(asked, None, {}, data, None) == expected
-  assert TRANSLATION.signatures() == scores.signatures() and TASK.signatures() == {}
+    # Small letters are judged as such, and told.
+    found = scores.corpus_scores(texts[:count], references[:count], lowercase=True)
+    assert TRANSLATION.judge(asked, None, {}, data, None) == (found, count)
+  assert TRANSLATION.signatures(config) == scores.signatures(lowercase=True)
+  assert "case:lc" in TRANSLATION.signatures(config)["chrf"] and TASK.signatures(config) == {}
+  assert TRANSLATION.signatures(config_of()) == scores.signatures()
 
 
 def test_a_person_sees_spectrograms_and_answers(rigged):
@@ -546,10 +637,11 @@ def test_a_run_learns_resumes_is_evaluated_and_writes_down_a_file(tmp_path):
   write = TASK.transcriber(config, model, variables, tokenizer)
   waves = [sounds.read(tmp_path / name, sample_rate=8000, longest=8000)[:4000] for name in names]
   expected = [best.text for best, *_ in write(waves)]
-  assert result.stdout.splitlines() == expected[:2]
+  lines = [f"{tmp_path / name}\t{text}" for name, text in zip(names, expected, strict=True)]
+  assert result.stdout.splitlines() == lines[:2]
   more = [*command, *asked, "--too_long=cut", "--scores", f"--sound={tmp_path / 'bad.wav'}"]
   result = subprocess.run(more, capture_output=True, text=True, cwd=tmp_path)
-  assert [line.split("\t")[1] for line in result.stdout.splitlines()] == expected
+  assert [line.split("\t", 1)[1] for line in result.stdout.splitlines()] == lines
   cut, error = result.stderr.splitlines()
   assert cut.endswith("long.wav has 0.80 seconds, and the model hears the first 0.5 of them")
   assert result.returncode == 2 and "bad.wav: it is no WAV, FLAC, Ogg" in error
