@@ -518,10 +518,10 @@ def rigged(loaded, monkeypatch):
   config, data = loaded
 
   def told(self, waves):
-    return [[Translation(f"{len(wave)} samples", -1.0)] for wave in waves]
+    return [[Translation(f"{len(wave)} Samples", -1.0)] for wave in waves]
 
   monkeypatch.setattr(Transcriber, "__call__", told)
-  texts = [f"{int(data.validation[i]['wave_lengths'])} samples" for i in range(49)]
+  texts = [f"{int(data.validation[i]['wave_lengths'])} Samples" for i in range(49)]
   return config, data, texts
 
 
