@@ -74,6 +74,12 @@ _HEARD = {
   "most": {"train": {"character_error_rate": 5.0}},
 }
 
+# Of tasks of images and texts: masked data modelling comes before them.
+_AFTER_PRETRAINING = {
+  "needs": ("masked_data",),
+  "flags": lambda workdirs: [f"--config.init_from={workdirs['masked_data']}"],
+}
+
 ENTRIES: dict[str, Entry] = {
   "causal_lm": Entry(
     config="configs/gpt.py:tiny",
@@ -159,6 +165,67 @@ ENTRIES: dict[str, Entry] = {
     least={"codebook_perplexity": 16.0},
     needs=("image_tokenizer",),
     flags=lambda workdirs: [f"--config.image_tokenizer={workdirs['image_tokenizer']}"],
+  ),
+  "image_tokenizer_emoji": Entry(
+    config="configs/image_tokenizer.py:emoji",
+    metric="mean_squared_error",
+    target=0.08,
+    higher_is_better=False,
+    baselines=lambda summary, workdir: {
+      "plain_patches": summary["validation_mean_squared_error_of_plain_patches"]
+    },
+    least={"codebook_perplexity": 32.0},
+  ),
+  "masked_data": Entry(
+    config="configs/beit3.py:tiny",
+    metric="pair_text_accuracy",
+    target=0.25,
+    higher_is_better=True,
+    # The commonest token, and the model itself where it is not given the image.
+    baselines=lambda summary, workdir: {
+      "commonest_token": summary["validation_pair_text_commonest_token"],
+      "without_image": summary["validation_pair_text_accuracy_without_image"],
+    },
+    beside=lambda summary, workdir: {
+      name: summary[f"validation_pair_image_{name}"]
+      for name in ("accuracy", "accuracy_without_text", "commonest_token_of_the_place")
+    },
+    needs=("image_tokenizer_emoji",),
+    flags=lambda workdirs: [f"--config.image_tokenizer={workdirs['image_tokenizer_emoji']}"],
+  ),
+  "image_text_retrieval": Entry(
+    config="configs/beit3.py:retrieval_tiny",
+    metric="image_recall_at_10",
+    target=19.2,
+    higher_is_better=True,
+    # A random order of all images.
+    baselines=lambda summary, workdir: summary["baselines"]["image_recall_at_10"],
+    least={"text_recall_at_10": 19.2},
+    **_AFTER_PRETRAINING,
+  ),
+  "image_captioning": Entry(
+    config="configs/beit3.py:captioning_tiny",
+    metric="keyword_f1",
+    target=5.0,
+    higher_is_better=True,
+    # The commonest training caption, whose chrF is the bound.
+    baselines=lambda summary, workdir: summary["baselines"]["keyword_f1"],
+    least={"chrf": 9.4},
+    **_AFTER_PRETRAINING,
+  ),
+  "visual_question_answering": Entry(
+    config="configs/beit3.py:vqa_tiny",
+    metric="accuracy",
+    target=0.55,
+    higher_is_better=True,
+    # The commonest answer of each type of question.
+    baselines=lambda summary, workdir: summary["baselines"]["accuracy"],
+    beside=lambda summary, workdir: {
+      f"{metric} of {name}": value
+      for metric, others in summary["baselines"].items()
+      for name, value in {"the model": summary[f"validation_{metric}"], **others}.items()
+    },
+    **_AFTER_PRETRAINING,
   ),
   "speech_recognition_ctc": Entry(config="configs/speech.py:ctc", **_HEARD),
   "speech_recognition_transducer": Entry(config="configs/speech.py:transducer", **_HEARD),

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -26,6 +27,7 @@ from magneto_jax.config import (
   from_config_dict,
   unknown_field,
 )
+from magneto_jax.data import image_files
 from magneto_jax.data.documents import BadRecord
 from magneto_jax.preemption import Preempted
 
@@ -133,10 +135,26 @@ def define_hosts_flags() -> Callable[[], None]:
   return join
 
 
-def run(main: Callable[[], None]) -> None:
+def read_image(path: str) -> np.ndarray:
+  """The pixels, uint8 [H, W, 3], of a file that a person named; ConfigError if it has none."""
+  try:
+    return image_files.read(path)
+  except FileNotFoundError:
+    raise ConfigError(f"{path}: there is no such file") from None
+  except IsADirectoryError:
+    raise ConfigError(f"{path} is a folder: name a file") from None
+  except (BadRecord, OSError) as error:
+    raise ConfigError(str(error)) from None
+
+
+def run(main: Callable[..., None], *, words: bool = False) -> None:
   """Runs a command; what the user can mend ends in one line on stderr and exit code 2.
 
   Numbers that are no longer finite end in a line and DIVERGED.
+
+  Args:
+    main: the command.
+    words: whether it takes what is no flag, as a list; else there may be none.
   """
 
   def guarded(argv):
@@ -144,9 +162,9 @@ def run(main: Callable[[], None]) -> None:
     # Orbax tells with a traceback what it then raises.
     logging.get_absl_logger().addFilter(lambda r: not (r.exc_info and "orbax" in r.pathname))
     try:
-      if argv[1:]:
+      if argv[1:] and not words:
         raise ConfigError(f"{argv[1]!r} is not a flag: flags are --name=value")
-      main()
+      main(*[argv[1:]] if words else [])
     except (ConfigError, OSError, BadRecord) as error:
       fail(str(error))
     except FloatingPointError as error:

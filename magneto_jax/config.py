@@ -129,6 +129,18 @@ class ModelConfig(_Checked):
   image_vocab_size: int = _positive(
     8192, "how many tokens there are for patches of images", _LONGEST
   )
+  shared_attention: bool = _field(
+    False,
+    "whether images and texts share the attention, as in BEiT-3's paper; in its released models"
+    " each has its own",
+  )
+  fusion_layers: int = _field(
+    0,
+    "of how many of the top layers the feed-forward network has an expert more, which both parts of"
+    " a pair pass; 3 in BEiT-3's paper, 0 in its released models",
+    min=0,
+    max=_MOST_LAYERS,
+  )
   codebook_width: int = _positive(32, "numbers in a code of an image tokenizer", _WIDEST)
   codebook_decay: float = _rate(0.99, "of a code towards what chooses it, a step")
   codebook_redraw: float = _rate(
@@ -143,6 +155,9 @@ class ModelConfig(_Checked):
     "first",
     "what a classifier reads: the first token, which images have with `first` alone, or the mean",
     choices=("first", "mean"),
+  )
+  scale_max: float = _field(
+    0.0, "the most that products of features are multiplied by, 100 in CLIP; 0: any", min=0.0
   )
   speech_head: str = _field(
     "ctc",
@@ -218,23 +233,39 @@ class ModelConfig(_Checked):
 
 
 _LANGUAGE_MODELS = ("causal_lm", "masked_lm")
-_TEXT_TASKS = (*_LANGUAGE_MODELS, "text_classification", "translation", "beit3")
+_TEXT_TASKS = (*_LANGUAGE_MODELS, "text_classification", "translation")
 _IMAGE_TASKS = ("image_classification", "image_tokenizer", "masked_image")
 _SPEECH_TASKS = ("speech_recognition", "speech_translation")
-# All that have a tokenizer.
-_TOKEN_TASKS = (*_TEXT_TASKS, *_SPEECH_TASKS)
+# Of captions: images and texts, which may be of one source; and of questions and statements.
+_CAPTION_TASKS = ("masked_data", "image_text_retrieval", "image_captioning")
+_PICTURE_TASKS = (*_CAPTION_TASKS, "visual_question_answering", "visual_reasoning")
+# What masked data modelling is for.
+_DOWNSTREAM_TASKS = tuple(name for name in _PICTURE_TASKS if name != "masked_data")
+# All that have a tokenizer, and those whose tokenizer may be of characters.
+_TOKEN_TASKS = (*_TEXT_TASKS, *_SPEECH_TASKS, *_PICTURE_TASKS)
+_CHARACTER_TASKS = (*_SPEECH_TASKS, *_PICTURE_TASKS)
 
 # Fields, or groups of them, that some tasks alone read, and which.
 OF_SOME_TASKS: dict[str, tuple[str, ...]] = {
-  "init_from": ("text_classification", "image_classification", *_SPEECH_TASKS),
+  "init_from": (
+    "text_classification",
+    "image_classification",
+    *_SPEECH_TASKS,
+    *_DOWNSTREAM_TASKS,
+  ),
   "sample_prompt": ("causal_lm",),
   "sample_temperature": ("causal_lm",),
-  "beam": ("translation", *_SPEECH_TASKS),
+  "beam": ("translation", *_SPEECH_TASKS, "image_captioning"),
+  "beam.max_ratio": ("translation", *_SPEECH_TASKS),
+  "beam.max_extra": ("translation", *_SPEECH_TASKS),
   "beam.max_symbols": ("speech_recognition",),
   "model.encoder_layers": ("translation", "image_tokenizer", *_SPEECH_TASKS),
-  "model.image_size": ("beit3", *_IMAGE_TASKS),
-  "model.patch_size": ("beit3", *_IMAGE_TASKS),
-  "model.image_vocab_size": ("beit3", "image_tokenizer", "masked_image"),
+  "model.image_size": (*_IMAGE_TASKS, *_PICTURE_TASKS),
+  "model.patch_size": (*_IMAGE_TASKS, *_PICTURE_TASKS),
+  "model.image_vocab_size": ("image_tokenizer", "masked_image", "masked_data"),
+  "model.shared_attention": _PICTURE_TASKS,
+  "model.scale_max": ("image_text_retrieval",),
+  "model.fusion_layers": _PICTURE_TASKS,
   "model.codebook_width": ("image_tokenizer",),
   "model.codebook_decay": ("image_tokenizer",),
   "model.codebook_redraw": ("image_tokenizer",),
@@ -250,19 +281,33 @@ OF_SOME_TASKS: dict[str, tuple[str, ...]] = {
   "model.predictor_width": ("speech_recognition",),
   "model.ctc_weight": _SPEECH_TASKS,
   "spec_augment": _SPEECH_TASKS,
-  "model.tied_embeddings": (*_LANGUAGE_MODELS, "translation", "beit3", *_SPEECH_TASKS),
-  "image_tokenizer": ("masked_image",),
-  "data.mask_rate": ("masked_lm", "masked_image"),
-  "data.mask_block": ("masked_image",),
-  "data.mask_keep": ("masked_lm",),
-  "data.mask_random": ("masked_lm",),
+  "model.tied_embeddings": (*_LANGUAGE_MODELS, "translation", "masked_data", *_SPEECH_TASKS),
+  "image_tokenizer": ("masked_image", "masked_data"),
+  "data.mask_rate": ("masked_lm", "masked_image", "masked_data", "image_captioning"),
+  "data.mask_block": ("masked_image", "masked_data"),
+  "data.mask_keep": ("masked_lm", "masked_data", "image_captioning"),
+  "data.mask_random": ("masked_lm", "masked_data", "image_captioning"),
+  "data.text_mask_rate": ("masked_data",),
+  "data.pair_text_mask_rate": ("masked_data",),
+  "data.composition": ("masked_data",),
+  "data.text_source": ("masked_data",),
+  "data.text_source_files": ("masked_data",),
+  "data.image_source": ("masked_data",),
+  "data.image_source_files": ("masked_data",),
+  "data.keywords": _CAPTION_TASKS,
+  "data.least_answers": ("visual_question_answering",),
   "data.document_separator": _LANGUAGE_MODELS,
-  "data.cache_dir": (*_LANGUAGE_MODELS, "translation", *_SPEECH_TASKS),
+  "data.cache_dir": (*_LANGUAGE_MODELS, "translation", *_SPEECH_TASKS, "masked_data"),
   "data.tokenizer": _TOKEN_TASKS,
   "data.vocab_size": _TOKEN_TASKS,
   "data.tokenizer_file": _TOKEN_TASKS,
   "data.seq_length": _TOKEN_TASKS,
-  "data.text_key": (*_LANGUAGE_MODELS, "text_classification", *_SPEECH_TASKS),
+  "data.text_key": (
+    *_LANGUAGE_MODELS,
+    "text_classification",
+    *_SPEECH_TASKS,
+    *_CAPTION_TASKS,
+  ),
   "data.text_case": _SPEECH_TASKS,
   "data.audio_key": _SPEECH_TASKS,
   "data.sample_rate": _SPEECH_TASKS,
@@ -274,11 +319,11 @@ OF_SOME_TASKS: dict[str, tuple[str, ...]] = {
   "data.label_key": ("text_classification", "image_classification"),
   "data.label_scale": ("text_classification",),
   "data.regression": ("text_classification",),
-  "data.too_long": ("text_classification", "translation", *_SPEECH_TASKS),
-  "data.image_key": _IMAGE_TASKS,
-  "data.normalization": _IMAGE_TASKS,
-  "data.eval_crop": _IMAGE_TASKS,
-  "data.augment": _IMAGE_TASKS,
+  "data.too_long": ("text_classification", "translation", *_SPEECH_TASKS, *_PICTURE_TASKS),
+  "data.image_key": (*_IMAGE_TASKS, *_CAPTION_TASKS),
+  "data.normalization": (*_IMAGE_TASKS, *_PICTURE_TASKS),
+  "data.eval_crop": (*_IMAGE_TASKS, *_PICTURE_TASKS),
+  "data.augment": (*_IMAGE_TASKS, *_PICTURE_TASKS),
   "data.augment.erase": ("image_classification",),
   "data.augment.mixup": ("image_classification",),
   "data.augment.cutmix": ("image_classification",),
@@ -300,6 +345,7 @@ OWN_FILES = {
   "pair_files": ("translation",),
   "image_folder": _IMAGE_TASKS,
   "manifest": _SPEECH_TASKS,
+  "pairs_jsonl": _PICTURE_TASKS,
 }
 
 
@@ -383,6 +429,24 @@ class AugmentConfig(_Checked):
 
 
 @dataclasses.dataclass(frozen=True)
+class CompositionConfig(_Checked):
+  """What a row of a batch of masked data is of; 0 leaves a part out. See `data.masked_pairs`."""
+
+  _group = "data.composition."
+
+  pairs: int = _field(1, "pairs of an image and a text in a row", min=0, max=2**16)
+  images: int = _field(1, "images alone", min=0, max=2**16)
+  texts: int = _field(1, "texts alone", min=0, max=2**16)
+
+  def __post_init__(self):
+    super().__post_init__()
+    if not (self.pairs or self.images or self.texts):
+      raise ConfigError(
+        "config.data.composition has neither pairs nor images nor texts: set one to 1 at least"
+      )
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig(_Checked):
   """Where texts and images come from, how texts become tokens and images arrays."""
 
@@ -392,12 +456,13 @@ class DataConfig(_Checked):
     "embedded",
     "`embedded`, `text_files`, `pair_files` (translation), `embedded/mnist5k`, `embedded/emoji`,"
     " `image_folder` (images), `embedded/en`, `embedded/fr`, `embedded/fr-en`, `manifest` (speech),"
-    " or the name of a TFDS data set",
+    " `embedded/emoji/en`, `embedded/emoji/de`, `embedded/emoji/en+de`, `pairs_jsonl` (images with"
+    " texts), or the name of a TFDS data set",
   )
   train_files: str = _field(
     "",
-    "files or globs of name=text_files, pair_files or manifest, separated by commas; of"
-    " name=image_folder a folder that holds a folder for each class",
+    "files or globs of name=text_files, pair_files, manifest or pairs_jsonl, separated by commas;"
+    " of name=image_folder a folder that holds a folder for each class",
   )
   validation_files: str = _field("", "the same; empty: a part of the training data")
   test_files: str = _field("", "the same, of the split `test` (magneto_jax.evaluate)")
@@ -418,13 +483,14 @@ class DataConfig(_Checked):
   too_long: str = _field(
     "refuse",
     "what is done with a text of more than seq_length tokens, or a sound of more than max_seconds:"
-    " end the run, skip it and tell how many there are (translation, speech), or truncate it, the"
-    " longer of two first (classification)",
+    " end the run, skip it and tell how many there are (translation, speech, images with texts), or"
+    " truncate it (images with texts), the longer of two first (classification)",
     choices=("refuse", "skip", "truncate"),
   )
   tokenizer: str = _field(
     "sentencepiece",
-    "kind of tokens; `char`, the characters of the training texts, is of speech tasks",
+    "kind of tokens; `char`, the characters of the training texts, is of speech and of images with"
+    " texts",
     choices=("sentencepiece", "byte", "char"),
   )
   vocab_size: int = _field(1024, "pieces to train (sentencepiece)", min=8, max=_LONGEST)
@@ -462,7 +528,7 @@ class DataConfig(_Checked):
   augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
   mask_rate: float = _field(
     0.15,
-    "share of a masked model's tokens, or of an image's patches, that are predicted",
+    "share of a masked model's or a caption's tokens, or of an image's patches, that are predicted",
     above=0.0,
     below=1.0,
   )
@@ -472,6 +538,30 @@ class DataConfig(_Checked):
   )
   mask_block: int = _positive(
     16, "patches of the smallest block of an image that is hidden as one", _LONGEST
+  )
+  text_mask_rate: float = _field(
+    0.15, "share of the tokens of a text without an image", above=0.0, below=1.0
+  )
+  pair_text_mask_rate: float = _field(
+    0.5, "share of the tokens of a pair's text", above=0.0, below=1.0
+  )
+  composition: CompositionConfig = dataclasses.field(default_factory=CompositionConfig)
+  text_source: str = _field(
+    "", "as `name`, of the texts alone: one of texts or of TFDS; empty: the texts of the pairs"
+  )
+  text_source_files: str = _field("", "files or globs of text_source=text_files")
+  image_source: str = _field(
+    "", "as `name`, of the images alone: one of images or of TFDS; empty: the images of the pairs"
+  )
+  image_source_files: str = _field("", "the folder of image_source=image_folder")
+  keywords: bool = _field(
+    False, "whether an emoji's keywords are a text of it, too, beside its name"
+  )
+  least_answers: int = _field(
+    0,
+    "how many training questions have an answer that is known, at least; 0: 9 of one's own"
+    " questions, as of VQAv2, and 1 of generated ones",
+    min=0,
   )
   cache_dir: str = _field(
     "", "where token files, and what TFDS sounds hold, are kept; empty: in the workdir"
@@ -491,6 +581,13 @@ class DataConfig(_Checked):
         raise ConfigError(
           f"data.{name} are not read with data.name={self.name!r}: set"
           f" data.name={' or '.join(OWN_FILES)}"
+        )
+    for kind, own in (("text", "text_files"), ("image", "image_folder")):
+      source, names = getattr(self, f"{kind}_source"), getattr(self, f"{kind}_source_files")
+      if bool(names) != (source == own):
+        raise ConfigError(
+          f"data.{kind}_source_files={names!r} and data.{kind}_source={source!r} do not agree,"
+          f" as {own} needs files and no other source reads any"
         )
     if self.mask_keep + self.mask_random > 1:
       raise ConfigError(
@@ -531,6 +628,9 @@ class OptimizerConfig(_Checked):
     "factor of the updates from each layer to the one below it, down to the embedding; 1: none",
     above=0.0,
     max=1.0,
+  )
+  head_rate: float = _field(
+    1.0, "factor of the updates of a model's head, on top of its encoder; 1: none", above=0.0
   )
   clip_norm: float = _field(0.0, "global gradient norm to clip at; 0: no clipping", min=0.0)
   schedule: str = _field("cosine", "after the warm-up", choices=tuple(SCHEDULES))
@@ -600,10 +700,14 @@ TASK_NAMES = [
   "masked_lm",
   "text_classification",
   "translation",
-  "beit3",
   "image_classification",
   "image_tokenizer",
   "masked_image",
+  "masked_data",
+  "image_text_retrieval",
+  "image_captioning",
+  "visual_question_answering",
+  "visual_reasoning",
   "speech_recognition",
   "speech_translation",
 ]
@@ -621,7 +725,11 @@ class BeamConfig(_Checked):
   length_penalty: float = _field(
     1.0, "power of the length that a score is divided by; 0: sums", min=0.0, max=100.0
   )
-  penalty: str = _field("length", "of the length: |y|^p, or GNMT's", choices=("length", "gnmt"))
+  penalty: str = _field(
+    "length",
+    "of the length: |y|^p, GNMT's, or (1 + |y|)^p, which counts the bos",
+    choices=("length", "gnmt", "with_bos"),
+  )
   min_length: int = _field(1, "tokens before the end, at least", min=0, max=_LONGEST)
   max_ratio: float = _field(
     1.2, "the same at most, for each token of the source, or vector of a sound", min=0.0, max=1e3
@@ -796,10 +904,10 @@ class TrainConfig(_Checked):
         f"config.data.name={self.data.name!r} is not read with config.task={self.task!r}, only with"
         f" {' and '.join(map(repr, reading))}" + "".join(f": set data.name={name}" for name in own)
       )
-    if self.data.tokenizer == "char" and self.task in set(_SHIPPED_TASKS) - set(_SPEECH_TASKS):
+    if self.data.tokenizer == "char" and self.task in set(_SHIPPED_TASKS) - set(_CHARACTER_TASKS):
       raise ConfigError(
         f"config.data.tokenizer='char' is not read with config.task={self.task!r}, only with"
-        f" {' and '.join(map(repr, _SPEECH_TASKS))}: set sentencepiece or byte"
+        f" {' and '.join(map(repr, _CHARACTER_TASKS))}: set sentencepiece or byte"
       )
     if self.keep_best and self.eval_every % self.checkpoint_every:
       raise ConfigError(
@@ -923,6 +1031,8 @@ RESUMABLE = (
   "data.train_files",
   "data.validation_files",
   "data.test_files",
+  "data.text_source_files",
+  "data.image_source_files",
   "data.tokenizer_file",
   # A run may go on on other machines: what is computed is the same up to the order of sums.
   "mesh.slices",

@@ -216,11 +216,13 @@ def measurer(
 
 
 def calls_of(task, model: nn.Module) -> Callable[[Any, jax.Array], Call]:
-  """How a task calls the model on a batch, for `examine`."""
+  """How a task calls its model on what it has `observed` of a batch, for `examine`."""
 
   def call(batch, rng: jax.Array) -> Call:
+    batch = task.weigh(model, task.observed(batch))
+
     def mean_loss(output):
-      loss_sum, weight_sum = task.score(output, task.weigh(model, batch))
+      loss_sum, weight_sum = task.score(output, batch)
       return loss_sum / weight_sum
 
     return Call(*task.inputs(batch), mean_loss, rng)

@@ -301,12 +301,13 @@ def evaluate(opened: Opened, split: str = "validation") -> dict[str, Any]:
       scores, counts = scores | judged, counts | {"judged": texts}
   for name, value in scores.items():
     refuse_unless_finite(value, f"{name} of the split {split!r}", opened)
+  searches = task.translator or task.transcriber or task.captioner
   return opened.result(
     started,
     split=split,
     metrics=in_other_words(scores),
     signatures=task.signatures(config),
-    **({"beam": dataclasses.asdict(config.beam)} if task.translator or task.transcriber else {}),
+    **({"beam": dataclasses.asdict(config.beam)} if searches else {}),
     counts=counts,
     bad_records=len(data.bad_records),
   )

@@ -4,13 +4,17 @@ A language model continues `--prompt`. A model that translates does so with the 
 standard input, UTF-8, one text a line; an empty line stays one. Lines are read and written in
 parts, so that a file of any size passes. A model of speech writes what it hears in each `--sound`,
 or in each file that a line of the standard input names, as lines of a manifest: path, tab, text.
+A model of captions does so with what each `--image` shows, one that answers questions with its
+answer to `--question` about each; one that compares two images says whether what `--question`
+states is true of the first two, of the next two, and so on.
 """
 
 import dataclasses
+import functools
 import itertools
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +25,7 @@ from magneto_jax import cli, decoding, runs
 from magneto_jax.config import BeamConfig, ConfigError, config_errors
 from magneto_jax.data import sounds
 from magneto_jax.models.language import CausalLM
-from magneto_jax.tasks import TASKS
+from magneto_jax.tasks import TASKS, Task, vision_language
 
 # The flags that only some kinds of model read; those of searches with their field of `beam`.
 _OF_PROMPTS = ("prompt", "tokens", "samples", "temperature", "top_k", "top_p", "seed")
@@ -34,8 +38,13 @@ _OF_BEAMS = {
 }
 _OF_LINES = (*_OF_BEAMS, "scores", "too_long")
 _OF_SOUNDS = (*_OF_LINES, "sound")
-# Lines, or sounds, that are read at once, in searches together: sorted, they waste less.
+_OF_IMAGES = ("beam_size", "length_penalty", "penalty", "scores", "image")
+_OF_QUESTIONS = ("scores", "image", "question")
+_OF_SOME = dict.fromkeys((*_OF_PROMPTS, *_OF_SOUNDS, *_OF_IMAGES, *_OF_QUESTIONS))
+# Lines, sounds or images that are read at once, in searches together: sorted, they waste less.
 _SEARCHES = 16
+_OF_KIND = {"sound": "WAV, FLAC, Ogg or MP3", "image": "JPEG, PNG, WebP, BMP or GIF"}
+_OR_LINES = "Without it paths are read, one a line."
 # Seconds of a sound that is read to be cut.
 _LONGEST = 3600
 
@@ -65,10 +74,12 @@ def main() -> None:
     "too_long", "refuse", ["refuse", "cut"], "What to do with what the model cannot hold."
   )
   flags.DEFINE_multi_string(
-    "sound",
-    [],
-    "A WAV, FLAC, Ogg or MP3 file to hear; may be repeated. Without it paths are read, one a line.",
+    "sound", [], f"A {_OF_KIND['sound']} file to hear; may be repeated. {_OR_LINES}"
   )
+  flags.DEFINE_multi_string(
+    "image", [], f"A {_OF_KIND['image']} file to look at; may be repeated. {_OR_LINES}"
+  )
+  flags.DEFINE_string("question", "", "What is asked about it, or stated about two of them.")
   run_task_file = cli.define_task_file_flag()
   cli.run(lambda: run(flags.FLAGS, run_task_file))
 
@@ -81,22 +92,44 @@ def run(args, run_task_file: Callable[[], None]) -> None:
   tokenizer = runs.load_tokenizer(args.workdir)
   config = runs.read_record(args.workdir).config
   task = TASKS[config.task]
-  read = _OF_SOUNDS if task.transcriber else _OF_LINES if task.translator else _OF_PROMPTS
-  for name in (*_OF_PROMPTS, *_OF_SOUNDS):
+  read = _read_with(task)
+  for name in _OF_SOME:
     if args[name].present and name not in read:
       raise ConfigError(f"--{name} is not read with a model of config.task={config.task!r}")
-  paths = _paths(args) if task.transcriber else None
+  if task.answerer and not args.question.strip():
+    raise ConfigError('give --question="...", what is asked about the image, or stated')
+  kind = "sound" if task.transcriber else "image" if task.captioner or task.answerer else ""
+  paths = _paths(kind, args[kind].value) if kind else iter(())
   given = {name: args[flag].value for flag, name in _OF_BEAMS.items() if args[flag].present}
   config = dataclasses.replace(config, beam=dataclasses.replace(config.beam, **given))
   model, variables = runs.load(args.workdir, step=args.step)
   if task.transcriber:
     _write_down_sounds(args, paths, task.transcriber(config, model, variables, tokenizer))
+  elif task.captioner:
+    see = vision_language.see(config)
+    _describe_images(args, paths, task.captioner(config, model, variables, tokenizer), see)
+  elif task.answerer:
+    held = runs.held_record(args.workdir).data
+    _answer_about_images(args, paths, task.answerer(config, model, variables, tokenizer, held))
   elif task.translator:
     _translate_lines(args, task.translator(config, model, variables, tokenizer))
   elif isinstance(model, CausalLM):
     _continue_prompt(args, model, variables, tokenizer)
   else:
     raise ConfigError(f"a model of config.task={config.task!r} writes no text")
+
+
+def _read_with(task: Task) -> Sequence[str]:
+  """The flags that a task's models read, of those that only some do."""
+  for writer, names in (
+    (task.transcriber, _OF_SOUNDS),
+    (task.captioner, _OF_IMAGES),
+    (task.answerer, _OF_QUESTIONS),
+    (task.translator, _OF_LINES),
+  ):
+    if writer:
+      return names
+  return _OF_PROMPTS
 
 
 def _continue_prompt(args, model: CausalLM, variables, tokenizer) -> None:
@@ -137,21 +170,50 @@ def _write_down_sounds(args, paths: Iterator[str], transcriber: decoding.Transcr
   _answer(args, paths, transcriber.rows * _SEARCHES, read, transcriber, name=lambda path: path)
 
 
-def _paths(args) -> Iterator[str]:
-  """The sounds that flags name, or else lines of the standard input, in whatever bytes names are.
+def _describe_images(
+  args,
+  paths: Iterator[str],
+  captioner: decoding.Captioner,
+  see: Callable[[np.ndarray], np.ndarray],
+) -> None:
+  """Writes a line for each image, in their order."""
+  read = lambda path: see(cli.read_image(path))
+  _answer(args, paths, captioner.rows * _SEARCHES, read, captioner, name=lambda path: path)
+
+
+def _answer_about_images(args, paths: Iterator[str], answerer: decoding.Answerer) -> None:
+  """Writes a line for each image, or for each two, in their order."""
+  paths, each = list(paths), answerer.images
+  if len(paths) % each:
+    raise ConfigError(
+      f"{len(paths)} images are given, and the model compares two: give two, or several times two"
+    )
+  asked = zip(*[iter(paths)] * each, strict=True)
+
+  def read(paths: Sequence[str]):
+    seen = tuple(map(cli.read_image, paths))
+    return seen if each > 1 else seen[0]
+
+  with config_errors():
+    answer = functools.partial(answerer, question=args.question)
+    _answer(args, asked, answerer.rows * _SEARCHES, read, answer, name="\t".join)
+
+
+def _paths(kind: str, given: Sequence[str]) -> Iterator[str]:
+  """The files that flags name, or else lines of the standard input, in whatever bytes names are.
 
   Raises:
     ConfigError: there is none.
   """
-  if args.sound:
-    return iter(args.sound)
+  if given:
+    return iter(given)
   lines = () if sys.stdin.isatty() else sys.stdin.buffer
   paths = filter(None, (os.fsdecode(line).rstrip("\r\n") for line in lines))
   for first in paths:
     return itertools.chain([first], paths)
   raise ConfigError(
-    "give --sound=FILE, of a WAV, FLAC, Ogg or MP3 file, or paths of such on the standard input,"
-    " one a line"
+    f"give --{kind}=FILE, of a {_OF_KIND[kind]} file, or paths of such on the standard input, one a"
+    " line"
   )
 
 

@@ -1,6 +1,7 @@
 """AdamW, its decay masks, its learning-rate schedules, and rates by layer (all optax)."""
 
 import re
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,8 @@ _BEIT_DECAYED = (*DECAYED, "mask_token", "relative_bias", "patch_relative_bias")
 _BEFORE_LAYERS = re.compile(
   r"(.*/)?(front_end|patch_embedding|(token|text|position)_embedding(s_\w+)?|embedding_norm)/.*"
 )
+# What stands on an encoder: modules and parameters of that name. Layers have scales of heads, too.
+_HEADS = re.compile(r"(?!.*segment_\d)(.*/)?head_\w+(/.*)?")
 
 
 def decay_mask(params) -> dict:
@@ -103,6 +106,7 @@ def adamw(
   clip_norm: float = 0.0,
   decay: str = "matrices",
   layer_decay: float = 1.0,
+  head_rate: float = 1.0,
 ) -> optax.GradientTransformation:
   """AdamW behind a clip of the global gradient norm.
 
@@ -114,6 +118,7 @@ def adamw(
     decay: what decays, one of DECAY_MASKS: `matrices` (`decay_mask`), `all`, as fairseq does, or
       `beit` (`beit_decay_mask`).
     layer_decay: see `layer_scales`; 1 for the same rate everywhere.
+    head_rate: see `head_scales`; likewise.
   """
   transforms = [
     optax.adamw(
@@ -123,18 +128,42 @@ def adamw(
   if clip_norm:
     transforms.insert(0, optax.clip_by_global_norm(clip_norm))
   if layer_decay != 1:
-    transforms.append(_scale_by_layer(layer_decay))
+    transforms.append(_scale_by(lambda updates: layer_scales(updates, layer_decay)))
+  if head_rate != 1:
+    transforms.append(_scale_by(lambda updates: head_scales(updates, head_rate)))
   return optax.chain(*transforms) if len(transforms) > 1 else transforms[0]
 
 
-def _scale_by_layer(decay: float) -> optax.GradientTransformation:
-  """The updates, whatever they are made of, times `layer_scales`."""
+def _scale_by(scales: Callable) -> optax.GradientTransformation:
+  """The updates, whatever they are made of, times the factors that a function gives for them."""
 
   def scale(updates, params):
     del params
-    return jax.tree.map(lambda u, s: u * s.astype(u.dtype), updates, layer_scales(updates, decay))
+    return jax.tree.map(lambda u, s: u * s.astype(u.dtype), updates, scales(updates))
 
   return optax.stateless(scale)
+
+
+def head_scales(params, rate: float) -> dict:
+  """What a rate of the head's own multiplies each parameter's update by.
+
+  `rate` for modules and parameters whose names begin with `head_`, which models have on their
+  encoders; 1 for all else.
+
+  Raises:
+    ValueError: the model has none.
+
+  Reference: BEiT-3, arXiv 2208.10442, its released code (20 for visual question answering).
+  """
+  heads = jax.tree_util.tree_map_with_path(
+    lambda path, _: _HEADS.fullmatch("/".join(key.key for key in path)) is not None, params
+  )
+  if not any(jax.tree.leaves(heads)):
+    raise ValueError(
+      f"config.optimizer.head_rate={rate:g} is of a head, and this model has none: set"
+      " optimizer.head_rate=1"
+    )
+  return jax.tree.map(lambda is_head: jnp.float32(rate if is_head else 1), heads)
 
 
 def layer_scales(params, decay: float) -> dict:

@@ -19,7 +19,8 @@ from magneto_jax.convert import saved
 from magneto_jax.convert.facts import facts
 from magneto_jax.data import text
 from magneto_jax.models.backbone import Backbone
-from magneto_jax.models.masked_image import TOKENIZER
+from magneto_jax.models.beit3 import BEiT3
+from magneto_jax.models.image_tokenizer import TOKENIZER
 from magneto_jax.models.speech import SpeechEncoder
 from magneto_jax.models.vision import VisionEncoder
 from magneto_jax.program import Program, TrainState
@@ -43,11 +44,19 @@ _FIELDS = {
   "use_bias": "model.use_bias",
   "window": "model.window",
   "logits_soft_cap": "model.logits_soft_cap",
+  "shared_attention": "model.shared_attention",
+  "fusion_layers": "model.fusion_layers",
 }
 _TOKENS = ("token_embedding", "embedding")
 _POSITIONS = ("position_embedding", "embedding")
 _INNER_POSITIONS = ("encoder", *_POSITIONS)
 _PATCH_BIASES = ("patch_relative_bias",)
+# Of encoders of images and texts.
+_TEXT_TOKENS = ("text_embedding", "embedding")
+_TEXT_POSITIONS = ("position_embeddings_text", "embedding")
+_VISION_POSITIONS = ("position_embeddings_vision", "embedding")
+# Rows of the released BEiT-3's table of tokens behind those of its tokenizer.
+_SPARE_ROWS = 8
 # Of encoders of sounds: the config's field that decides what two must have in common.
 _OF_SOUNDS = {
   "data.sample_rate": "sample_rate",
@@ -92,12 +101,12 @@ class Start(NamedTuple):
   """A pre-trained model that a run starts with.
 
   Its encoder is its module `encoder`, or itself, where it is one stack (an `Encoder`, a
-  `CausalLM`) or a `VisionEncoder`. Of texts, tables may be longer than the run's: of tokens by one
-  row, which a masked model has for its mask behind the tokenizer's; of learned positions, as of
-  sounds, by any number. Then the first rows are taken, of positions those from the model's first
-  one on. Of images, tables may be of another grid of patches: then they are interpolated
-  (`resized_positions`, `resized_biases`), and what they hold of a class token is left out where the
-  run has none.
+  `CausalLM`), a `VisionEncoder` or a `BEiT3`. Of texts, tables may be longer than the run's: of
+  tokens by one row, which a masked model has for its mask behind the tokenizer's (by a few, of a
+  converted BEiT-3); of learned positions, as of sounds, by any number. Then the first rows are
+  taken, of positions those from the model's first one on. Of images, tables may be of another grid
+  of patches: then they are interpolated (`resized_positions`, `resized_biases`), and what they hold
+  of a class token is left out where the run has none.
 
   Attributes:
     folder: the run's workdir, or a converted model's folder.
@@ -115,7 +124,7 @@ class Start(NamedTuple):
   def encoder(self) -> nn.Module:
     """The module whose weights are taken."""
     inner = getattr(self.model, "encoder", None)
-    is_whole = isinstance(self.model, VisionEncoder) or not isinstance(inner, nn.Module)
+    is_whole = isinstance(self.model, VisionEncoder | BEiT3) or not isinstance(inner, nn.Module)
     return self.model if is_whole else inner
 
   def facts(self) -> Facts:
@@ -140,24 +149,59 @@ class Start(NamedTuple):
     if isinstance(ours, SpeechEncoder):
       self._refuse_other_sounds(config, ours)
       return
+    if isinstance(ours, BEiT3) and not isinstance(self.encoder, BEiT3):
+      raise ConfigError(
+        f"the model of init_from={self.folder} has no encoder that reads images and texts"
+      )
     if self.tokenizer is not None and dict(self.tokenizer) != dict(tokenizer):
       raise ConfigError(
         f"config.data.tokenizer_file={config.data.tokenizer_file!r} is not the tokenizer of"
         f" init_from={self.folder}: leave it empty to have that"
       )
+    if isinstance(ours, BEiT3):
+      self._refuse_other_pairs(config, ours)
+      return
     theirs = self.encoder
-    if getattr(theirs, "vocab_size", None) is None:
+    if not isinstance(theirs, Backbone) or theirs.vocab_size is None:
       raise ConfigError(f"the model of init_from={self.folder} has no encoder that reads tokens")
     self._refuse_another_stack(ours, theirs)
-    if theirs.vocab_size - ours.vocab_size not in (0, 1):
-      raise ConfigError(
-        f"the vocabulary of init_from={self.folder} has {theirs.vocab_size:,} tokens, and the run's"
-        f" {ours.vocab_size:,}: set config.data.tokenizer_file to the model's own tokenizer"
-      )
+    self._refuse_another_vocabulary(ours.vocab_size, theirs.vocab_size, 1)
     if theirs.longest is not None and theirs.longest < ours.longest:
       raise ConfigError(
         f"config.data.seq_length={ours.longest} is more than the {theirs.longest} learned positions"
         f" of init_from={self.folder}"
+      )
+
+  def _refuse_another_vocabulary(self, own: int, other: int, spare: int) -> None:
+    """The same of the numbers of tokens, of which the other may have a few more."""
+    if not 0 <= other - own <= spare:
+      raise ConfigError(
+        f"the vocabulary of init_from={self.folder} has {other:,} tokens, and the run's {own:,}:"
+        " set config.data.tokenizer_file to the model's own tokenizer"
+      )
+
+  def _refuse_other_pairs(self, config: TrainConfig, ours: BEiT3) -> None:
+    """The same of two encoders of images and texts, whose grids may differ."""
+    theirs = self.encoder
+    if ours.patch_size != theirs.patch_size:
+      raise ConfigError(
+        f"config.model.patch_size does not agree with init_from={self.folder}: it must be"
+        f" {theirs.patch_size}, not {ours.patch_size}"
+      )
+    self._refuse_another_stack(ours.encoder, theirs.encoder)
+    is_scaled = float(ours.encoder.recipe.embedding.scale) != 1
+    if is_scaled and ours.scale_patches != theirs.scale_patches:
+      raise ConfigError(
+        f"config.recipe does not agree with init_from={self.folder}: its patches are scaled as its"
+        " tokens are"
+      )
+    # A run's has at most the mask behind its tokenizer's.
+    spare = 1 if self.tokenizer is not None else _SPARE_ROWS
+    self._refuse_another_vocabulary(ours.vocab_size, theirs.vocab_size, spare)
+    if theirs.max_text_length < ours.max_text_length:
+      raise ConfigError(
+        f"config.data.seq_length={ours.max_text_length} is more than the {theirs.max_text_length}"
+        f" learned positions of init_from={self.folder}"
       )
 
   def _refuse_another_stack(self, ours: Backbone, theirs: Backbone) -> None:
@@ -236,11 +280,24 @@ class Start(NamedTuple):
       found[_PATCH_BIASES] = np.concatenate([resized_biases(table[:offsets], old, new), of_class])
     return found
 
+  def _on_our_patches(self, ours: BEiT3, table_RD: np.ndarray) -> np.ndarray:
+    """The table of an image's positions, for the run's grid of patches."""
+    theirs = self.encoder
+    first = theirs.position_offset + 1
+    patches = table_RD[first:]
+    if ours.num_patches != theirs.num_patches:
+      old, new = (self._square(model.num_patches) for model in (theirs, ours))
+      patches = resized_positions(patches, old, new)
+    return np.concatenate([table_RD[first - 1 - ours.position_offset : first], patches])
+
   def _grid(self, vision: VisionEncoder) -> tuple[int, int]:
     """Patches on an image's sides, by the sizes of the tables that go by them."""
     if vision.relative_grid is not None:
       return vision.relative_grid
-    patches = vision.encoder.max_length - vision.class_token
+    return self._square(vision.encoder.max_length - vision.class_token)
+
+  def _square(self, patches: int) -> tuple[int, int]:
+    """The sides of a square of patches."""
     side = math.isqrt(patches)
     if side * side != patches:
       raise ConfigError(
@@ -278,7 +335,7 @@ class Start(NamedTuple):
         mine = wanted.get(own) if path[: len(prefix)] == prefix else None
         same = mine is not None and mine.shape == leaf.shape
         # Every host interpolates these, or finds that they stay.
-        same = same and own not in (_INNER_POSITIONS, _PATCH_BIASES)
+        same = same and own not in (_INNER_POSITIONS, _PATCH_BIASES, _VISION_POSITIONS)
         where = mine.sharding if same else whole
         placed[path] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
       return {"params": traverse_util.unflatten_dict(placed)}
@@ -288,10 +345,16 @@ class Start(NamedTuple):
     taken = {path: flat[(*prefix, *path)] for path in wanted}
     if isinstance(ours := getattr(program.model, name), VisionEncoder):
       taken |= self._on_our_grid(ours, taken)
+    if isinstance(ours, BEiT3):
+      table = np.asarray(taken[_VISION_POSITIONS])
+      taken[_VISION_POSITIONS] = self._on_our_patches(ours, table)
     shapes = {path: leaf.shape for path, leaf in wanted.items()}
     begin = {_TOKENS: 0, _POSITIONS: getattr(self.encoder, "position_offset", 0)}
     if isinstance(ours, SpeechEncoder):
       begin = {_INNER_POSITIONS: self.encoder.encoder.position_offset}
+    if isinstance(ours, BEiT3):
+      first = self.encoder.position_offset - ours.position_offset
+      begin = {_TEXT_TOKENS: 0, _TEXT_POSITIONS: first}
 
     def cut(arrays):
       rows = lambda path: slice(begin[path], begin[path] + shapes[path][0])
@@ -490,11 +553,7 @@ def _encoder(config: TrainConfig) -> Start:
     with config_errors():
       return Start(folder, runs.model_of(record), None, "")
   if config.task not in (tasks_reading("data.tokenizer") or (config.task,)):
-    if record.config.data.normalization != data.normalization:
-      raise ConfigError(
-        f"config.data.normalization={data.normalization!r} is not that of init_from={folder}: set"
-        f" data.normalization={record.config.data.normalization!r}"
-      )
+    _refuse_other_pixels(folder, record.config.data.normalization, data.normalization)
     with config_errors():
       return Start(folder, runs.model_of(record), None, "")
   if record.config.data.tokenizer != data.tokenizer:
@@ -502,9 +561,21 @@ def _encoder(config: TrainConfig) -> Start:
       f"config.data.tokenizer={data.tokenizer!r} is not that of init_from={folder}: set"
       f" data.tokenizer={record.config.data.tokenizer!r}"
     )
+  if config.task in (tasks_reading("data.normalization") or ()):
+    _refuse_other_pixels(folder, record.config.data.normalization, data.normalization)
   kept = ""
   if data.tokenizer != "byte":
-    kept = data.tokenizer_file or str(pathlib.Path(runs.data_in(folder)) / text.TOKENIZER_FILE)
+    name = text.CHARACTERS_FILE if data.tokenizer == "char" else text.TOKENIZER_FILE
+    kept = data.tokenizer_file or str(pathlib.Path(runs.data_in(folder)) / name)
   with config_errors():
     model = runs.model_of(record)
   return Start(folder, model, record.data.get("tokenizer"), kept)
+
+
+def _refuse_other_pixels(folder: str, theirs: str, ours: str) -> None:
+  """Raises ConfigError unless pixels are scaled as those that the encoder has read."""
+  if theirs != ours:
+    raise ConfigError(
+      f"config.data.normalization={ours!r} is not that of init_from={folder}: set"
+      f" data.normalization={theirs!r}"
+    )

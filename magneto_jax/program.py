@@ -99,6 +99,7 @@ def make_optimizer(config: OptimizerConfig, steps: int):
     clip_norm=config.clip_norm,
     decay=config.decay_mask,
     layer_decay=config.layer_decay,
+    head_rate=config.head_rate,
   )
   return optimizer, schedule
 
@@ -153,8 +154,8 @@ def train_step(
       changes no number where it is the dtype of the model.
 
   Returns:
-    The new state, and the metrics `loss` (mean over weights), `gradient_norm`, and the state's
-    `skipped` and `skipped_in_a_row`.
+    The new state, and the metrics `loss` (mean over weights), `loss_<name>` of each of the task's
+    `parts`, `gradient_norm`, and the state's `skipped` and `skipped_in_a_row`.
   """
   batch = task.weigh(model, batch)
   weight_sum = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
@@ -163,13 +164,14 @@ def train_step(
   def mean_loss(params, variables, part, index):
     key = jax.random.fold_in(dropout_key, index)
     given = _variables(params, variables)
-    (loss_sum, _), variables = task.loss_and_state(model, given, part, key)
-    return loss_sum / weight_sum, variables
+    (loss_sum, _), variables, parts = task.loss_and_state(model, given, part, key)
+    means = {f"loss_{name}": sum_of_part / weight_sum for name, sum_of_part in parts.items()}
+    return loss_sum / weight_sum, (variables, means)
 
   weights = state.params if weights_dtype is None else _cast_kernels(state.params, weights_dtype)
   grad = jax.value_and_grad(mean_loss, has_aux=True)
   if accumulation == 1:
-    (loss, variables), gradients = grad(weights, state.variables, batch, 0)
+    (loss, (variables, means)), gradients = grad(weights, state.variables, batch, 0)
     gradients = optax.tree.cast_like(gradients, state.params)
   else:
 
@@ -180,12 +182,13 @@ def train_step(
 
     def add(carry, part):
       total, variables = carry
-      (loss, variables), gradients = grad(weights, variables, *part)
-      return (jax.tree.map(jnp.add, total, (loss, gradients)), variables), None
+      (loss, (variables, means)), gradients = grad(weights, variables, *part)
+      return (jax.tree.map(jnp.add, total, (loss, gradients)), variables), means
 
     zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
     cuts = (jax.tree.map(cut, batch), jnp.arange(accumulation))
-    ((loss, gradients), variables), _ = jax.lax.scan(add, (zero, state.variables), cuts)
+    ((loss, gradients), variables), means = jax.lax.scan(add, (zero, state.variables), cuts)
+    means = jax.tree.map(jnp.sum, means)
   gradients = sharding.constrain_parameters(gradients)
 
   gradient_norm = optax.tree.norm(gradients)
@@ -207,7 +210,7 @@ def train_step(
     "skipped": state.skipped + ~finite,
     "skipped_in_a_row": jnp.where(finite, 0, state.skipped_in_a_row + 1),
   }
-  metrics = {"loss": loss, "gradient_norm": gradient_norm, **counters}
+  metrics = {"loss": loss, **means, "gradient_norm": gradient_norm, **counters}
   return TrainState(state.step + 1, *parts, **counters, variables=variables), metrics
 
 
@@ -352,7 +355,7 @@ def lower_step(config: TrainConfig, facts: Facts, mesh: jax.sharding.Mesh) -> Pr
     whole = sharding.replicated(mesh)
     state = jax.eval_shape(_init(config, task, model, optimizer), jax.random.key(0))
     state = _placed(state, state_shardings(state, optimizer, mesh))
-    batch = task.batch_spec(config)
+    batch = task.spec(config, facts)
     rows_apart = {name: sharding.batch_sharding(mesh, len(x.shape)) for name, x in batch.items()}
     batch = _placed(batch, rows_apart)
     key = _placed(jax.eval_shape(jax.random.key, 0), whole)

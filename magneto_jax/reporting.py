@@ -10,6 +10,7 @@ import statistics
 import sys
 import textwrap
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -310,7 +311,12 @@ EXAMPLES = "examples.png"
 
 
 def draw_examples(workdir: pathlib.Path, rows: Sequence[Row], *, title: str) -> pathlib.Path:
-  """Draws rows of images into `examples.png`, each pixel with sharp edges; returns its path.
+  """Draws rows of images into a workdir's `examples.png`; returns its path. See `draw_rows`."""
+  return draw_rows(workdir / EXAMPLES, rows, title=title)
+
+
+def draw_rows(path: pathlib.Path, rows: Sequence[Row], *, title: str) -> pathlib.Path:
+  """Draws rows of images into a PNG file, each pixel with sharp edges; returns its path.
 
   All of a row are scaled alike, to the room that the longest row's images have.
   """
@@ -336,8 +342,10 @@ def draw_examples(workdir: pathlib.Path, rows: Sequence[Row], *, title: str) -> 
       lines = textwrap.wrap(caption, int(17 * width), max_lines=3, placeholder="...")
       axes.set_xlabel("\n".join(lines), fontsize=7, parse_math=False)
   figure.suptitle(title, fontsize=10, parse_math=False)
-  path = workdir / EXAMPLES
-  figure.savefig(path)
+  with warnings.catch_warnings():
+    # Captions may hold what the font has not: a box stands for it.
+    warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+    figure.savefig(path, format="png")
   return path
 
 

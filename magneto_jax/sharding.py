@@ -58,7 +58,7 @@ PARAMETERS: list[tuple[str, tuple[str | None, ...]]] = [
   # Of a few numbers a channel or fewer: whole on every device.
   (r"\w+_residual/(in|out|post)_norm/(scale|bias)", (None,)),
   (r"\w+_residual/(in_scale|skip|branch)", ()),
-  ("(embedding|final|head)_norm/(scale|bias)", (None,)),
+  ("(embedding|final|head|pooler)_norm/(scale|bias)", (None,)),
   ("(token|text|output)_embedding/embedding", ("vocab", "embed")),
   (r"position_embedding(s_\w+)?/embedding", (None, "embed")),
   ("(cross_|patch_)?relative_bias", (None, "heads")),
@@ -81,12 +81,14 @@ PARAMETERS: list[tuple[str, tuple[str | None, ...]]] = [
   ("quantizer/(hidden|projection)/bias", (None,)),
   ("code_embedding/kernel", (None, "embed")),
   ("code_embedding/bias", (None,)),
-  ("head_dense/kernel", (None, "embed")),
-  ("head_dense/bias", (None,)),
+  ("(head|pooler)_dense/kernel", (None, "embed")),
+  ("(head|pooler)_dense/bias", (None,)),
   ("head_bias", ("vocab",)),
   # Of a few classes, which need not divide by anything.
   ("head_out/kernel", ("embed", None)),
   ("head_out/bias", (None,)),
+  ("(image|text)_head/kernel", (None, "embed")),
+  ("logit_scale", ()),
 ]
 
 

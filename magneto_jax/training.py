@@ -346,8 +346,9 @@ class _Loop:
   def report(self, step: int, metrics: dict[str, jax.Array]) -> None:
     """Reads a step's metrics, which waits for the step; so it is called one step late."""
     read = jax.device_get(metrics)
-    loss, gradient_norm = float(read["loss"]), float(read["gradient_norm"])
-    skipped, in_a_row = int(read["skipped"]), int(read["skipped_in_a_row"])
+    skipped, in_a_row = int(read.pop("skipped")), int(read.pop("skipped_in_a_row"))
+    found = {name: float(value) for name, value in read.items()}
+    loss, gradient_norm = found["loss"], found["gradient_norm"]
     self.refuse_or_rewind(step, loss, gradient_norm, in_a_row)
     config, unit, seconds = self.config, self.task.unit, self.stopwatch.seconds
     done = step - self.start
@@ -358,7 +359,7 @@ class _Loop:
     # A step waits for the host that waits the longest.
     waiting = max(distributed.everywhere(self.job.batches.waited()))
     # A step that was skipped has no numbers that JSON knows.
-    taken = {} if in_a_row else {"train/loss": loss, "train/gradient_norm": gradient_norm}
+    taken = {} if in_a_row else {f"train/{name}": value for name, value in found.items()}
     rate_now = 0.0 if in_a_row else float(self.learning_rate(step - 1 - skipped))
     self.waited += waiting
     row = {
@@ -374,9 +375,13 @@ class _Loop:
     self.read_at = seconds
     self.writer.write(step, row)
     left = reporting.duration((config.steps - step) * seconds / done)
+    of = {n.removeprefix("loss_"): v for n, v in found.items() if n.startswith("loss_")}
+    of = [f"{reporting.words_of(name)} {value:.3f}" for name, value in of.items()]
+    said = f"loss {loss:.3f}" + (f" ({', '.join(of)})" if of else "")
+    # A bar has no room for the parts.
     self.progress.line(
-      f"step {step:,}/{config.steps:,}  loss {loss:.3f}  {rate:,.0f} {unit}/s  {left} left",
-      terminal=False,
+      f"step {step:,}/{config.steps:,}  {said}  {rate:,.0f} {unit}/s  {left} left",
+      terminal=bool(of),
     )
 
   def goodput(self) -> float:
@@ -458,7 +463,7 @@ class _Loop:
       sample = task.sample(config, program.model, variables, data, self.sample_key)
       if task.picture is not None:
         rows = task.picture(config, program.model, variables, data)
-        if self.is_first:
+        if rows and self.is_first:
           reporting.draw_examples(self.workdir, rows, title=jobs.title(config))
     summary = {
       **{f"validation_{k}": v for k, v in scores.items()},

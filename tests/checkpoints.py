@@ -8,13 +8,14 @@ import jax
 import numpy as np
 import pytest
 
+from magneto_jax.convert import beit3 as released
 from magneto_jax.convert import layout, torchscale
 from magneto_jax.convert.facts import check_same
 from magneto_jax.convert.files import ConversionError
+from magneto_jax.models.beit3 import BEiT3
 from magneto_jax.models.encoder import Encoder
 from magneto_jax.models.encoder_decoder import EncoderDecoder
 from magneto_jax.models.language import CausalLM, MaskedLM
-from magneto_jax.models.multimodal import BEiT3
 from magneto_jax.theory.recipes import RECIPES
 from magneto_jax.theory.records import Architecture
 
@@ -86,6 +87,8 @@ def with_norms(recipe: str, **changes):
 
 @functools.cache
 def _shapes(model):
+  if isinstance(getattr(model, "encoder", None), BEiT3):
+    return layout.shapes_of(model, *released.inputs_of(model))
   args, kwargs = torchscale.inputs_of(model)
   return layout.shapes_of(model, *args, **kwargs)
 

@@ -25,9 +25,9 @@ from magneto_jax.layers.feed_forward import FeedForward
 from magneto_jax.layers.norms import norm_factory
 from magneto_jax.layers.positions import xpos
 from magneto_jax.models.backbone import positions_of
+from magneto_jax.models.beit3 import BEiT3
 from magneto_jax.models.encoder import Encoder
 from magneto_jax.models.language import CausalLM, MaskedLM
-from magneto_jax.models.multimodal import BEiT3
 from magneto_jax.models.transformer import Block, Context, Stack
 from magneto_jax.theory import recipes, records
 

@@ -133,10 +133,11 @@ def of_task(name: str, data: config_lib.DataConfig | None = None, **fields):
     task = task._replace(dummy_inputs=lambda _, make=task.dummy_inputs: make(config))
     facts = task.planned_facts(config)
     batch = {}
-    for key, spec in task.batch_spec(config).items():
+    for key, spec in task.spec(config, facts).items():
       high = 2 if "mask" in key or spec.dtype == bool else VOCAB
       highest = {"segment_ids": 3, "positions": LENGTH, "label": 10, "other_label": 10}
       highest |= {"places": 16, "wave_lengths": 651, "token_lengths": 4}
+      highest |= {"label": 2} if name == "visual_reasoning" else {}
       high = highest.get(key.removeprefix("source_"), high)
       values = rng.integers(0, high, spec.shape)
       if jnp.issubdtype(spec.dtype, jnp.floating):
@@ -157,12 +158,22 @@ SOUNDS = config_lib.DataConfig(
 LONGER = dataclasses.replace(SOUNDS, max_seconds=0.69)
 HEARING = {"mel_bins": 8}
 
+PAIRS = config_lib.DataConfig(
+  name="embedded/emoji/en",
+  vocab_size=VOCAB - 1,
+  seq_length=6,
+  composition=config_lib.CompositionConfig(pairs=2),
+)
+LOOKING = {"positions": "learned", "image_size": 16, "patch_size": 4}
+SEEING = LOOKING | {"image_vocab_size": 16}
+# Of one pair a row.
+SINGLE = dataclasses.replace(PAIRS, composition=config_lib.CompositionConfig())
+
 FAMILIES = {
   "causal_lm": causal_lm,
   "masked_lm": masked_lm,
   "vision": vision,
   "translation": of_task("translation"),
-  "beit3": of_task("beit3", positions="learned", image_size=16, patch_size=4),
   # 16 patches without a class token.
   "image_classification": of_task(
     "image_classification",
@@ -190,6 +201,16 @@ FAMILIES = {
     image_vocab_size=16,
     relative_patches=True,
   ),
+  # Two pairs a row, one image and one text; attention of each modality, or shared by both.
+  "masked_data": of_task("masked_data", PAIRS, **SEEING),
+  "masked_data_fusion": of_task(
+    "masked_data", PAIRS, shared_attention=True, fusion_layers=1, **SEEING
+  ),
+  # Whose loss compares all pairs of a batch, wherever they lie.
+  "image_text_retrieval": of_task("image_text_retrieval", SINGLE, **LOOKING),
+  "image_captioning": of_task("image_captioning", SINGLE, **LOOKING),
+  "visual_question_answering": of_task("visual_question_answering", SINGLE, **LOOKING),
+  "visual_reasoning": of_task("visual_reasoning", SINGLE, **LOOKING),
   "speech_recognition": of_task("speech_recognition", SOUNDS, **HEARING),
   "speech_transducer": of_task(
     "speech_recognition",
@@ -208,7 +229,8 @@ FAMILIES = {
 
 
 # Of lengths that no sequence axis divides: a run refuses them (`program.lower_step`).
-UNEVEN = ("vision", "beit3", "masked_image")
+UNEVEN = ("vision", "masked_image", "masked_data", "masked_data_fusion", "image_text_retrieval")
+UNEVEN += ("image_captioning", "visual_question_answering", "visual_reasoning")
 
 # ---------------------------------------------------------------------------------------------
 # The steps

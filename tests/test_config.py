@@ -38,7 +38,8 @@ def test_record_survives_json_like_values():
 
 
 def test_a_misspelt_field_names_the_right_one():
-  """Five typos of every field; only those of fields of two or three letters may mean another.
+  """Five typos of every field; only those of fields of two or three letters may mean another, or
+  where a sibling differs in the last letter.
 
   In the wrong group, a field is as well another group's field of the same name.
   """
@@ -48,7 +49,8 @@ def test_a_misspelt_field_names_the_right_one():
       nearest, leaf = config_lib.nearest_field(typo), name.rpartition(".")[2]
       if nearest != name and not (kind == "group" and nearest.rpartition(".")[2] == leaf):
         wrong.add(name)
-  assert wrong <= {"optimizer.b1", "optimizer.b2", "ema"}
+  alike = {"data.augment.rand_augment_set", "data.augment.rand_augment_std"}
+  assert wrong <= {"optimizer.b1", "optimizer.b2", "ema"} | alike
 
 
 def test_every_number_has_a_range_on_both_sides():
@@ -92,6 +94,29 @@ def test_every_number_has_a_range_on_both_sides():
     ("data.mask_block", 4, r"mask_block is not read with config.task='causal_lm', only with 'mask"),
     ("image_tokenizer", "runs/i", r"image_tokenizer is not read with config.task='causal_lm', onl"),
     ("data", {"mask_keep": 0.6, "mask_random": 0.5}, r"mask_random=0.5 are shares of the same"),
+    (
+      "data.keywords",
+      True,
+      r"data.keywords is not read with config.task='causal_lm', only with 'ma",
+    ),
+    ("data.least_answers", -1, r"config.data.least_answers=-1 must be at least 0"),
+    ("data.text_mask_rate", 1.0, r"config.data.text_mask_rate=1.0 must be below 1.0"),
+    (
+      "data.composition",
+      {"pairs": 0, "images": 0, "texts": 0},
+      r"config.data.composition has neither pairs nor images nor texts: set one to 1",
+    ),
+    ("data.composition.texts", -1, r"config.data.composition.texts=-1 must be at least 0"),
+    (
+      "data.text_source",
+      "text_files",
+      r"text_source_files='' and data.text_source='text_files' do",
+    ),
+    (
+      "data.image_source_files",
+      "x",
+      r"files='x' and data.image_source='' do not agree, as image_f",
+    ),
     ("data.name", "pair_files", r"only with 'translation': set data.name=text_files$"),
     (
       "optimizer.power",
@@ -110,6 +135,7 @@ def test_every_number_has_a_range_on_both_sides():
     ("model.pooling", "mean", r"pooling is not read with config.task='causal_lm', only with 'text"),
     ("model.relative_patches", True, r"relative_patches is not read with config.task='causal_lm'"),
     ("optimizer.layer_decay", 0.0, r"config.optimizer.layer_decay=0.0 must be above 0.0"),
+    ("optimizer.head_rate", 0.0, r"config.optimizer.head_rate=0.0 must be above 0.0"),
     ("optimizer.layer_decay", 1.1, r"config.optimizer.layer_decay=1.1 must be at most 1.0"),
     (
       "optimizer.decay_mask",
@@ -164,7 +190,7 @@ def test_every_number_has_a_range_on_both_sides():
       "manifest",
       r"'manifest' is not read with config.task='causal_lm', only with 'sp",
     ),
-    ("model.image_size", 32, r"image_size is not read with config.task='causal_lm', only with 'be"),
+    ("model.image_size", 32, r"image_size is not read with config.task='causal_lm', only with 'im"),
     ("model.patch_size", 15, r"patch_size=15 must divide model.image_size=224"),
     ("model.image_vocab_size", 0, r"config.model.image_vocab_size=0 must be at least 1"),
     ("task", "translate", r"'translate' must be one of .*did you mean translation\?"),
@@ -201,7 +227,11 @@ def test_every_number_has_a_range_on_both_sides():
     ("spike.factor", -1.0, r"config.spike.factor=-1.0 must be at least 0.0"),
     ("spike.window", 1, r"config.spike.window=1 must be at least 8"),
     ("beam.size", 0, r"config.beam.size=0 must be at least 1"),
-    ("beam.penalty", "gnm", r"penalty='gnm' must be one of length, gnmt; did you mean gnmt\?"),
+    (
+      "beam.penalty",
+      "gnm",
+      r"penalty='gnm' must be one of length, gnmt, with_bos; did you mean gnmt\?",
+    ),
     ("beam.size", 4, r"config.beam.size is not read with config.task='causal_lm', only with 'tra"),
     (
       "spike",
@@ -346,6 +376,7 @@ MAY_DIFFER = {
   *("sample_prompt", "sample_tokens", "sample_temperature"),
   *("data.cache_dir", "data.data_dir", "data.workers", "data.train_files", "data.validation_files"),
   *("data.tokenizer_file", "data.test_files"),
+  *("data.text_source_files", "data.image_source_files"),
   *("data.prefetch", "data.skip_bad"),
   *("max_skipped", "skip_batches"),
   *(f"spike.{name}" for name in ("factor", "window", "rewind_steps", "skip_batches", "limit")),

@@ -251,9 +251,14 @@ AT_SCALE = {
     {"model.width": 1024, "model.ffn_width": 4096, "model.heads": 16, "model.layers": 100},
   ),
   ("beit3", "giant"): (
-    2.1,
+    1.9,
     131,
     {"model.width": 1408, "model.ffn_width": 6144, "model.heads": 16, "model.layers": 40},
+  ),
+  ("beit3", "large"): (
+    0.7,
+    131,
+    {"model.width": 1024, "model.ffn_width": 4096, "model.heads": 16, "model.layers": 24},
   ),
 }
 
@@ -327,6 +332,162 @@ def test_a_config_at_scale_has_its_papers_sizes_and_can_be_cut_for_256_chips(fil
   assert sum(jax.tree.leaves(held)) < 1.1 * each
 
 
+LARGE = {"model.layers": 24, "model.width": 1024, "model.heads": 16, "model.ffn_width": 4096}
+# BEiT-3 (arXiv 2208.10442), table 11 and section 2.2.
+BEIT_3 = {
+  "task": "masked_data",
+  "recipe": "magneto",
+  "steps": 1_000_000,
+  "batch_size": 2048,
+  **{f"data.composition.{kind}": 1 for kind in ("pairs", "images", "texts")},
+  "data.mask_rate": 0.4,
+  "data.text_mask_rate": 0.15,
+  "data.pair_text_mask_rate": 0.5,
+  "data.augment.flip": 0.5,
+  "data.augment.color_jitter": 0.4,
+  "model.image_size": 224,
+  "model.patch_size": 16,
+  "model.image_vocab_size": 8192,
+  "model.shared_attention": False,
+  "model.fusion_layers": 0,
+  "model.drop_path": 0.1,
+  "model.dropout": 0.0,
+  "optimizer.learning_rate": 1e-3,
+  "optimizer.b1": 0.9,
+  "optimizer.b2": 0.98,
+  "optimizer.eps": 1e-6,
+  "optimizer.weight_decay": 0.05,
+  "optimizer.clip_norm": 3.0,
+  "optimizer.schedule": "cosine",
+  "optimizer.warmup_steps": 10_000,
+}
+# Foundation Transformers, section 4.7.
+MAGNETO = {"batch_size": 4096, "steps": 300_000, "optimizer.learning_rate": 2e-3}
+MAGNETO |= {"model.layers": 24, "model.width": 544, "model.ffn_width": 2176}
+
+
+@pytest.mark.parametrize(
+  "variant, expected",
+  [
+    ("base", {"model.layers": 12, "model.width": 768, "model.heads": 12, "model.ffn_width": 3072}),
+    ("large", LARGE),
+    ("giant", {"model.patch_size": 14, "model.shared_attention": True, "model.fusion_layers": 3}),
+    ("magneto", MAGNETO),
+  ],
+)
+def test_beit_3_is_pre_trained_as_in_the_papers(variant, expected):
+  """And the table of tokens, the mask's among them, is one that a mesh can cut."""
+  typed = from_config_dict(beit3.get_config(variant))
+  config, expected = flatten(typed), BEIT_3 | expected
+  assert {name: config[name] for name in expected} == expected
+  assert TASKS[typed.task].planned_facts(typed)["vocab_size"] == 64_000
+
+
+# BEiT-3's released code (beit3/get_started): epochs in batches of its data.
+TUNED = {
+  "optimizer.eps": 1e-8,
+  "optimizer.b2": 0.999,
+  "optimizer.clip_norm": 0.0,
+  "optimizer.weight_decay": 0.05,
+  "optimizer.layer_decay": 1.0,
+  "optimizer.head_rate": 1.0,
+  "data.augment.crop_scale": 0.5,
+  "data.augment.flip": 0.5,
+  "data.augment.color_jitter": 0.0,
+  "data.augment.rand_augment": 0,
+  "data.seq_length": 64,
+  "label_smoothing": 0.0,
+}
+RANDOM = {"data.augment.rand_augment": 2, "data.augment.rand_augment_magnitude": 7.0}
+RANDOM |= {"data.augment.rand_augment_set": "beit3"}
+# (samples of an epoch, batch, epochs, warm-up, pixels), what differs, and by size the peak and what
+# else goes by it.
+TUNINGS = {
+  "retrieval": (
+    (566_747, 3072, 15, 3, 384),
+    {"model.drop_path": 0.2},
+    {
+      "base": (2e-4, {"optimizer.layer_decay": 0.65}),
+      "large": (5e-5, {"optimizer.layer_decay": 0.85}),
+    },
+  ),
+  "captioning": (
+    (566_747, 256, 10, 1, 480),
+    RANDOM
+    | {"model.drop_path": 0.1, "label_smoothing": 0.1, "data.mask_rate": 0.7}
+    | {"data.seq_length": 32, "beam.size": 3, "beam.length_penalty": 0.6},
+    {"base": (4e-5, {}), "large": (8e-6, {})},
+  ),
+  "vqa": (
+    (658_111, 128, 10, 1, 480),
+    RANDOM | {"optimizer.b2": 0.98, "optimizer.weight_decay": 0.01, "optimizer.head_rate": 20.0},
+    {"base": (3e-5, {"model.drop_path": 0.1}), "large": (2e-5, {"model.drop_path": 0.15})},
+  ),
+  "reasoning": (
+    (86_373, 256, 20, 5, 224),
+    {"model.drop_path": 0.2, "optimizer.weight_decay": 0.2},
+    {
+      "base": (7e-4, {"optimizer.layer_decay": 0.65}),
+      "large": (3e-4, {"optimizer.layer_decay": 0.85}),
+    },
+  ),
+}
+
+
+@pytest.mark.parametrize("size", ("base", "large"))
+@pytest.mark.parametrize("name", TUNINGS)
+def test_beit_3_is_fine_tuned_as_the_released_models_are(name, size):
+  """And has the encoder's sizes of its pre-training, whose texts are as long at least."""
+  (samples, batch, epochs, warmup, pixels), own, sizes = TUNINGS[name]
+  peak, of_size = sizes[size]
+  typed, before = (
+    from_config_dict(beit3.get_config(variant)) for variant in (f"{name}_{size}", size)
+  )
+  config, expected = flatten(typed), TUNED | own | of_size
+  assert {field: config[field] for field in expected} == expected
+  assert config["optimizer.learning_rate"] == peak and config["model.image_size"] == pixels
+  assert peak * config["optimizer.end_factor"] == pytest.approx(1e-6)
+  epoch = samples / batch
+  assert typed.batch_size == batch and typed.steps == pytest.approx(epochs * epoch, rel=3e-3)
+  assert typed.optimizer.warmup_steps == pytest.approx(warmup * epoch, rel=3e-3)
+  for field in ("layers", "width", "heads", "ffn_width", "patch_size", "shared_attention"):
+    assert getattr(typed.model, field) == getattr(before.model, field)
+  assert typed.data.seq_length <= before.data.seq_length
+  assert typed.data.vocab_size == before.data.vocab_size
+
+
+@pytest.mark.parametrize(
+  "name", ("retrieval_tiny", "captioning_tiny", "vqa_tiny", "reasoning_tiny")
+)
+def test_the_small_tasks_have_the_encoder_of_the_small_pre_training(name):
+  one, other = (flatten(from_config_dict(beit3.get_config(v))) for v in (name, "tiny"))
+  differing = {n for n in one if n.startswith("model.") and one[n] != other[n]}
+  assert differing == {"model.image_vocab_size", "model.dropout", "model.drop_path"}
+  for field in ("data.seq_length", "data.tokenizer", "data.normalization"):
+    assert one[field] == other[field]
+
+
+@pytest.mark.parametrize(
+  "name", ("retrieval_tiny", "captioning_tiny", "vqa_tiny", "reasoning_tiny")
+)
+def test_the_small_tasks_texts_have_a_tokenizer_and_fit(name, tmp_path):
+  """From scratch; none of a caption or a question is cut off."""
+  config = from_config_dict(beit3.get_config(name))
+  data = TASKS[config.task].load_data(config, tmp_path)
+  cut = sum(data.too_long) / (len(data.train) + len(data.validation))
+  assert cut < (0.02 if name == "retrieval_tiny" else 1e-9)
+
+
+def test_the_small_beit_3_reads_what_the_small_tokenizer_does():
+  one, other = (
+    flatten(from_config_dict(config))
+    for config in (beit3.get_config("tiny"), image_tokenizer.get_config("emoji"))
+  )
+  for name in ("model.image_size", "model.patch_size", "model.image_vocab_size"):
+    assert one[name] == other[name]
+  assert one["data.normalization"] == other["data.normalization"]
+
+
 def test_no_other_variant():
   with pytest.raises(ConfigError, match="has no 'huge', only tiny, magneto_24"):
     gpt.get_config("huge")
@@ -373,7 +534,6 @@ BEIT_2 = {
   "optimizer.schedule": "cosine",
   "optimizer.warmup_steps": 10 * (1_281_167 // 2048),
 }
-LARGE = {"model.layers": 24, "model.width": 1024, "model.heads": 16, "model.ffn_width": 4096}
 # BEiT (arXiv 2106.08254), table 12.
 BEIT_1 = {
   "recipe": "layer_scale",

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 import soundfile
+from PIL import Image
 
 from magneto_jax import decoding, generate, runs
 from magneto_jax.checkpoints import Checkpointer
@@ -262,7 +263,8 @@ def heard(monkeypatch, paths, transcriber=None, **args):
   args = {"scores": False, "too_long": "refuse", "sound": list(map(str, paths))} | args
   try:
     args = types.SimpleNamespace(**args)
-    generate._write_down_sounds(args, generate._paths(args), transcriber or Hearing())
+    paths = generate._paths("sound", args.sound)
+    generate._write_down_sounds(args, paths, transcriber or Hearing())
   except ConfigError as error:
     return out.buffer.getvalue().decode(), str(error)
   return out.buffer.getvalue().decode(), ""
@@ -307,17 +309,123 @@ def test_sounds_may_be_named_on_the_standard_input(recorded, monkeypatch):
   os.link(recorded / "a.wav", paths[0])
   out = io.TextIOWrapper(io.BytesIO())
   monkeypatch.setattr(sys, "stdout", out)
-  args = types.SimpleNamespace(scores=False, too_long="refuse", sound=[])
+  args = types.SimpleNamespace(scores=False, too_long="refuse")
   given = lambda lines: monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))
   given(paths[0] + b"\n\r\n" + paths[1])
-  generate._write_down_sounds(args, generate._paths(args), Hearing())
+  generate._write_down_sounds(args, generate._paths("sound", []), Hearing())
   assert [line.split(b"\t")[0] for line in out.buffer.getvalue().splitlines()] == paths
   given(b"\n")
   with pytest.raises(ConfigError, match="or paths of such on the standard input, one a line$"):
-    generate._paths(args)
+    generate._paths("sound", [])
 
 
 def test_sounds_are_heard_a_part_at_a_time(recorded, monkeypatch):
   hearing = Hearing()
   heard(monkeypatch, [recorded / "a.wav"] * (generate._SEARCHES + 2), hearing)
   assert hearing.given == [generate._SEARCHES, 2]
+
+
+class Looking:
+  """A captioner that tells how bright an image is, and remembers how many it was given at once."""
+
+  rows = 1
+
+  def __init__(self):
+    self.given = []
+
+  def __call__(self, images):
+    self.given.append(len(images))
+    return [[decoding.Translation(f"{image.mean():.0f}\nbright", -0.5)] for image in images]
+
+
+class Judging:
+  """An answerer that tells the question, and of what it was asked."""
+
+  rows, images = 1, 1
+
+  def __call__(self, asked, question):
+    sizes = [len(x) if self.images > 1 else x.shape for x in asked]
+    return [[decoding.Translation(f"{question} {size}", 0.25)] for size in sizes]
+
+
+@pytest.fixture
+def drawn(tmp_path):
+  """Images of 4 x 6 pixels, and a broken one."""
+  for name, value in (("a", 100), ("b", 200), ("c", 50)):
+    Image.new("RGB", (6, 4), (value,) * 3).save(tmp_path / f"{name}.png")
+  (tmp_path / "bad.png").write_bytes(b"none")
+  return tmp_path
+
+
+def looked_at(monkeypatch, write, paths, *given, **args):
+  """What is written of images; where one is refused, and its message."""
+  out = io.TextIOWrapper(io.BytesIO())
+  monkeypatch.setattr(sys, "stdout", out)
+  try:
+    write(types.SimpleNamespace(**{"scores": False} | args), iter(paths), *given)
+  except ConfigError as error:
+    return out.buffer.getvalue().decode(), str(error)
+  return out.buffer.getvalue().decode(), ""
+
+
+def test_an_image_in_is_a_line_out(drawn, monkeypatch):
+  """As the model sees it; of those before a bad one nothing is lost."""
+  see = lambda image: image[:, :2] / 2
+  paths = [str(drawn / f"{name}.png") for name in ("b", "a")]
+  looking = Looking()
+  write = generate._describe_images
+  told = looked_at(monkeypatch, write, paths, looking, see, scores=True)
+  b, a = paths
+  assert told == (f"-0.5000\t{b}\t100 bright\n-0.5000\t{a}\t50 bright\n", "")
+  assert looking.given == [2]
+  for name, message in (("bad", "bad.png cannot be read"), ("gone", "gone.png: there is no such")):
+    given = [paths[0], str(drawn / f"{name}.png"), paths[1]]
+    told, error = looked_at(monkeypatch, write, given, Looking(), see)
+    assert told == f"{paths[0]}\t100 bright\n" and message in error and "\n" not in error
+
+
+def test_a_question_is_answered_about_each_image_or_each_two(drawn, monkeypatch):
+  paths = [str(drawn / f"{name}.png") for name in "abc"]
+  write, judging = generate._answer_about_images, Judging()
+  told = looked_at(monkeypatch, write, paths, judging, question="what?", scores=True)
+  assert told == ("".join(f"0.2500\t{path}\twhat? (4, 6, 3)\n" for path in paths), "")
+  judging.images = 2
+  a, b, c = paths
+  told = looked_at(monkeypatch, write, [a, b, c, a], judging, question="both?")
+  assert told == (f"{a}\t{b}\tboth? 2\n{c}\t{a}\tboth? 2\n", "")
+  told = looked_at(monkeypatch, write, paths, judging, question="both?")
+  assert told == ("", told[1]) and "3 images are given, and the model compares two" in told[1]
+
+
+SEEING = {
+  "model": TRANSLATING["model"] | {"positions": "learned", "image_size": 32},
+  "data": {"name": "embedded/emoji/en", "tokenizer": "byte", "seq_length": 16},
+}
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize(
+  ("task", "flags", "message"),
+  [
+    ("image_captioning", [], "give --image=FILE, of a JPEG, PNG, WebP, BMP or GIF file"),
+    ("image_captioning", ["--image=x", "--question=y"], "--question is not read with a model of"),
+    ("image_captioning", ["--image=x", "--max_ratio=2"], "--max_ratio is not read with a model of"),
+    ("visual_question_answering", ["--image=x"], "give --question="),
+    ("visual_reasoning", ["--image=x", "--prompt=y"], "--prompt is not read with a model of"),
+    ("image_text_retrieval", [], "a model of config.task='image_text_retrieval' writes no text"),
+  ],
+)
+def test_flags_of_another_kind_of_model_of_images_are_refused(task, flags, message, tmp_path):
+  config = from_config_dict({"task": task, **SEEING})
+  task = TASKS[task]
+  record = runs.Record(config, {"answers": ["no", "yes"]}, task.planned_facts(config))
+  runs.write_record(tmp_path, record)
+  model = task.build_model(config, record.facts)
+  variables = jax.jit(model.init)(jax.random.key(0), *task.dummy_inputs(config))
+  iterator = pipelines.train_iterator([{"x": np.zeros(1)}], batch_size=1, seed=0)
+  with Checkpointer(runs.checkpoints_in(tmp_path)) as checkpointer:
+    checkpointer.save(1, {"params": variables["params"]}, iterator, {})
+  command = [sys.executable, "-m", "magneto_jax.generate", f"--workdir={tmp_path}", *flags]
+  result = subprocess.run(command, capture_output=True, text=True, input="", cwd=tmp_path)
+  assert result.returncode == 2, result.stderr
+  assert message in result.stderr and result.stderr.count("\n") == 1, result.stderr

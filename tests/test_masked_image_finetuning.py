@@ -5,6 +5,7 @@ import json
 import pytest
 
 from benchmarks import masked_image_finetuning as benchmark
+from benchmarks import starts
 
 SUMMARY = {
   "task": "masked_image",
@@ -27,7 +28,8 @@ def test_both_starts_have_the_same_seeds_rates_and_steps(tmp_path, monkeypatch, 
   """All flags but those of the start itself."""
   asked = []
 
-  def train(workdir, seeds, rate, flags):
+  def train(config, metric, workdir, seeds, rate, flags):
+    assert (config, metric) == ("configs/beit.py:finetune_tiny", "accuracy")
     asked.append((seeds, rate, flags))
     for seed in seeds:
       folder = workdir / f"seed_{seed}"
@@ -36,15 +38,15 @@ def test_both_starts_have_the_same_seeds_rates_and_steps(tmp_path, monkeypatch, 
     mean = 0.9 if "layer_decay" in flags[0] else 0.95
     return {"mean": mean, "std": 0.01, "median": mean, "values": [mean] * 2}
 
-  monkeypatch.setattr(benchmark, "train", train)
+  monkeypatch.setattr(starts, "train", train)
   beit, output = run_of(tmp_path / "beit"), tmp_path / "results.json"
   options = [f"--beit={beit}", f"--output={output}", "--seeds=3,5", "--learning_rates=1e-3,2e-3"]
   assert benchmark.main(options) == 0
   assert [(seeds, rate) for seeds, rate, _ in asked] == [
     ([3, 5], rate) for rate in (1e-3, 1e-3, 2e-3, 2e-3)
   ]
-  starts = [f"--config.init_from={beit}"], ["--config.optimizer.layer_decay=1.0"]
-  assert [flags for _, _, flags in asked] == [*starts, *starts]
+  both = [f"--config.init_from={beit}"], ["--config.optimizer.layer_decay=1.0"]
+  assert [flags for _, _, flags in asked] == [*both, *both]
   kept = json.loads(output.read_text())
   assert [(row["start"], row["learning_rate"]) for row in kept["rows"]] == [
     (start, rate) for rate in (1e-3, 2e-3) for start in ("masked_image", "scratch")

@@ -170,6 +170,29 @@ def test_layer_decay_is_of_one_stack():
     optimizers.layer_scales(params, 0.9)
 
 
+def test_a_head_has_a_rate_of_its_own():
+  """Its modules and its parameters, whole updates; a model without one is told."""
+  leaf = jnp.full((2, 2), 0.5)
+  params = {
+    "encoder": {
+      "final_norm": {"scale": leaf},
+      "overhead": leaf,
+      "segment_0": {"block_0": {"self_attention": {"head_scale": leaf}}},
+    },
+    "head_out": {"kernel": leaf},
+    "head_bias": leaf,
+  }
+  transform = lambda **options: optimizers.adamw(optax.constant_schedule(0.1), **options)
+  update = lambda t: t.update(params, t.init(params), params)[0]
+  plain, scaled = update(transform()), update(transform(head_rate=20.0))
+  ratios = jax.tree.map(lambda a, b: float(np.mean(a / b)), scaled, plain)
+  assert ratios["head_out"]["kernel"] == pytest.approx(20) == ratios["head_bias"]
+  assert {*jax.tree.leaves(ratios["encoder"])} == {1.0}
+  del params["head_out"], params["head_bias"]
+  with pytest.raises(ValueError, match="head_rate=20 is of a head, and this model has none"):
+    optimizers.head_scales(params, 20.0)
+
+
 def test_beits_decay_leaves_positions_and_the_class_token_alone():
   leaf = jnp.ones((2, 2))
   params = {

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import subprocess
 import sys
 import textwrap
@@ -14,11 +15,13 @@ import pytest
 
 from magneto_jax import distributed, pretrained, program, runs, sharding
 from magneto_jax.checkpoints import Checkpointer
-from magneto_jax.config import ConfigError, from_config_dict
+from magneto_jax.config import ConfigError, TrainConfig, from_config_dict
 from magneto_jax.convert import saved
 from magneto_jax.data.tokenizers import ByteTokenizer
-from magneto_jax.models.language import MaskedLM
+from magneto_jax.models import BEiT3, CaptioningBEiT3, Encoder, MaskedLM, RetrievalBEiT3
 from magneto_jax.tasks import TASKS, text_classification
+from magneto_jax.theory.recipes import RECIPES
+from magneto_jax.theory.records import Architecture
 from tests import reference, simulated
 from tests.models import common
 
@@ -503,3 +506,97 @@ def test_sounds_and_texts_do_not_start_with_each_other(tmp_path):
   config = sound_config(tmp_path / "run")
   with pytest.raises(ConfigError, match="has no encoder that reads sounds"):
     pretrained.find(config).refuse_others(hearing(config), BYTES)
+
+
+# ---------------------------------------------------------------------------------------------
+# Images and texts
+# ---------------------------------------------------------------------------------------------
+
+
+def pairs_encoder(*, side=2, patch_size=2, vocab_size=11, length=5, offset=0, **fields) -> BEiT3:
+  sizes = {"width": 8, "num_heads": 2, "ffn_width": 16} | fields
+  recipe = RECIPES["magneto_torchscale"](Architecture("encoder", 2, 0, sizes["width"], 16, 2))
+  experts = {"positions": "none", "experts": ("vision", "text")}
+  return BEiT3(
+    encoder=Encoder(recipe=recipe.encoder, **experts, **sizes),
+    vocab_size=vocab_size,
+    num_patches=side**2,
+    patch_size=patch_size,
+    max_text_length=length,
+    position_offset=offset,
+  )
+
+
+def pairs_of(encoder):
+  side = encoder.patch_size * math.isqrt(encoder.num_patches)
+  return np.zeros((1, side, side, 3), np.float32), np.zeros((1, encoder.max_text_length), np.int32)
+
+
+def captioner(folder, **fields):
+  """A converted captioning model, and its encoder's random weights."""
+  model = CaptioningBEiT3(encoder=pairs_encoder(**fields), mask_id=3)
+  params = reference.random_params(model, *pairs_of(model.encoder))
+  saved.save(folder, model, {"params": params})
+  return params["encoder"]
+
+
+def run_of_pairs(**fields):
+  """What a start reads of a retrieval run."""
+  model = RetrievalBEiT3(encoder=pairs_encoder(**fields))
+  return types.SimpleNamespace(
+    config=TrainConfig(), model=model, task=types.SimpleNamespace(pretrained="encoder")
+  )
+
+
+def test_an_encoder_of_images_and_texts_is_taken_on_another_grid(tmp_path):
+  """Of a released model's layout: two rows before positions, a larger vocabulary, longer texts."""
+  params = captioner(tmp_path / "model", vocab_size=19, length=7, offset=2)
+  run = run_of_pairs(side=3)
+  init = functools.partial(
+    program.init_state,
+    model=run.model,
+    inputs=pairs_of(run.model.encoder),
+    optimizer=optax.sgd(1.0),
+    ema=0.0,
+  )
+  run.state = common.compiled(init)(jax.random.key(0))
+  run.mesh = sharding.make_mesh({}, jax.devices()[:1])
+  start = pretrained.Start(str(tmp_path / "model"), runs.load(tmp_path / "model").model, None, "")
+  start.refuse_others(run, {})
+  state = start.into(run.state, run)
+  for head in ("image_head", "text_head", "logit_scale"):
+    jax.tree.map(np.testing.assert_array_equal, state.params[head], run.state.params[head])
+  table = params["position_embeddings_vision"]["embedding"]
+  resized = pretrained.resized_positions(table[3:], (2, 2), (3, 3))
+  expected = params | {
+    "text_embedding": {"embedding": params["text_embedding"]["embedding"][:11]},
+    "position_embeddings_text": {"embedding": params["position_embeddings_text"]["embedding"][2:7]},
+    "position_embeddings_vision": {"embedding": np.concatenate([table[2:3], resized])},
+  }
+  jax.tree.map(np.testing.assert_array_equal, state.params["encoder"], expected)
+
+
+OTHER_PAIRS = {
+  "patches": ({"patch_size": 4}, "model.patch_size does not agree .* it must be 4, not 2"),
+  "vocabulary": ({"vocab_size": 20}, "has 20 tokens, and the run's 11: set .*tokenizer_file"),
+  "fewer tokens": ({"vocab_size": 10}, "has 10 tokens, and the run's 11"),
+  "length": ({"length": 4}, "data.seq_length=5 is more than the 4 learned positions"),
+  "form": ({"shared_attention": True}, "model.shared_attention does not agree .* must be True"),
+  "width": ({"width": 16}, "model.width does not agree .* must be 16, not 8"),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_PAIRS)
+def test_another_encoder_of_images_and_texts_is_refused_with_its_field(case):
+  fields, message = OTHER_PAIRS[case]
+  start = pretrained.Start("there", pairs_encoder(**fields), None, "")
+  with pytest.raises(ConfigError, match=message) as error:
+    start.refuse_others(run_of_pairs(), {})
+  assert "init_from=there" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_run_of_images_and_texts_starts_with_no_other_encoder():
+  alone = pairs_encoder().encoder
+  start = pretrained.Start("there", MaskedLM(encoder=alone.clone(vocab_size=11)), None, "")
+  with pytest.raises(ConfigError, match="has no encoder that reads images and texts"):
+    start.refuse_others(run_of_pairs(), {})

@@ -87,7 +87,9 @@ def drawn(model, variables, batch, dropout_key):
   del model
   params = variables["params"]
   noise_B = jax.random.uniform(dropout_key, batch["weights"].shape)
-  return (jnp.sum(batch["weights"] * noise_B * (batch["x"] @ params["w"])), None), None
+  nats_B = noise_B * (batch["x"] @ params["w"])
+  loss, first = jnp.sum(batch["weights"] * nats_B), jnp.sum(batch["x"][:, 0] * nats_B)
+  return (loss, None), None, {"first": first, "others": loss - first}
 
 
 def steps_on_draws(count, **options):
@@ -116,6 +118,11 @@ def test_every_step_and_every_part_draws_its_own_dropout(accumulation):
   assert len(set(np.round(np.ravel(gradients), 4).tolist())) == 12
   norms = [float(values["gradient_norm"]) for values in metrics]
   np.testing.assert_allclose(norms, np.linalg.norm(gradients, axis=1), rtol=1e-5)  # float32
+  # The loss is linear in w: a row's share of it is its gradient times its w.
+  for gradient, old, values in zip(gradients, states, metrics, strict=False):
+    shares = gradient * old.params["w"]
+    found = [values[f"loss{name}"] for name in ("", "_first", "_others")]
+    np.testing.assert_allclose(found, [shares.sum(), shares[0], shares[1:].sum()], rtol=1e-5)
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])

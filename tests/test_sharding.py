@@ -20,7 +20,9 @@ from magneto_jax import sharding
 from magneto_jax.config import ConfigError, MeshConfig
 from magneto_jax.layers import ConvSubsampling
 from magneto_jax.models import (
+  AnsweringBEiT3,
   BEiT3,
+  CaptioningBEiT3,
   CausalLM,
   CTCRecognizer,
   Encoder,
@@ -28,6 +30,8 @@ from magneto_jax.models import (
   ImageClassifier,
   MaskedBEiT3,
   MaskedLM,
+  ReasoningBEiT3,
+  RetrievalBEiT3,
   SpeechEncoder,
   SpeechToText,
   StatelessPredictor,
@@ -103,9 +107,9 @@ def encoder_decoder(recipe: str = "magneto"):
   return EncoderDecoder(encoder=read, decoder=write), (TOKENS, TOKENS)
 
 
-def beit3():
+def beit3(**options):
   return BEiT3(
-    encoder=encoder(positions="none", experts=("vision", "text")),
+    encoder=encoder(positions="none", experts=("vision", "text"), **options),
     vocab_size=64,
     num_patches=16,
     patch_size=4,
@@ -154,6 +158,16 @@ MODELS = {
   "Transducer": transducer,
   "SpeechToText": speech_to_text,
   "MaskedBEiT3": lambda: (MaskedBEiT3(encoder=beit3(), image_vocab_size=32), (IMAGES, TOKENS)),
+  "RetrievalBEiT3": lambda: (
+    RetrievalBEiT3(encoder=beit3(shared_attention=True, fusion_layers=2)),
+    (IMAGES, TOKENS),
+  ),
+  "CaptioningBEiT3": lambda: (CaptioningBEiT3(encoder=beit3(), mask_id=3), (IMAGES, TOKENS)),
+  "AnsweringBEiT3": lambda: (AnsweringBEiT3(encoder=beit3(), answers=3), (IMAGES, TOKENS)),
+  "ReasoningBEiT3": lambda: (
+    ReasoningBEiT3(encoder=beit3()),
+    (jax.ShapeDtypeStruct((1, 2, 16, 16, 3), jnp.float32), TOKENS),
+  ),
 }
 
 
@@ -172,7 +186,9 @@ def test_every_parameter_matches_one_pattern_and_only_small_ones_are_whole_every
     if place.is_fully_replicated:
       # A row of numbers a layer: its last dimension alone can be as wide as the model.
       hidden = ConvSubsampling.hidden if "front_end" in sharding.path_name(path) else 0
-      channels = max(WIDTH, FFN, hidden)
+      # Of two pairs, each two tokens.
+      joined = 4 * WIDTH if "pooler_norm" in sharding.path_name(path) else 0
+      channels = max(WIDTH, FFN, hidden, joined)
       assert math.prod(leaf.shape[1:] if leaf.ndim > 1 else leaf.shape) <= channels, path
 
 

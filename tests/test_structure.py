@@ -58,6 +58,7 @@ LEVELS = {
   "diagnose": 8,
   "plan": 8,
   "evaluate": 8,
+  "search": 8,
   "convert.__main__": 8,
 }
 

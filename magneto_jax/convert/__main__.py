@@ -31,11 +31,12 @@ class Library(NamedTuple):
   defaults: Mapping[str, Any]
 
 
-_OF_TORCHSCALE = torchscale.config_of, torchscale.DEFAULTS
 SOURCES = {
-  "torchscale": Library(torchscale.read, torchscale.to_torchscale, *_OF_TORCHSCALE),
+  "torchscale": Library(
+    torchscale.read, torchscale.to_torchscale, torchscale.config_of, torchscale.DEFAULTS
+  ),
   "fairseq": Library(fairseq.read, fairseq.to_fairseq, fairseq.config_of, fairseq.DEFAULTS),
-  "beit3": Library(beit3.read, beit3.to_beit3, *_OF_TORCHSCALE),
+  "beit3": Library(beit3.read, beit3.to_beit3, beit3.config_of, beit3.DEFAULTS),
 }
 TARGETS = (*SOURCES, "safetensors")
 
@@ -54,6 +55,11 @@ def main() -> None:
   flags.DEFINE_integer(
     "image_size", None, "Pixels on a side; interpolates BEiT-3's positions.", lower_bound=1
   )
+  flags.DEFINE_bool(
+    "vision",
+    False,
+    "Whether of BEiT-3 only its encoder of images is converted, to classify images.",
+  )
   flags.DEFINE_integer("step", None, "The workdir's checkpoint; by default the newest.")
   cli.run(lambda: run(flags.FLAGS))
 
@@ -67,7 +73,8 @@ def run(args) -> None:
       " write one"
     )
   # Where each flag goes that does not go everywhere.
-  allowed = {"image_size": source == "beit3", "model_config": source, "step": target}
+  allowed = {"model_config": source, "step": target}
+  allowed |= dict.fromkeys(("image_size", "vision"), source == "beit3")
   for flag, is_allowed in allowed.items():
     if args[flag].present and not is_allowed:
       raise ConfigError(
@@ -85,6 +92,12 @@ def import_(args, source: str) -> None:
   config = _config(args.model_config, config)
   options = {"image_size": args.image_size} if source == "beit3" else {}
   model, variables, kept = SOURCES[source].read(tensors, config, **options)
+  if args.vision:
+    model, variables = beit3.vision_of(model, variables)
+    saved.save(args.output, model, variables)
+    print(saved.describe(model, variables))
+    print(f'written to {args.output}: magneto_jax.load("{args.output}")')
+    return
   others = {name: t.dtype.name for name, t in tensors.items() if t.dtype != np.float32}
   origin = {"from": source, "config": config, "dtypes": others}
   origin["legacy"] = source == "fairseq" and fairseq.is_legacy(tensors)

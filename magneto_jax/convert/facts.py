@@ -8,8 +8,8 @@ from flax import linen as nn
 
 from magneto_jax.convert.files import ConversionError
 from magneto_jax.models.backbone import Backbone
+from magneto_jax.models.beit3 import BEiT3
 from magneto_jax.models.language import CausalLM
-from magneto_jax.models.multimodal import BEiT3
 from magneto_jax.theory import records
 
 
@@ -64,6 +64,8 @@ def _stack_facts(model: Backbone) -> dict[str, Any]:
     "logits_soft_cap": model.logits_soft_cap,
     "norm_epsilon": model.norm_epsilon,
     "experts": getattr(model, "experts", None),
+    "shared_attention": getattr(model, "shared_attention", False),
+    "fusion_layers": getattr(model, "fusion_layers", 0),
   }
   if "learned" in kinds:
     found["max_length"] = model.max_length

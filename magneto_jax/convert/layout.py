@@ -70,6 +70,8 @@ def _convolution(ours: tuple[int, ...]):
 def _forms(path: Path, shape: tuple[int, ...]):
   """(their shape, to_torch, to_ours) of one parameter of one layer."""
   leaf = path[-1]
+  if not shape:
+    return _reshaped((), ())
   if leaf == "kernel" and "projection" in path:
     return _convolution(shape)
   if leaf == "kernel":
@@ -196,7 +198,7 @@ def write(
   tensors = {}
   for place in found:
     array = flat[place.path] if place.layer is None else flat[place.path][place.layer]
-    tensors[place.name] = np.ascontiguousarray(place.to_torch(array))
+    tensors[place.name] = np.asarray(place.to_torch(array), order="C")
   return tensors | {copy: tensors[original] for copy, original in copies.items()}
 
 

@@ -19,15 +19,26 @@ from flax import traverse_util
 
 from magneto_jax.convert.files import ConversionError, read_state_dict, write_state_dict
 from magneto_jax.data import files
+from magneto_jax.models.backbone import Backbone
+from magneto_jax.models.beit3 import BEiT3
 from magneto_jax.models.encoder import Encoder
 from magneto_jax.models.encoder_decoder import EncoderDecoder
 from magneto_jax.models.language import CausalLM, MaskedLM
-from magneto_jax.models.multimodal import BEiT3
 from magneto_jax.models.vision import VisionEncoder
+from magneto_jax.models.vision_language import (
+  AnsweringBEiT3,
+  CaptioningBEiT3,
+  MaskedBEiT3,
+  ReasoningBEiT3,
+  RetrievalBEiT3,
+)
 from magneto_jax.theory import records
 
 MODEL, WEIGHTS = "model.json", "model.safetensors"
-MODELS = (BEiT3, CausalLM, Encoder, EncoderDecoder, MaskedLM, VisionEncoder)
+MODELS = (
+  *(AnsweringBEiT3, BEiT3, CaptioningBEiT3, CausalLM, Encoder, EncoderDecoder, MaskedBEiT3),
+  *(MaskedLM, ReasoningBEiT3, RetrievalBEiT3, VisionEncoder),
+)
 _CLASSES = {cls.__name__: cls for cls in (*MODELS, *records.RECORDS)}
 # Names of kept tensors begin with it; a parameter's path cannot.
 _KEPT = "kept:"
@@ -138,8 +149,11 @@ def _decoded(value):
 def describe(model: nn.Module, variables: Mapping[str, Any]) -> str:
   """The model in a line."""
   count = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
-  stacks = {k: getattr(model, k) for k in ("encoder", "decoder") if hasattr(model, k)} or {
-    "": model
+  inner = model
+  while not isinstance(getattr(inner, "encoder", inner), Backbone):
+    inner = inner.encoder
+  stacks = {k: getattr(inner, k) for k in ("encoder", "decoder") if hasattr(inner, k)} or {
+    "": inner
   }
   words = [
     f"{name} {stack.recipe.num_layers} layers, width {stack.width}, {stack.num_heads} heads, FFN"

@@ -19,10 +19,10 @@ from magneto_jax.convert import layout
 from magneto_jax.convert.facts import check_same
 from magneto_jax.convert.files import ConversionError
 from magneto_jax.convert.reader import Reader
+from magneto_jax.models.beit3 import BEiT3
 from magneto_jax.models.encoder import Encoder
 from magneto_jax.models.encoder_decoder import EncoderDecoder
 from magneto_jax.models.language import CausalLM, MaskedLM
-from magneto_jax.models.multimodal import BEiT3
 from magneto_jax.theory import recipes, records
 
 # Position tables begin with two rows that are never read.
@@ -370,6 +370,11 @@ def _class(model: nn.Module) -> str:
   classes |= {EncoderDecoder: "EncoderDecoder", BEiT3: "BEiT3"}
   if type(model) not in classes:
     raise ConversionError(f"torchscale has no class for a {type(model).__name__}")
+  stack = next(stack for _, stack in _stacks(model).values())
+  if getattr(stack, "shared_attention", False) or getattr(stack, "fusion_layers", 0):
+    raise ConversionError(
+      "torchscale has neither shared attention nor fusion layers: this model cannot be written"
+    )
   return classes[type(model)]
 
 

@@ -17,6 +17,7 @@ from magneto_jax.data import documents, files
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 _ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
+ENDINGS_IN_WORDS = ", ".join(_ENDINGS)
 _PARTS = ("train", "validation", "test")
 # What a folder of a data set's parts holds, not of its classes.
 _NAMES_OF_PARTS = {"train", "training", "val", "valid", "validation", "test", "testing"}
@@ -236,12 +237,20 @@ def _files(folder: str, labelled: bool, bad: documents.BadRecords) -> list[File]
       if label not in {file.label for file in files}:
         raise ValueError(f"{os.path.join(folder, label)} has no images: fill it or remove it")
   if not files:
-    raise ValueError(f"{folder} has no images ({', '.join(_ENDINGS)})")
+    raise ValueError(f"{folder} has no images ({ENDINGS_IN_WORDS})")
   return files
 
 
 def _visible(folder: str) -> list[str]:
   return [name for name in os.listdir(folder) if not name.startswith(".")]
+
+
+def names(folder: str) -> list[str]:
+  """Paths below a folder, at any depth and with `/`, of all files that end as an image's do.
+
+  In their order. Hidden ones are none; see `find`.
+  """
+  return sorted(name for name in _names(folder, "") if _is_image(name))
 
 
 def _is_image(name: str) -> bool:
@@ -266,13 +275,21 @@ def _checks(folder: str, names: Sequence[str]) -> Iterator[tuple[str, str | None
 
 def _check(folder: str, name: str) -> tuple[str, str | None]:
   """The digest of a file, and what is wrong with it."""
-  path = os.path.join(folder, name)
   if not _is_image(name):
-    return "", f"its name does not end in {', '.join(_ENDINGS)}"
+    return "", f"its name does not end in {ENDINGS_IN_WORDS}"
+  return check(os.path.join(folder, name))
+
+
+def check(path: str) -> tuple[str, str | None]:
+  """The SHA-256 of an image file's bytes, and what is wrong with it: None if `read` can read it.
+
+  Raises:
+    OSError: the machine cannot read it, which says nothing of the file.
+  """
   try:
     size = files.size(path)
   except (FileNotFoundError, ValueError):
-    return "", "it is a link to nothing, or no regular file"
+    return "", "it is missing, a link to nothing, or no regular file"
   try:
     if size > _MOST_BYTES:
       raise ValueError(f"it has {size:,} bytes, more than the {_MOST_BYTES:,} of an image")

@@ -147,22 +147,30 @@ class MaskedText(text.TextData):
     return f"starts with {self.words(sample['inputs'][:48])!r}"
 
   def words(self, ids: np.ndarray, instead: dict[int, str] | None = None) -> str:
-    """The text of ids, with marks for special ids.
+    """See `words_of`."""
+    return words_of(self.tokenizer, ids, instead)
 
-    Args:
-      ids: in [0, V], the mask's among them.
-      instead: by index, what stands there in place of the id's own text.
-    """
-    instead = {} if instead is None else instead
-    marks = dict(enumerate(_MARKS)) | {self.augment.mask_id: "[mask]"}
-    parts, plain = [], []
-    for i, token in enumerate([*map(int, ids), None]):
-      mark = instead.get(i, marks.get(token))
-      if mark is None and token is not None:
-        plain.append(token)
-        continue
-      # Together: a letter may be several bytes.
-      parts.append(self.tokenizer.decode(plain))
-      parts.append(mark or "")
-      plain = []
-    return "".join(parts)
+
+def words_of(
+  tokenizer: tokenizers.Tokenizer, ids: np.ndarray, instead: dict[int, str] | None = None
+) -> str:
+  """The text of ids, with marks for special ids.
+
+  Args:
+    tokenizer: of V ids; V is the mask's.
+    ids: in [0, V].
+    instead: by index, what stands there in place of the id's own text.
+  """
+  instead = {} if instead is None else instead
+  marks = dict(enumerate(_MARKS)) | {tokenizer.vocab_size: "[mask]"}
+  parts, plain = [], []
+  for i, token in enumerate([*map(int, ids), None]):
+    mark = instead.get(i, marks.get(token))
+    if mark is None and token is not None:
+      plain.append(token)
+      continue
+    # Together: a letter may be several bytes.
+    parts.append(tokenizer.decode(plain))
+    parts.append(mark or "")
+    plain = []
+  return "".join(parts)

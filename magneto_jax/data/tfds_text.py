@@ -158,6 +158,91 @@ def tfds_pictures(
   )
 
 
+class CaptionedPictures(NamedTuple):
+  """Encoded images with their texts.
+
+  Attributes:
+    size: number of examples.
+    image: index -> `decode` of the bytes of the image's file; BadRecord if the example is damaged.
+    texts: index -> the texts; BadRecord likewise.
+    place: index -> the file that holds an example, and its index in there.
+    identity: JSON-able values that name the split's content.
+  """
+
+  size: int
+  image: Callable[[int], np.ndarray]
+  texts: Callable[[int], tuple[str, ...]]
+  place: Callable[[int], tuple[str, int]]
+  identity: dict[str, Any]
+
+
+def tfds_captions(
+  name: str,
+  *,
+  split: str,
+  image_key: str,
+  text_key: str,
+  decode: Callable[[bytes], np.ndarray],
+  data_dir: str = "",
+) -> CaptionedPictures:
+  """Images of one split of a prepared TFDS data set, and the texts of each; see `tfds_text`.
+
+  Args:
+    name, split, data_dir: see `tfds_text`.
+    image_key: the feature that holds the image.
+    text_key: that of its text, or of its texts, which is a sequence; `captions/text` is the part
+      `text` of the feature `captions`.
+    decode: bytes of a JPEG or PNG file -> pixels.
+  """
+  import tensorflow_datasets as tfds
+
+  prepared = _Split(name, split, data_dir, undecoded=image_key)
+  features, full_name = prepared.info.features, prepared.info.full_name
+  pictures = sorted(k for k, f in features.items() if isinstance(f, tfds.features.Image))
+  if image_key not in pictures:
+    raise ValueError(
+      f"{full_name} has no Image {image_key!r}; data.image_key can be one of {pictures}"
+    )
+  keys = dict(_all_text_keys(features))
+  if text_key not in keys:
+    raise ValueError(
+      f"{full_name} has no text feature {text_key!r}; data.text_key can be {sorted(keys)}"
+    )
+
+  def texts(example: Mapping[str, Any]) -> tuple[str, ...]:
+    held: Any = example
+    for key in keys[text_key]:
+      held = held[key]
+    return tuple(map(_as_text, [held] if isinstance(held, (bytes, str)) else held))
+
+  return CaptionedPictures(
+    prepared.size,
+    prepared.reader(lambda example: decode(example[image_key])),
+    prepared.reader(texts),
+    prepared.place,
+    prepared.identity | {"image_key": image_key, "text_key": text_key},
+  )
+
+
+def _all_text_keys(features: Any) -> list[tuple[str, tuple[str, ...]]]:
+  """Names of the features of one or of several texts an example, and the way to each."""
+  import tensorflow_datasets as tfds
+
+  def is_text(feature: Any) -> bool:
+    is_one = isinstance(feature, tfds.features.Tensor) and feature.shape == ()
+    return is_one and np.dtype(feature.np_dtype).kind == "O"
+
+  found = []
+  for key, feature in features.items():
+    if isinstance(feature, tfds.features.Sequence):
+      feature = feature.feature
+    if isinstance(feature, tfds.features.FeaturesDict):
+      found += [(f"{key}/{k}", (key, k)) for k, part in feature.items() if is_text(part)]
+    elif is_text(feature):
+      found.append((key, (key,)))
+  return found
+
+
 class Spoken(NamedTuple):
   """Sounds with a text each.
 
@@ -430,12 +515,13 @@ def _not_prepared(name: str, directory: str) -> Exception:
   known = tfds.list_builders(with_community_datasets=False)
   dataset = name.split("/")[0].split(":")[0]
   if dataset not in known:
-    own = {"embedded", "text_files", "pair_files", "image_folder", "manifest"}
+    own = {"embedded", "text_files", "pair_files", "image_folder", "manifest", "pairs_jsonl"}
     others = {*own, *known} - {dataset}
     nearest = difflib.get_close_matches(dataset, others, n=3)
     return ValueError(
       f"no data set is called {name!r}; nearest names: {nearest}. "
-      "data.name=embedded (of images embedded/mnist5k, of speech embedded/en) needs no download"
+      "data.name=embedded (of images embedded/mnist5k, of speech embedded/en, of images with texts"
+      " embedded/emoji/en) needs no download"
     )
   return FileNotFoundError(
     f"{name} is not prepared under {directory}. Prepare it once, with a network: python -c "

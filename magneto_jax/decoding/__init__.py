@@ -1,7 +1,10 @@
-"""Decoding: sampling, beam search, texts in answer to texts, and texts of sounds."""
+"""Decoding: sampling, beam search, texts in answer to texts, and texts of sounds and images."""
 
+from magneto_jax.decoding.answerer import Answerer
 from magneto_jax.decoding.beam import PENALTIES, Hypothesis, beam_search
+from magneto_jax.decoding.captioner import Captioner
 from magneto_jax.decoding.ctc import Transcripts, ctc_beam_search, ctc_greedy
+from magneto_jax.decoding.embedder import Embedder
 from magneto_jax.decoding.sampling import filter_logits, generate
 from magneto_jax.decoding.transcriber import Transcriber
 from magneto_jax.decoding.transducer import transducer_beam_search, transducer_greedy
@@ -9,6 +12,9 @@ from magneto_jax.decoding.translator import Translation, Translator
 
 __all__ = (
   "PENALTIES",
+  "Answerer",
+  "Embedder",
+  "Captioner",
   "Hypothesis",
   "Transcriber",
   "Transcripts",

@@ -17,13 +17,16 @@ from magneto_jax import sharding
 from magneto_jax.models.encoder_decoder import EncoderDecoder
 from magneto_jax.models.language import CausalLM, DecodingState
 from magneto_jax.models.speech import SpeechToText
+from magneto_jax.models.vision_language import CaptioningBEiT3
 
 # What the sum of log-probabilities is divided by, of the number of tokens, the eos among them, and
 # a power. `gnmt`: arXiv 1609.08144, equation 14, without its coverage; fairseq's and T5's figures
-# of the same power are not comparable, as fairseq's are of `length`.
+# of the same power are not comparable, as fairseq's are of `length`. `with_bos` is BEiT-3's, whose
+# captions have their bos counted too.
 PENALTIES: dict[str, Callable] = {
   "length": lambda length, power: length**power,
   "gnmt": lambda length, power: ((5 + length) / 6) ** power,
+  "with_bos": lambda length, power: (1 + length) ** power,
 }
 
 
@@ -124,9 +127,15 @@ def _search(
   batch, prompt_length = prompt_BT.shape
   prompt_BT = sharding.constrain(prompt_BT, "batch", None)
   mask_BT = jnp.arange(prompt_length)[None] >= prompt_length - lengths_B[:, None]
+  memory = {}
   if sources is None:
-    score, memory = functools.partial(model.apply, variables), {}
+    score = functools.partial(model.apply, variables)
     state = model.init_state(batch, prompt_length + room)
+  elif isinstance(model, CaptioningBEiT3):
+    (images_BHWC,) = sources
+    images_BHWC = sharding.constrain(images_BHWC, "batch", None, None, None)
+    state = model.apply(variables, images_BHWC, prompt_length + room, method="see")
+    score = functools.partial(model.apply, variables, method="decode")
   else:
     source_BS, source_lengths_B = sources
     source_BS = sharding.constrain(source_BS, "batch", None)
@@ -169,7 +178,7 @@ def _search(
 
 
 def beam_search(
-  model: CausalLM | EncoderDecoder | SpeechToText,
+  model: CausalLM | EncoderDecoder | SpeechToText | CaptioningBEiT3,
   variables,
   prompts: Sequence[Sequence[int]],
   *,
@@ -194,20 +203,23 @@ def beam_search(
   wider, whatever the model computes in; those that are not finite count as -inf.
 
   Args:
-    model: a causal language model, or an encoder-decoder, of texts or of sounds.
+    model: a causal language model, an encoder-decoder of texts or of sounds, or what captions
+      images.
     variables: its variables.
     prompts: what the decoder begins with, at least one token each.
-    sources: what an encoder-decoder reads, one for each prompt: tokens, or a sound's samples, an
-      array of int16 or of floats in [-1, 1], of one type for all; None for a language model.
+    sources: what is answered, one for each prompt: tokens; a sound's samples, an array of int16 or
+      of floats in [-1, 1], of one type for all; or an image [H, W, C], of one size for all. None
+      for a language model.
     size: k, the number of beams.
     max_length: the most new tokens before the eos, of all or of each; it comes before min_length.
     eos_id: the token that ends a sequence.
     pad_id: fills the batch, and is never written.
     min_length: the fewest new tokens before the eos.
     length_penalty: the power of the penalty; 0 for sums of log-probabilities.
-    penalty: `length`, |y|^p, or `gnmt`, ((5 + |y|) / 6)^p: one of PENALTIES.
+    penalty: `length`, |y|^p, `gnmt`, ((5 + |y|) / 6)^p, or `with_bos`, (1 + |y|)^p: one of
+      PENALTIES.
     compiled_for: (length of a source, new tokens) to pad to, so that batches of several lengths run
-      as one program; by default those of the longest.
+      as one program; by default those of the longest. An image's length is that of its side.
 
   Returns:
     The finished sequences of each prompt, at most k, the best first.
@@ -225,7 +237,9 @@ def beam_search(
     ... )
   """
   lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-  source_lengths = np.array([len(source) for source in sources or ()], np.int32)
+  source_lengths = np.array(
+    [len(source) for source in (() if sources is None else sources)], np.int32
+  )
   if not prompts or not lengths.all():
     raise ValueError("every prompt needs at least one token")
   if sources is not None and (len(sources) != len(prompts) or not source_lengths.all()):
@@ -245,12 +259,15 @@ def beam_search(
   if (sources is None) == hasattr(model, "encoder"):
     needs = "needs" if sources is None else "has no encoder for"
     raise ValueError(f"a {type(model).__name__} {needs} sources")
+  is_seen = isinstance(model, CaptioningBEiT3)
   kind = np.dtype(np.int32)
   if is_spoken:
     kind, *others = {np.asarray(source).dtype for source in sources}
     if others or (kind != np.int16 and not np.issubdtype(kind, np.floating)):
       raise ValueError("sounds must be arrays of one type, int16 or floats in [-1, 1]")
-  decoder = model if sources is None else model.decoder
+  if is_seen and len(sizes := {np.shape(source) for source in sources}) > 1:
+    raise ValueError(f"images must be of one size, not of {sorted(sizes)}")
+  decoder = model if sources is None or is_seen else model.decoder
   _check_ids(decoder, [[eos_id], [pad_id], *prompts], "eos_id, pad_id or prompts")
   if eos_id == pad_id:
     raise ValueError(f"{eos_id=} must not be the {pad_id=}, which is never written")
@@ -263,15 +280,19 @@ def beam_search(
   prompt_BT = np.full((len(prompts), lengths.max()), pad_id, np.int32)
   for row, prompt in zip(prompt_BT, prompts, strict=True):
     row[len(row) - len(prompt) :] = prompt
-  source_BS = np.full((len(prompts), source_room), 0 if is_spoken else pad_id, kind)
-  for row, source in zip(source_BS, sources or (), strict=sources is not None):
-    row[: len(source)] = source
+  if is_seen:
+    read = (np.stack(sources),)
+  elif sources is not None:
+    source_BS = np.full((len(prompts), source_room), 0 if is_spoken else pad_id, kind)
+    for row, source in zip(source_BS, sources, strict=True):
+      row[: len(source)] = source
+    read = (source_BS, source_lengths)
   tokens, scores = _search(
     model,
     variables,
     prompt_BT,
     lengths,
-    None if sources is None else (source_BS, source_lengths),
+    None if sources is None else read,
     longest,
     jnp.int32(min_length),
     jnp.int32(eos_id),

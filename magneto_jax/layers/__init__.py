@@ -1,7 +1,12 @@
 """Leaf layers and the residual rule, as plain Linen modules for any project."""
 
 from magneto_jax.layers.attention import Attention, KVCache
-from magneto_jax.layers.cross_entropy import cross_entropy, vocabulary_logits
+from magneto_jax.layers.contrastive import contrastive_loss
+from magneto_jax.layers.cross_entropy import (
+  binary_cross_entropy,
+  cross_entropy,
+  vocabulary_logits,
+)
 from magneto_jax.layers.ctc import ctc_loss, is_alignable
 from magneto_jax.layers.feed_forward import FeedForward
 from magneto_jax.layers.initializers import DenseInit, bias_init, dense_init, kernel_init
@@ -32,6 +37,8 @@ __all__ = [
   "VGGSubsampling",
   "VectorQuantizer",
   "bias_init",
+  "binary_cross_entropy",
+  "contrastive_loss",
   "cross_entropy",
   "ctc_loss",
   "dense_init",

@@ -127,6 +127,7 @@ class Attention(nn.Module):
     bias: jax.Array | kernels.RelativeBias | None = None,
     q_offset: int | jax.Array | None = None,
     cache: KVCache | None = None,
+    prefix: KVCache | None = None,
     deterministic: bool = True,
   ) -> tuple[jax.Array, KVCache | None]:
     """Attends from x to itself, or to a memory.
@@ -140,17 +141,20 @@ class Attention(nn.Module):
       segment_ids: integers [B, T] of the queries and [B, S] of the keys: a query attends to keys
         of its own segment only (packed documents; padding is a segment of its own).
       bias: added to the logits; see `kernels.dot_product_attention`. -inf forbids a pair.
-      q_offset: how many positions lie before x; by default the cache's length in self-attention.
-        Read by causality, window and a relative bias.
+      q_offset: how many positions lie before x; by default the rows of the prefix and the cache's
+        length in self-attention. Read by causality, window and a relative bias.
       cache: earlier keys and values (`KVCache.empty` at first). Self-attention, which must be
-        causal, writes the new ones behind them; cross-attention writes those of the memory, in
-        whose place later calls give none.
+        causal unless x fills the cache, writes the new ones behind them; cross-attention writes
+        those of the memory, in whose place later calls give none.
+      prefix: keys and values of self-attention that stand before those of the cache, all of its
+        rows, and are only read: what several sequences have in common. Of keys, `segment_ids` and
+        `bias` are of the prefix's rows and then the cache's.
       deterministic: False drops probabilities and needs an rng named `dropout`.
 
     Returns:
       [B, T, D] and the cache, with what was written (None without one).
     """
-    self._check(x_BTD, memory_BSD, cache)
+    self._check(x_BTD, memory_BSD, cache, prefix)
     width = x_BTD.shape[-1]
     heads, kv_heads = self.num_heads, self.num_kv_heads or self.num_heads
     head_dim = self.head_dim or width // heads
@@ -183,6 +187,7 @@ class Attention(nn.Module):
       v_BSKH = dense(source_BSD, (kv_heads, head_dim), self.v_init, "value")
     if q_offset is None:
       q_offset = 0 if cache is None or self.is_cross else cache.length
+      q_offset += 0 if prefix is None else prefix.k_LBKSH.shape[-2]
     if self.rotation is not None:
       if positions_BT is None:
         positions_BT = jnp.arange(x_BTD.shape[1])[None] + q_offset
@@ -193,6 +198,11 @@ class Attention(nn.Module):
       if source_BSD is not None:
         cache = cache.extend(k_BSKH, v_BSKH)
       k_BSKH, v_BSKH = cache.read()
+    if prefix is not None:
+      before = (rows.astype(k_BSKH.dtype) for rows in prefix.read())
+      k_BSKH, v_BSKH = (
+        jnp.concatenate(parts, axis=1) for parts in zip(before, (k_BSKH, v_BSKH), strict=True)
+      )
 
     attend = kernels.dot_product_attention
     if (mesh := sharding.current()) is not None:
@@ -234,7 +244,7 @@ class Attention(nn.Module):
       y_BTD = _scale_blocks(y_BTD, gamma_N, self.head_scale)
     return y_BTD, cache
 
-  def _check(self, x_BTD, memory_BSD, cache):
+  def _check(self, x_BTD, memory_BSD, cache, prefix):
     """Raises where attributes and arguments contradict each other."""
     if x_BTD.ndim != 3:
       raise ValueError(f"x {list(x_BTD.shape)} is not [B, T, D]")
@@ -252,8 +262,14 @@ class Attention(nn.Module):
       raise ValueError("is_cross goes with neither is_causal nor a rotation: both read positions")
     if not self.is_cross and memory_BSD is not None:
       raise ValueError("a memory needs is_cross=True: this attention is to x itself")
-    if cache is not None and not (self.is_cross or self.is_causal):
-      raise ValueError("a cache needs is_causal=True: rows that are not yet written must be hidden")
+    if prefix is not None and self.is_cross:
+      raise ValueError("a prefix is of self-attention: cross-attention reads a memory")
+    fills = cache is not None and cache.k_LBKSH.shape[-2] == x_BTD.shape[1]
+    if cache is not None and not (self.is_cross or self.is_causal or fills):
+      raise ValueError(
+        "a cache needs is_causal=True, or to be filled by one call: rows that are not yet written"
+        " must be hidden"
+      )
     if self.is_cross and cache is not None and memory_BSD is not None:
       rows = cache.k_LBKSH.shape[-2]
       if memory_BSD.shape[1] != rows:

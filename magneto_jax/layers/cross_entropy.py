@@ -98,6 +98,23 @@ def cross_entropy(
   return lse_BT - (1 - smoothing - other) * picked_BT - other * total_BT
 
 
+def binary_cross_entropy(logits_BA: jax.Array, targets_BA: jax.Array) -> jax.Array:
+  """-sum_a t_a log s(y_a) + (1 - t_a) log(1 - s(y_a)) [B] in nats, s the logistic function.
+
+  Each of A answers is right or wrong by itself; targets between say how much. In float32 or wider.
+
+  Args:
+    logits_BA: y.
+    targets_BA: t, in [0, 1].
+
+  Reference: BEiT-3's released code, which means over B A and multiplies by A: the mean of this.
+  """
+  logits_BA = logits_BA.astype(jnp.promote_types(logits_BA.dtype, jnp.float32))
+  # log s(y) = y + log s(-y), so that no difference of two large numbers is taken.
+  nats_BA = jax.nn.softplus(logits_BA) - targets_BA.astype(logits_BA.dtype) * logits_BA
+  return jnp.sum(nats_BA, axis=-1)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Cut:
   """How a vocabulary is cut: into P parts on different devices, each into chunks of C rows.

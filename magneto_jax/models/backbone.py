@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,93 @@ from magneto_jax.layers.attention import Attention
 from magneto_jax.layers.feed_forward import FeedForward
 from magneto_jax.layers.initializers import kernel_init
 from magneto_jax.layers.norms import norm_factory
-from magneto_jax.models.transformer import Block, Caches, Context, Stack, StackOutput
+from magneto_jax.models.transformer import (
+  Block,
+  Caches,
+  Context,
+  Stack,
+  StackOutput,
+  init_caches,
+)
 from magneto_jax.theory import records
+
+# In a state's memory_ids_BS: no memory has been given yet.
+UNWRITTEN = -1
+
+
+class DecodingState(NamedTuple):
+  """What decoding carries from one call to the next.
+
+  Attributes:
+    caches: keys and values of every layer.
+    segment_ids_BS: of the tokens written so far; 0 where nothing lies, not positive for padding.
+    memory_ids_BS: 1 where the memory holds a token, 0 for its padding, UNWRITTEN before its first
+      call; None without cross-attention.
+  """
+
+  caches: Caches
+  segment_ids_BS: jax.Array
+  memory_ids_BS: jax.Array | None = None
+
+  @property
+  def length(self) -> jax.Array:
+    """How many tokens of each row have been written (padding included)."""
+    return self.caches[0][0].self_attention.length
+
+  @property
+  def before(self) -> int:
+    """How many rows a prefix has that stands before all tokens."""
+    prefix = self.caches[0][0].prefix
+    return 0 if prefix is None else prefix.k_LBKSH.shape[-2]
+
+  def without_last(self) -> "DecodingState":
+    """The state as it was before its last token: what is read next is written in its place."""
+    length = self.length - 1
+    is_left_1S = jnp.arange(self.segment_ids_BS.shape[1])[None] < length
+
+    def shortened(block):
+      return block._replace(self_attention=block.self_attention._replace(length=length))
+
+    return self._replace(
+      caches=tuple(tuple(map(shortened, blocks)) for blocks in self.caches),
+      segment_ids_BS=jnp.where(is_left_1S, self.segment_ids_BS, 0),
+    )
+
+  def written(self, shape: tuple[int, int], segment_ids) -> tuple[jax.Array, jax.Array]:
+    """Segment ids of new tokens [B, T] as queries, and of all tokens with the new ones among them.
+
+    Args:
+      shape: [B, T].
+      segment_ids: of the new tokens, as `visibility` has them.
+
+    Raises:
+      ValueError: there are more of them than there is room for.
+    """
+    written_BS = self.segment_ids_BS
+    if shape[1] > written_BS.shape[1]:
+      raise ValueError(f"{shape[1]} tokens do not fit a state of {written_BS.shape[1]}")
+    ones_BT = jnp.ones(shape, written_BS.dtype)
+    q_BT, kv_BT = (ones_BT, ones_BT) if segment_ids is None else segment_ids
+    kv_BT = jnp.asarray(kv_BT, written_BS.dtype)
+    return (
+      jnp.asarray(q_BT, written_BS.dtype),
+      jax.lax.dynamic_update_slice_in_dim(written_BS, kv_BT, self.length, axis=1),
+    )
+
+
+class Ways(NamedTuple):
+  """Factory -> factory, by place: what turns projections and norms into multiway ones.
+
+  Attributes:
+    around: of the norms of the embedding and of the last layer's output.
+    attention: of the attention and the norms around it.
+    ffn: of the feed-forward networks and the norms around them, one for each segment of the recipe,
+      or one for all.
+  """
+
+  around: Callable[[Callable], Callable] = lambda factory: factory
+  attention: Callable[[Callable], Callable] = lambda factory: factory
+  ffn: tuple[Callable[[Callable], Callable], ...] = (lambda factory: factory,)
 
 
 class Backbone(nn.Module, kw_only=True):
@@ -137,15 +223,27 @@ class Backbone(nn.Module, kw_only=True):
       x_BTD = jnp.where(mask_BT[..., None], x_BTD, 0)
     return sharding.constrain(x_BTD, "batch", "length", None)
 
-  def _relative_bias(self, init: records.Init, name: str, *, is_causal: bool):
+  def _relative_bias(self, init: records.Init, name: str, *, is_bidirectional: bool):
     """T5's bias from a table of this model; None if it has none."""
     if not self.relative_buckets:
       return None
     both = self.relative_bidirectional
     return RelativeBias(
       self.param(name, kernel_init(init), (self.relative_buckets, self.num_heads)),
-      bidirectional=not is_causal if both is None else both,
+      bidirectional=is_bidirectional if both is None else both,
       max_distance=self.relative_max_distance,
+    )
+
+  def _caches(self, batch: int, length: int, **options) -> Caches:
+    """Empty caches of this stack; see `init_caches`."""
+    return init_caches(
+      self.recipe,
+      batch=batch,
+      length=length,
+      kv_heads=self.num_kv_heads or self.num_heads,
+      head_dim=self.head_dim or self.width // self.num_heads,
+      dtype=self.dtype,
+      **options,
     )
 
   def _norm(self, wrap: Callable = lambda factory: factory):
@@ -158,18 +256,19 @@ class Backbone(nn.Module, kw_only=True):
     context: Context,
     *,
     is_causal: bool,
-    wrap: Callable[[Callable], Callable] = lambda factory: factory,
+    is_bidirectional: bool | None = None,
+    ways: Ways = Ways(),
     caches: Caches | None = None,
     return_hidden_states: bool = False,
     deterministic: bool = True,
   ) -> StackOutput:
-    """The stack; `wrap` turns the factories of projections and norms into multiway ones."""
+    """The stack; relative biases are bidirectional by default unless it is causal."""
     attention = functools.partial(
       Attention,
       num_heads=self.num_heads,
       num_kv_heads=self.num_kv_heads,
       head_dim=self.head_dim,
-      dense=wrap(nn.DenseGeneral),
+      dense=ways.attention(nn.DenseGeneral),
       use_bias=self.use_bias,
       logits_soft_cap=self.logits_soft_cap,
       dropout_rate=self.attention_dropout_rate,
@@ -182,8 +281,7 @@ class Backbone(nn.Module, kw_only=True):
     rotation = position_layers.ROTATIONS[rotations[0]] if rotations else None
     if "xpos" in rotations:
       rotation = functools.partial(rotation, scale_base=self.xpos_scale_base)
-    norm = self._norm(wrap)
-    block = functools.partial(
+    block_of = lambda way: functools.partial(
       Block,
       attention=functools.partial(
         attention, is_causal=is_causal, window=self.window, rotation=rotation
@@ -193,24 +291,34 @@ class Backbone(nn.Module, kw_only=True):
         FeedForward,
         ffn_width=self.ffn_width,
         activation=self.activation,
-        dense=wrap(nn.DenseGeneral),
+        dense=way(nn.DenseGeneral),
         use_bias=self.use_bias,
         dropout_rate=self.activation_dropout_rate,
         dtype=self.dtype,
       ),
-      norm=norm,
+      norm=self._norm(ways.attention),
+      ffn_norm=self._norm(way),
       dropout_rate=self.dropout_rate,
     )
+    blocks = tuple(map(block_of, ways.ffn))
     relative = recipe.embedding.relative
-    bias = self._relative_bias(relative, "relative_bias", is_causal=is_causal)
+    is_bidirectional = not is_causal if is_bidirectional is None else is_bidirectional
+    bias = self._relative_bias(relative, "relative_bias", is_bidirectional=is_bidirectional)
     if bias is not None and context.bias is not None:
       bias = bias.materialize(x_BTD.shape[1], context.bias.shape[-1]) + context.bias
     if bias is not None:
       context = context._replace(bias=bias)
     if self.relative_cross and records.has_cross_attention(recipe):
-      bias = self._relative_bias(relative, "cross_relative_bias", is_causal=False)
+      bias = self._relative_bias(relative, "cross_relative_bias", is_bidirectional=True)
       context = context._replace(memory_bias=bias)
-    stack = Stack(block, norm, self.drop_path_rate, self.remat, self.unroll, name="stack")
+    stack = Stack(
+      blocks if len(blocks) > 1 else blocks[0],
+      self._norm(ways.around),
+      self.drop_path_rate,
+      self.remat,
+      self.unroll,
+      name="stack",
+    )
     return stack(
       x_BTD,
       recipe,

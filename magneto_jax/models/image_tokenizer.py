@@ -1,5 +1,6 @@
 """An image tokenizer: an autoencoder of patches whose middle is one code a patch."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -112,3 +113,44 @@ class ImageTokenizer(nn.Module, kw_only=True):
     pixels = pixels.astype(jnp.promote_types(pixels.dtype, jnp.float32))
     pixels = pixels.reshape(-1, rows, columns, p, p, 3).transpose(0, 1, 3, 2, 4, 5)
     return pixels.reshape(-1, rows * p, columns * p, 3)
+
+
+# Under which name a held tokenizer's variables are in a model's `state`.
+TOKENIZER = "image_tokenizer"
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+  """A module that another model holds and never trains; its variables are that model's `state`.
+
+  Attributes:
+    module: an `ImageTokenizer`, or whatever has its methods `encode` and `decode`.
+  """
+
+  module: nn.Module
+
+
+class HoldsTokenizer(nn.Module):
+  """What models share that learn the tokens of an image tokenizer.
+
+  The tokenizer is part of the model, so that a checkpoint needs nothing else, and rests: its
+  variables are in the collection `state`, under `image_tokenizer`, as `{"params": ..., "state":
+  ...}`. Such a model has the attribute `tokenizer`, a `Frozen`.
+  """
+
+  def tokens(self, images_BHWC: jax.Array) -> jax.Array:
+    """The tokenizer's tokens [B, P] of whole images, in [0, V): patches row by row."""
+    return self._of_tokenizer("encode", images_BHWC)
+
+  def pixels(self, tokens_BP: jax.Array) -> jax.Array:
+    """The tokenizer's picture [B, H, W, C] of tokens [B, P]."""
+    return self._of_tokenizer("decode", tokens_BP)
+
+  def _hold_tokenizer(self, images_BHWC: jax.Array) -> None:
+    """Draws the tokenizer where nothing is given, so that shapes are known."""
+    module = self.tokenizer.module
+    self.variable("state", TOKENIZER, lambda: module.init(self.make_rng("params"), images_BHWC[:1]))
+
+  def _of_tokenizer(self, method: str, x: jax.Array) -> jax.Array:
+    frozen = jax.lax.stop_gradient(self.get_variable("state", TOKENIZER))
+    return self.tokenizer.module.apply(frozen, x, method=method)

@@ -1,7 +1,5 @@
 """Language models: the causal decoder and the masked one."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -11,7 +9,9 @@ from magneto_jax.layers.feed_forward import ACTIVATIONS, GATED
 from magneto_jax.layers.initializers import dense_init
 from magneto_jax.layers.norms import norm_factory
 from magneto_jax.models.backbone import (
+  UNWRITTEN,
   Backbone,
+  DecodingState,
   TokenTable,
   as_mask,
   look_up,
@@ -20,31 +20,8 @@ from magneto_jax.models.backbone import (
   visibility,
 )
 from magneto_jax.models.encoder import Encoder
-from magneto_jax.models.transformer import Caches, Context, init_caches
+from magneto_jax.models.transformer import Context
 from magneto_jax.theory import records
-
-# In a state's memory_ids_BS: no memory has been given yet.
-UNWRITTEN = -1
-
-
-class DecodingState(NamedTuple):
-  """What decoding carries from one call to the next.
-
-  Attributes:
-    caches: keys and values of every layer.
-    segment_ids_BS: of the tokens written so far; 0 where nothing lies, not positive for padding.
-    memory_ids_BS: 1 where the memory holds a token, 0 for its padding, UNWRITTEN before its first
-      call; None without cross-attention.
-  """
-
-  caches: Caches
-  segment_ids_BS: jax.Array
-  memory_ids_BS: jax.Array | None = None
-
-  @property
-  def length(self) -> jax.Array:
-    """How many tokens of each row have been written (padding included)."""
-    return self.caches[0][0].self_attention.length
 
 
 class CausalLM(Backbone, kw_only=True):
@@ -147,7 +124,7 @@ class CausalLM(Backbone, kw_only=True):
 
     segment_ids = visibility(tokens_BT.shape, mask_BT, segment_ids_BT)
     if state is not None:
-      segment_ids = self._written(tokens_BT, segment_ids, state)
+      segment_ids = state.written(tokens_BT.shape, segment_ids)
     given = memory_BSD, memory_mask_BS, memory_segment_ids_BS
     memory = self._memory(tokens_BT.shape, segment_ids_BT, *given, state)
     offset = None if state is None else state.length
@@ -186,18 +163,6 @@ class CausalLM(Backbone, kw_only=True):
     if return_hidden_states:
       results += (out.hidden_LBTD,)
     return results if len(results) > 1 else scores
-
-  def _written(self, tokens_BT, segment_ids, state: DecodingState):
-    """Segment ids of the queries, and of the state's tokens with the new ones behind them."""
-    written_BS = state.segment_ids_BS
-    if tokens_BT.shape[1] > written_BS.shape[1]:
-      raise ValueError(f"{tokens_BT.shape[1]} tokens do not fit a state of {written_BS.shape[1]}")
-    q_BT, kv_BT = (jnp.ones_like(tokens_BT),) * 2 if segment_ids is None else segment_ids
-    kv_BT = jnp.asarray(kv_BT, written_BS.dtype)
-    return (
-      jnp.asarray(q_BT, written_BS.dtype),
-      jax.lax.dynamic_update_slice_in_dim(written_BS, kv_BT, state.length, axis=1),
-    )
 
   def _memory(
     self,
@@ -242,15 +207,7 @@ class CausalLM(Backbone, kw_only=True):
     """An empty decoding state for `length` tokens, prompt included, and a memory."""
     self._check_length(length)
     has_memory = records.has_cross_attention(self.recipe)
-    caches = init_caches(
-      self.recipe,
-      batch=batch,
-      length=length,
-      kv_heads=self.num_kv_heads or self.num_heads,
-      head_dim=self.head_dim or self.width // self.num_heads,
-      dtype=self.dtype,
-      memory_length=memory_length,
-    )
+    caches = self._caches(batch, length, memory_length=memory_length)
     memory = jnp.full((batch, memory_length), UNWRITTEN, jnp.int32) if has_memory else None
     return DecodingState(caches, jnp.zeros((batch, length), jnp.int32), memory)
 

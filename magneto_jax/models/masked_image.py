@@ -1,41 +1,25 @@
 """Masked image models: what the patches of an image that are hidden were, in an image tokenizer's
 words."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from magneto_jax.layers.cross_entropy import scores_of
 from magneto_jax.models.backbone import TokenTable
+from magneto_jax.models.image_tokenizer import Frozen, HoldsTokenizer
 from magneto_jax.models.vision import VisionEncoder
 from magneto_jax.theory import records
 
 # Of the head, as BEiT draws all.
 _HEAD_INIT = records.Init("normal", 0.02)
-# Under which name the tokenizer's variables are in the model's `state`.
-TOKENIZER = "image_tokenizer"
 
 
-@dataclasses.dataclass(frozen=True)
-class Frozen:
-  """A module that another model holds and never trains; its variables are that model's `state`.
-
-  Attributes:
-    module: a `models.ImageTokenizer`, or whatever has its methods `encode` and `decode`.
-  """
-
-  module: nn.Module
-
-
-class MaskedImageModel(nn.Module, kw_only=True):
+class MaskedImageModel(HoldsTokenizer, kw_only=True):
   """p(token of a hidden patch | the patches that are not hidden) = softmax(W h + b).
 
   h is the encoder's output at the patch, whose embedding the mask token replaces. The token is the
-  one that a trained image tokenizer gives the patch of the whole image. The tokenizer is part of
-  the model, so that a checkpoint needs nothing else, and rests: its variables are in the collection
-  `state`, under `image_tokenizer`, as `{"params": ..., "state": ...}`.
+  one that a trained image tokenizer, which the model holds, gives the patch of the whole image.
 
   Attributes:
     encoder: with a mask token.
@@ -84,11 +68,7 @@ class MaskedImageModel(nn.Module, kw_only=True):
     """
     if self.encoder.mask_token is False:
       raise ValueError("a masked image model needs an encoder with mask_token=True")
-    tokenizer = self.tokenizer.module
-    # Drawn where nothing is given, so that shapes are known.
-    self.variable(
-      "state", TOKENIZER, lambda: tokenizer.init(self.make_rng("params"), images_BHWC[:1])
-    )
+    self._hold_tokenizer(images_BHWC)
     out = self.encoder(
       images_BHWC,
       masked_BP=masked_BP,
@@ -116,15 +96,3 @@ class MaskedImageModel(nn.Module, kw_only=True):
       smoothing=0.0 if deterministic else self.label_smoothing,
     )
     return (scores, hidden_LBTD) if return_hidden_states else scores
-
-  def tokens(self, images_BHWC: jax.Array) -> jax.Array:
-    """The tokenizer's tokens [B, P] of whole images, in [0, V): patches row by row."""
-    return self._of_tokenizer("encode", images_BHWC)
-
-  def pixels(self, tokens_BP: jax.Array) -> jax.Array:
-    """The tokenizer's picture [B, H, W, C] of tokens [B, P]."""
-    return self._of_tokenizer("decode", tokens_BP)
-
-  def _of_tokenizer(self, method: str, x: jax.Array) -> jax.Array:
-    frozen = jax.lax.stop_gradient(self.get_variable("state", TOKENIZER))
-    return self.tokenizer.module.apply(frozen, x, method=method)

@@ -51,10 +51,18 @@ class Context(NamedTuple):
 
 
 class BlockCaches(NamedTuple):
-  """The caches of a block's attentions; None where there is no cross-attention."""
+  """The caches of a block's attentions.
+
+  Attributes:
+    self_attention: of the tokens that are written one after the other.
+    cross_attention: of a memory; None where there is none.
+    prefix: of tokens that stand before all those of `self_attention`, written by an earlier call
+      and read only; None where there are none.
+  """
 
   self_attention: KVCache
   cross_attention: KVCache | None = None
+  prefix: KVCache | None = None
 
   def at(self, layer: jax.Array) -> "BlockCaches":
     """The caches with their slice set: `layer` of the scanned segment."""
@@ -71,7 +79,8 @@ class Block(nn.Module):
     attention: factory of the self-attention; called with inits, norms, head scale and name.
     feed_forward: factory of the feed-forward network; called with inits, norm and name.
     cross_attention: factory of the cross-attention, likewise; None if no layer has one.
-    norm: factory of all norms.
+    norm: factory of all norms, but for what `ffn_norm` makes.
+    ffn_norm: factory of the norms around and within the feed-forward network; None: `norm`.
     dropout_rate: of all branches.
   """
 
@@ -79,6 +88,7 @@ class Block(nn.Module):
   feed_forward: Callable[..., nn.Module]
   cross_attention: Callable[..., nn.Module] | None = None
   norm: NormFactory = norm_factory("layer_norm")
+  ffn_norm: NormFactory | None = None
   dropout_rate: float = 0.0
 
   @nn.compact
@@ -98,6 +108,7 @@ class Block(nn.Module):
         "positions_BT": context.positions_BT,
         "segment_ids": context.segment_ids,
         "bias": context.bias,
+        "prefix": None if caches is None else caches.prefix,
       },
       "cross_attention": {
         "memory_BSD": context.memory_BSD,
@@ -117,7 +128,7 @@ class Block(nn.Module):
           cache=None if caches is None else getattr(caches, name),
           deterministic=deterministic,
         )
-      x_BTD, cache = Residual(self.norm, self.dropout_rate, name=f"{name}_residual")(
+      x_BTD, cache = Residual(self._norm(name), self.dropout_rate, name=f"{name}_residual")(
         x_BTD, f, sublayer, drop_path_rate=drop_path_rate, deterministic=deterministic
       )
       x_BTD = sharding.constrain(x_BTD, "batch", "length", None)
@@ -133,7 +144,7 @@ class Block(nn.Module):
       qk_init=dense_init(sublayer.qk),
       v_init=dense_init(sublayer.v),
       out_init=dense_init(sublayer.out),
-      mid_norm=self._inner(sublayer),
+      mid_norm=self._inner(name, sublayer),
       qk_norm=self.norm if sublayer.qk_norm else None,
       qk_norm_scope=sublayer.qk_norm or "head",
       head_scale=sublayer.head_scale,
@@ -144,12 +155,15 @@ class Block(nn.Module):
     return self.feed_forward(
       wi_init=dense_init(sublayer.wi),
       wo_init=dense_init(sublayer.wo),
-      mid_norm=self._inner(sublayer),
+      mid_norm=self._inner("ffn", sublayer),
       name="ffn",
     )
 
-  def _inner(self, sublayer: records.Sublayer) -> NormFactory | None:
-    return self.norm if "mid" in sublayer.norms else None
+  def _norm(self, name: str) -> NormFactory:
+    return self.norm if name != "ffn" or self.ffn_norm is None else self.ffn_norm
+
+  def _inner(self, name: str, sublayer: records.Sublayer) -> NormFactory | None:
+    return self._norm(name) if "mid" in sublayer.norms else None
 
 
 class _Repeat(nn.Module):
@@ -204,14 +218,14 @@ class Stack(nn.Module):
   whether the scan is a loop (`unroll=1`) or unrolled: one tree, equal up to rounding.
 
   Attributes:
-    block: factory `(name=...) -> Block`.
+    block: factory `(name=...) -> Block`, or a tuple of one for each segment.
     norm: factory of the final norm.
     drop_path_rate: of the last layer; the first has 0, those between lie on the line.
     remat: one of REMAT.
     unroll: how many repeats the scan's body holds; -1 for all.
   """
 
-  block: Callable[..., Block]
+  block: Callable[..., Block] | tuple[Callable[..., Block], ...]
   norm: NormFactory = norm_factory("layer_norm")
   drop_path_rate: float = 0.0
   remat: str = "none"
@@ -247,7 +261,10 @@ class Stack(nn.Module):
     x_BTD = probes.observe_gradient(self, "input", x_BTD)
     rates = iter(np.linspace(0.0, self.drop_path_rate, recipe.num_layers, dtype=np.float32))
     updated, streams = [], [x_BTD[None]]
-    for i, segment in enumerate(recipe.segments):
+    blocks = self.block
+    if not isinstance(blocks, tuple):
+      blocks = (blocks,) * len(recipe.segments)
+    for i, (segment, block) in enumerate(zip(recipe.segments, blocks, strict=True)):
       drop_path_rates = None
       if self.drop_path_rate:
         table = np.array([[next(rates) for _ in segment.pattern] for _ in range(segment.repeats)])
@@ -259,7 +276,7 @@ class Stack(nn.Module):
         in_axes=(0, nn.broadcast),
         length=segment.repeats,
         unroll=segment.repeats if self.unroll == -1 else self.unroll,
-      )(self.block, deterministic, return_hidden_states, name=f"segment_{i}")
+      )(block, deterministic, return_hidden_states, name=f"segment_{i}")
       carry = (x_BTD, None if caches is None else caches[i])
       repeat = (records.per_layer(segment), drop_path_rates, np.arange(segment.repeats))
       (x_BTD, extended), hidden = run(carry, repeat, context)
@@ -292,18 +309,28 @@ def init_caches(
   head_dim: int,
   dtype,
   memory_length: int | None = None,
+  prefix: Caches | None = None,
 ) -> Caches:
-  """Empty caches for `length` tokens and a memory, one a block of each segment's pattern."""
+  """Empty caches for `length` tokens and a memory, one a block of each segment's pattern.
 
-  def empty(layer: records.Layer, layers: int) -> BlockCaches:
+  Those of the `prefix`, caches of the same layers, stand before them.
+  """
+
+  def empty(layer: records.Layer, layers: int, before: BlockCaches | None) -> BlockCaches:
+    prefix = None if before is None else before.self_attention
     make = functools.partial(KVCache.empty, batch, layers=layers, dtype=dtype)
     sizes = {"kv_heads": kv_heads, "head_dim": head_dim}
     if layer.cross_attention is None:
-      return BlockCaches(make(length=length, **sizes))
+      return BlockCaches(make(length=length, **sizes), prefix=prefix)
     if memory_length is None:
       raise ValueError("a decoder with cross-attention needs the memory_length")
-    return BlockCaches(make(length=length, **sizes), make(length=memory_length, **sizes))
+    return BlockCaches(make(length=length, **sizes), make(length=memory_length, **sizes), prefix)
 
+  none = tuple((None,) * len(segment.pattern) for segment in recipe.segments)
   return tuple(
-    tuple(empty(layer, segment.repeats) for layer in segment.pattern) for segment in recipe.segments
+    tuple(
+      empty(layer, segment.repeats, before)
+      for layer, before in zip(segment.pattern, blocks, strict=True)
+    )
+    for segment, blocks in zip(recipe.segments, prefix or none, strict=True)
   )

@@ -5,16 +5,20 @@ from collections.abc import Sequence
 from magneto_jax import sharding
 from magneto_jax.config import TASK_NAMES
 from magneto_jax.tasks import (
-  beit3,
   causal_lm,
+  image_captioning,
   image_classification,
+  image_text_retrieval,
   image_tokenizer,
+  masked_data,
   masked_image,
   masked_lm,
   speech_recognition,
   speech_translation,
   text_classification,
   translation,
+  visual_question_answering,
+  visual_reasoning,
 )
 from magneto_jax.tasks.task import Task
 
@@ -23,10 +27,14 @@ TASKS: dict[str, Task] = {
   "masked_lm": masked_lm.TASK,
   "text_classification": text_classification.TASK,
   "translation": translation.TASK,
-  "beit3": beit3.TASK,
   "image_classification": image_classification.TASK,
   "image_tokenizer": image_tokenizer.TASK,
   "masked_image": masked_image.TASK,
+  "masked_data": masked_data.TASK,
+  "image_text_retrieval": image_text_retrieval.TASK,
+  "image_captioning": image_captioning.TASK,
+  "visual_question_answering": visual_question_answering.TASK,
+  "visual_reasoning": visual_reasoning.TASK,
   "speech_recognition": speech_recognition.TASK,
   "speech_translation": speech_translation.TASK,
 }

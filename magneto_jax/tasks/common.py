@@ -14,7 +14,7 @@ from magneto_jax.config import ConfigError, DataConfig, ModelConfig, TrainConfig
 from magneto_jax.data import images, text
 from magneto_jax.data.tokenizers import ByteTokenizer
 from magneto_jax.layers.feed_forward import GATED
-from magneto_jax.tasks.task import Facts, Task, mean_nats, weighted_sums
+from magneto_jax.tasks.task import Facts
 from magneto_jax.theory import recipes, records
 
 # So many are counted in a tenth of a second, and settle the frequencies.
@@ -146,9 +146,7 @@ def data_options(config: DataConfig, task: str) -> dict[str, Any]:
     if field.name not in ("workers", "prefetch")
     and task in (tasks_reading(f"data.{field.name}") or (task,))
   }
-  for name in ("train_files", "validation_files", "test_files"):
-    values[name] = paths(values[name])
-  return values
+  return {name: paths(x) if name.endswith("_files") else x for name, x in values.items()}
 
 
 def scoring(config: TrainConfig) -> dict[str, Any]:
@@ -281,26 +279,3 @@ def refuse_window(config: TrainConfig) -> None:
       f"model.window={config.model.window} is of earlier tokens, and the encoder of"
       f" config.task={config.task!r} has no order: set model.window=0"
     )
-
-
-def without_data(name: str, **own) -> Task:
-  """A task whose data have no source here: it can be planned; `own` is all that is its own."""
-
-  def load_data(config: TrainConfig, directory, expected=None):
-    raise ConfigError(
-      f"config.task={name!r} can be planned, and its model diagnosed (diagnostics.diagnose), but"
-      " not trained yet: no source of its data is built in"
-    )
-
-  def facts(data):
-    raise ConfigError("there are no data: see `planned_facts`")
-
-  return Task(
-    load_data=load_data,
-    facts=facts,
-    score=weighted_sums,
-    metrics=mean_nats,
-    baselines=lambda data: {},
-    planned_facts=planned_facts,
-    **own,
-  )

@@ -23,7 +23,7 @@ import optax
 from magneto_jax import sharding
 from magneto_jax.config import ConfigError, ModelConfig, TrainConfig, from_config_dict
 from magneto_jax.data import augmentation, images, patch_masks
-from magneto_jax.models.masked_image import Frozen, MaskedImageModel
+from magneto_jax.models import Frozen, MaskedImageModel
 from magneto_jax.reporting import Row
 from magneto_jax.tasks import common, image_classification, image_tokenizer
 from magneto_jax.tasks.task import Batch, Facts, Task, Totals, weighted_sums
@@ -33,8 +33,11 @@ from magneto_jax.theory import records
 # What a tokenizer is given of the model's sizes where no run says its own.
 _TOKENIZER_SIZES = ("layers", "width", "ffn_width", "heads", "image_size", "patch_size")
 _TOKENIZER_SIZES += ("image_vocab_size", "dtype")
+# BEiT v2's, also for its large model: ViT-B's.
+_LARGEST = {"width": 768, "ffn_width": 3072, "heads": 12}
+_MOST_LAYERS = 12
 # Of hidden patches that are drawn.
-_GREY = 96
+GREY = 96
 # How a person reads a patch that can be seen, one that is answered right, and one that is not.
 _SEEN, _RIGHT, _WRONG = "·", "o", "x"
 
@@ -45,10 +48,8 @@ def masks(config: TrainConfig) -> patch_masks.PatchMasks:
   return patch_masks.PatchMasks(common.patch_grid(config), count, config.data.mask_block)
 
 
-def load_data(
-  config: TrainConfig, directory: str | os.PathLike, expected: Mapping[str, Any] | None = None
-) -> images.ImageData:
-  """Images without their labels, with masks of their patches.
+def masks_of_blocks(config: TrainConfig) -> patch_masks.PatchMasks:
+  """Likewise, where they are drawn.
 
   Raises:
     ConfigError: no block can be hidden, so that all masks would be of single patches.
@@ -60,7 +61,15 @@ def load_data(
       f"config.data.mask_block={drawing.smallest} is more than the {most} patches that a block can"
       " have of this grid and data.mask_rate: set it to less"
     )
-  return patch_masks.masked(image_tokenizer.load_data(config, directory, expected), masks(config))
+  return drawing
+
+
+def load_data(
+  config: TrainConfig, directory: str | os.PathLike, expected: Mapping[str, Any] | None = None
+) -> images.ImageData:
+  """Images without their labels, with masks of their patches; see `masks_of_blocks`."""
+  data = image_tokenizer.load_data(config, directory, expected)
+  return patch_masks.masked(data, masks_of_blocks(config))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -71,12 +80,15 @@ def load_data(
 def tokenizer(config: TrainConfig, facts: Facts) -> tuple[TrainConfig, Facts]:
   """Config and facts of the tokenizer's run; by the facts, which hold both where there was one.
 
-  To plan and to diagnose none is needed: then it is one of the model's own sizes, as BEiT v2's is.
+  To plan and to diagnose none is needed: then it is one of the model's own sizes, as BEiT v2's is,
+  and like that no larger than ViT-B.
   """
   if "image_tokenizer" in facts:
     held = facts["image_tokenizer"]
     return from_config_dict(held["config"]), held["facts"]
-  model = ModelConfig(**{name: getattr(config.model, name) for name in _TOKENIZER_SIZES})
+  sizes = {name: getattr(config.model, name) for name in _TOKENIZER_SIZES}
+  sizes |= _LARGEST if sizes["width"] > _LARGEST["width"] else {}
+  model = ModelConfig(**sizes | {"layers": min(sizes["layers"], _MOST_LAYERS)})
   own = TrainConfig(task="image_tokenizer", model=model)
   return own, image_tokenizer.TASK.planned_facts(own)
 
@@ -196,7 +208,7 @@ def picture(
   hidden = batch["masked"].reshape(-1, *grid, 1).repeat(size, 1).repeat(size, 2)
   return [
     Row("validation images", whole),
-    Row("what is seen", np.where(hidden, np.uint8(_GREY), whole)),
+    Row("what is seen", np.where(hidden, np.uint8(GREY), whole)),
     Row("hidden patches answered, the others as they are", np.where(hidden, pictures, whole)),
     Row("all patches from tokens, the hidden ones' answered", pictures),
     Row("all patches from tokens, nothing hidden", as_image(found["restored"])),

@@ -10,7 +10,7 @@ Reference: BERT, arXiv 1810.04805; RoBERTa, arXiv 1907.11692; Foundation Transfo
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -173,17 +173,28 @@ def sample(
     return sharding.replicate(jnp.argmax(model.apply(variables, *args, **keywords), -1))
 
   (found,) = np.asarray(answers(variables, {name: x[None] for name, x in window.items()}))
-  shown = {}
-  for place, answer, truth, weight in zip(
-    window["places"], found, window["targets"], window["weights"], strict=True
-  ):
-    if weight:
-      both = dict.fromkeys(data.words([token]) for token in (answer, truth))
-      shown[int(place)] = f"[{'|'.join(both)}]".replace("\n", r"\n")
+  hidden = window["weights"] > 0
+  shown = in_brackets(
+    data.words, window["places"][hidden], found[hidden], window["targets"][hidden]
+  )
   return (
     f"as it is read:\n{data.words(read)}\n\nas it is answered, [right] or [wrong|right]:\n"
     f"{data.words(read, shown)}"
   )
+
+
+def in_brackets(
+  words: Callable[[Sequence[int]], str],
+  places: Iterable[int],
+  answers: Iterable[int],
+  truths: Iterable[int],
+) -> dict[int, str]:
+  """By place, an answer in brackets, and the truth beside it where the two differ."""
+  shown = {}
+  for place, answer, truth in zip(places, answers, truths, strict=True):
+    both = dict.fromkeys(words([token]) for token in (answer, truth))
+    shown[int(place)] = f"[{'|'.join(both)}]".replace("\n", r"\n")
+  return shown
 
 
 def baselines(data: masking.MaskedText) -> dict[str, dict[str, float]]:

@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from magneto_jax import reporting
 from magneto_jax.config import TrainConfig
-from magneto_jax.decoding import Transcriber, Translator
+from magneto_jax.decoding import Answerer, Captioner, Embedder, Transcriber, Translator
 from magneto_jax.theory.records import Architecture
 
 Batch = dict[str, jax.Array]
@@ -72,8 +72,10 @@ class Task(NamedTuple):
     architecture: `(config, facts) -> Architecture`: what a recipe is given.
     inputs: `batch -> (positional arguments, keywords)` of the module's call.
     score: `(output, batch) -> (sum of losses, sum of weights)`.
+    parts: `(output, batch) -> {name: sum of losses}`, what that sum is the sum of, where it is of
+      several kinds of targets: each is told while a run trains.
     weigh: `(model, batch) -> batch` whose `weights` say how much each target counts, where that
-      depends on the model: before a training step, and before a measurement.
+      depends on the model, or on the whole batch: before a training step and a measurement.
     metrics: `(totals, data, whole=) -> {name: value}` of a validation set, or of a part of it;
       `totals` are what `measured` gave for all of its batches.
     baselines: `data -> {metric: {model: value}}`: what trivial models score on the validation set;
@@ -81,12 +83,15 @@ class Task(NamedTuple):
     flops: `(config, facts) -> FLOPs` of one optimizer step.
     planned_facts: `config -> facts` as they would be, without reading data.
     batch_spec: `config -> {name: jax.ShapeDtypeStruct}` of the global batch [batch_size, ...].
+    data_spec: `(config, facts) -> the same`, of arrays whose shapes the data decide; see `spec`.
     measure: `(model, variables, batch) -> {name: array}` of an evaluation: numbers, of which the
       sum over batches is taken, and arrays [batch, ...], which are joined in the samples' order;
       `loss` and `weight` are among the numbers. None: these two, of `score`.
     sample: `(config, model, variables, data, key) -> text` that shows what the model does, or None.
+    observed: `batch -> batch`, what of it `diagnostics` measures, where a model reads samples of
+      several kinds one after the other: one of them.
     picture: `(config, model, variables, data) -> rows of images` that are drawn at the end of a
-      run; called on every host; None: nothing is drawn.
+      run; called on every host; None, or no rows: nothing is drawn.
     counts: `data -> {name: number}`: how much there is of the validation set, and what of it the
       metrics leave out or see changed.
     judge: `(config, model, variables, data, mesh) -> ({name: value}, number of texts)`: further
@@ -95,6 +100,11 @@ class Task(NamedTuple):
     translator: `(config, model, variables, tokenizer) -> decoding.Translator`: what answers texts
       with texts; None: the model does not.
     transcriber: the same, a `decoding.Transcriber`, of what answers sounds with texts.
+    captioner: the same, a `decoding.Captioner`, of what writes what images show.
+    answerer: `(config, model, variables, tokenizer, identity of the data) -> decoding.Answerer`, of
+      what answers questions about images.
+    embedder: `(config, model, variables, tokenizer, rows=) -> decoding.Embedder`, of what finds
+      images and texts by each other.
     loss_name: the metric that is the mean loss; `loss_nats_per_token` is in nats a token.
     best: the metric by which a model is chosen, and whether more is better.
     unit: what a sample is counted in; `size`: `config -> how many of them a sample has`.
@@ -118,7 +128,12 @@ class Task(NamedTuple):
   flops: Callable[[TrainConfig, Facts], int]
   planned_facts: Callable[[TrainConfig], Facts]
   batch_spec: Callable[[TrainConfig], dict[str, jax.ShapeDtypeStruct]]
+  data_spec: Callable[[TrainConfig, Facts], dict[str, jax.ShapeDtypeStruct]] = (
+    lambda config, facts: {}
+  )
+  parts: Callable[[Any, Batch], dict[str, jax.Array]] = lambda output, batch: {}
   weigh: Callable[[nn.Module, Batch], Batch] = lambda model, batch: batch
+  observed: Callable[[Batch], Batch] = lambda batch: batch
   measure: Callable[[nn.Module, Any, Batch], dict[str, jax.Array]] | None = None
   sample: Callable[..., str | None] = lambda config, model, variables, data, key: None
   picture: Callable[..., list[reporting.Row]] | None = None
@@ -127,6 +142,9 @@ class Task(NamedTuple):
   signatures: Callable[[TrainConfig], dict[str, str]] = lambda config: {}
   translator: Callable[..., Translator] | None = None
   transcriber: Callable[..., Transcriber] | None = None
+  captioner: Callable[..., Captioner] | None = None
+  answerer: Callable[..., Answerer] | None = None
+  embedder: Callable[..., Embedder] | None = None
   loss_name: str = "loss_nats_per_token"
   best: tuple[str, bool] = ("loss_nats_per_token", False)
   unit: str = "tokens"
@@ -136,6 +154,10 @@ class Task(NamedTuple):
   fact_kinds: Mapping[str, type] = {"vocab_size": int}
   pretrained: str = ""
 
+  def spec(self, config: TrainConfig, facts: Facts) -> dict[str, jax.ShapeDtypeStruct]:
+    """All arrays of the global batch."""
+    return {**self.batch_spec(config), **self.data_spec(config, facts)}
+
   def loss(
     self, model: nn.Module, variables, batch: Batch, dropout_key: jax.Array | None = None
   ) -> tuple[jax.Array, jax.Array]:
@@ -144,8 +166,8 @@ class Task(NamedTuple):
 
   def loss_and_state(
     self, model: nn.Module, variables, batch: Batch, dropout_key: jax.Array | None = None
-  ) -> tuple[tuple[jax.Array, jax.Array], Any]:
-    """What `loss` is, and the model's collection `state` after it, None if it is not training.
+  ) -> tuple[tuple[jax.Array, jax.Array], Any, dict[str, jax.Array]]:
+    """What `loss` is; the model's collection `state` after it, None if it is not training; `parts`.
 
     A model that keeps more than parameters has it in that collection, which can be changed
     (`is_mutable_collection`) in a step of training alone.
@@ -159,7 +181,7 @@ class Task(NamedTuple):
       mutable=[] if dropout_key is None else ["state"],
       **kwargs,
     )
-    return self.score(output, batch), changed.get("state")
+    return self.score(output, batch), changed.get("state"), self.parts(output, batch)
 
   def measured(self, model: nn.Module, variables, batch: Batch) -> dict[str, jax.Array]:
     """What an evaluation keeps of a batch; see `measure`."""

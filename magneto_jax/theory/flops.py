@@ -61,29 +61,37 @@ def encoder_decoder_step_flops(
   return 6 * batch_size * (encoder + decoder + seq_length * width * vocab_size)
 
 
-def masked_pairs_step_flops(
+def masked_data_step_flops(
   *,
+  pairs: int,
+  images: int,
+  texts: int,
   vocab_size: int,
   image_vocab_size: int,
   patches: int,
   patch_pixels: int,
   seq_length: int,
-  batch_size: int,
   layers: int,
   width: int,
+  encoding: int = 0,
   **sizes,
 ) -> int:
-  """FLOPs of one step of masked data modelling on pairs, every patch and token scored.
+  """FLOPs of one step of masked data modelling, every patch and token scored.
 
   Args:
+    pairs, images, texts: how many pairs, images alone and texts alone a step has.
     patches: an image's; a class token stands before them.
     patch_pixels: numbers that a patch is made of, p^2 times the channels.
+    encoding: multiplications by which a tokenizer that rests gives an image its tokens.
     **sizes: and the others: see `train_step_flops`. An expert a modality costs what one costs.
   """
-  stack = stack_products(layers=layers, width=width, length=1 + patches + seq_length, **sizes)
-  heads = patches * width * image_vocab_size + seq_length * width * vocab_size
-  # Pixels need no gradient: two products, not three.
-  return batch_size * (6 * (stack + heads) + 4 * patches * patch_pixels * width)
+  stack = lambda length: stack_products(layers=layers, width=width, length=length, **sizes)
+  seen, read = pairs + images, pairs + texts
+  trained = pairs * stack(1 + patches + seq_length)
+  trained += images * stack(1 + patches) + texts * stack(seq_length)
+  trained += seen * patches * width * image_vocab_size + read * seq_length * width * vocab_size
+  # Pixels need no gradient: two products, not three; the tokenizer needs none at all.
+  return 6 * trained + seen * (4 * patches * patch_pixels * width + 2 * encoding)
 
 
 def image_step_flops(
@@ -101,7 +109,7 @@ def image_step_flops(
 
   Args:
     length: tokens of an image, with the class token if there is one.
-    patches, patch_pixels: see `masked_pairs_step_flops`.
+    patches, patch_pixels: see `masked_data_step_flops`.
     **sizes: and the others: see `train_step_flops`.
   """
   stack = stack_products(layers=layers, width=width, length=length, **sizes)

@@ -366,6 +366,46 @@ def sublayers(stack: Stack) -> Iterator[tuple[str, Sublayer]]:
           yield name, sublayer
 
 
+def cut(stack: Stack, layer: int) -> Stack:
+  """The same layers, with a segment that begins at one of them.
+
+  A segment is scanned as a whole. Layers that differ in what no record tells, as a multiway
+  encoder's top layers with one expert more do, must therefore be segments of their own.
+
+  Args:
+    layer: in [0, L]; counted from 0. The stack's ends need no cut.
+
+  Raises:
+    ValueError: there is no such layer.
+
+  Example:
+    >>> [segment.repeats for segment in cut(recipe, recipe.num_layers - 3).segments]
+    [21, 3]
+  """
+  if not 0 <= layer <= stack.num_layers:
+    raise ValueError(f"{layer=} is none of a stack of {stack.num_layers} layers")
+  segments, first = [], 0
+  for segment in stack.segments:
+    width, repeats = len(segment.pattern), segment.repeats
+    below = min(max(layer - first, 0), width * repeats)
+    first += width * repeats
+    # Of a repeat that is cut within its pattern, both parts are segments of one repeat.
+    whole, within = divmod(below, width)
+    parts = [(segment.pattern, 0, whole)]
+    if within:
+      halves = segment.pattern[:within], segment.pattern[within:]
+      parts += [(half, whole, whole + 1) for half in halves]
+    parts.append((segment.pattern, whole + (within > 0), repeats))
+    segments += [_repeats(*part) for part in parts if part[1] < part[2]]
+  return dataclasses.replace(stack, segments=tuple(segments))
+
+
+def _repeats(pattern: tuple[Layer, ...], first: int, last: int) -> Segment:
+  """The repeats [first, last) of a pattern whose numbers may hold one value a repeat."""
+  take = lambda value: value[first:last] if np.ndim(value) else value
+  return Segment(map_numbers(take, pattern), last - first)
+
+
 def has_cross_attention(stack: Stack) -> bool:
   """Whether a layer of the stack attends to a memory."""
   return any(

@@ -1,11 +1,23 @@
 """Released BEiT-3 files: the prefix, the heads beside the model, and positions of another size."""
 
+import functools
+
 import numpy as np
 import pytest
 
 from magneto_jax import convert
 from magneto_jax.convert import beit3 as released
 from magneto_jax.convert import torchscale
+from magneto_jax.models import (
+  AnsweringBEiT3,
+  CaptioningBEiT3,
+  MaskedBEiT3,
+  ReasoningBEiT3,
+  RetrievalBEiT3,
+  caption_mask,
+)
+from magneto_jax.theory import records
+from tests import reference
 from tests.checkpoints import (
   assert_round_trip,
   assert_same_tensors,
@@ -14,15 +26,52 @@ from tests.checkpoints import (
   message,
   weights,
 )
+from tests.models import common
 
 MODEL = beit3()
 CONFIG = torchscale.config_of(MODEL)
+# Of image classification, and what is no whole head.
 HEADS = {
   name: np.arange(3, dtype=np.float32)
-  for name in (
-    *("fc_norm.weight", "head.bias", "head.0.weight", "language_head.weight", "logit_scale"),
-    *("mim_head.bias", "mlm_head.dense.weight", "pooler.norm.bias", "vision_head.weight"),
-  )
+  for name in ("fc_norm.weight", "head.bias", "head.weight", "mlm_head.dense.weight")
+}
+# By model: its tensors beside the encoder, of width 8 and 7 tokens.
+MODELS = {
+  "pre-training": (
+    MaskedBEiT3(encoder=MODEL, image_vocab_size=5),
+    {"mim_head.weight": (5, 8), "mim_head.bias": (5,)},
+  ),
+  "retrieval": (
+    RetrievalBEiT3(encoder=MODEL),
+    {"vision_head.weight": (8, 8), "language_head.weight": (8, 8), "logit_scale": ()},
+  ),
+  "narrow retrieval": (
+    RetrievalBEiT3(encoder=MODEL, features=3),
+    {"vision_head.weight": (3, 8), "language_head.weight": (3, 8), "logit_scale": ()},
+  ),
+  "captioning": (
+    CaptioningBEiT3(encoder=MODEL, mask_id=6),
+    {"mlm_head.weight": (7, 8), "mlm_head.bias": (7,)},
+  ),
+  "vqa": (
+    AnsweringBEiT3(encoder=MODEL, answers=4),
+    {
+      **{"pooler.norm.weight": (8,), "pooler.norm.bias": (8,)},
+      **{"pooler.dense.weight": (8, 8), "pooler.dense.bias": (8,)},
+      **{"head.0.weight": (16, 8), "head.0.bias": (16,)},
+      **{"head.1.weight": (16,), "head.1.bias": (16,)},
+      **{"head.3.weight": (4, 16), "head.3.bias": (4,)},
+    },
+  ),
+  "nlvr2": (
+    ReasoningBEiT3(encoder=MODEL),
+    {
+      **{"head.norm1.weight": (32,), "head.norm1.bias": (32,)},
+      **{"head.dense1.weight": (16, 32), "head.dense1.bias": (16,)},
+      **{"head.norm2.weight": (16,), "head.norm2.bias": (16,)},
+      **{"head.dense2.weight": (2, 16), "head.dense2.bias": (2,)},
+    },
+  ),
 }
 POSITIONS = "beit3.encoder.embed_positions.A.weight"
 
@@ -62,6 +111,114 @@ def test_heads_are_kept_beside_the_model():
   model, variables, kept = released.read(checkpoint(**HEADS), CONFIG)
   assert_same_tensors(kept, HEADS)
   assert_same_tensors(convert.to_beit3(model, variables) | kept, checkpoint(**HEADS))
+
+
+def with_head(name, **changes):
+  """A file of one of MODELS, and its configuration."""
+  model, shapes = MODELS[name]
+  rng = np.random.default_rng(1)
+  head = {n: rng.standard_normal(shape).astype(np.float32) for n, shape in shapes.items()}
+  return checkpoint(**head | changes), released.config_of(model)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_head_is_read_and_written(name):
+  """Every tensor, number for number; each that is missing or of another shape is named."""
+  tensors, config = with_head(name)
+  model, variables, kept = released.read(tensors, config)
+  assert model == MODELS[name][0].clone(encoder=model.encoder) and not kept
+  assert_same_tensors(convert.to_beit3(model, variables), tensors)
+  assert released.config_of(model) == config
+  for tensor in MODELS[name][1]:
+    rest = {n: t for n, t in tensors.items() if n != tensor}
+    if any(head.marker == tensor for head in released.TASKS):
+      assert isinstance(released.read(rest, config)[0], type(MODEL))
+    else:
+      assert f"missing: {tensor}" in message(convert.from_beit3, rest, config)
+  # Tensors of another task beside it are kept.
+  model, variables, kept = released.read(tensors | HEADS, config)
+  assert_same_tensors(kept, HEADS)
+  assert_same_tensors(convert.to_beit3(model, variables) | kept, tensors | HEADS)
+
+
+def test_heads_compute_what_the_released_code_does():
+  """Its modules in NumPy, on what the encoder puts out: a transposed matrix or a swapped norm would
+  show; float32."""
+  images = np.random.default_rng(0).standard_normal((2, 4, 4, 3)).astype(np.float32)
+  tokens = np.array([[0, 3, 2], [0, 4, 2]])
+
+  def outputs(name, *inputs, **encoder_inputs):
+    tensors, config = with_head(name)
+    model, variables = convert.from_beit3(tensors, config)
+    params = variables["params"]
+    h = common.run(model.encoder, params["encoder"], *inputs, **encoder_inputs)
+    return functools.partial(common.run, model, params), tensors, h.astype(np.float64)
+
+  linear = lambda t, name, x: x @ t[f"{name}.weight"].T + t.get(f"{name}.bias", 0.0)
+  norm = lambda t, name, x: reference.layer_norm(
+    {"scale": t[f"{name}.weight"], "bias": t[f"{name}.bias"]}, x
+  )
+  run, t, h = outputs("vqa", images, tokens)
+  x = np.tanh(linear(t, "pooler.dense", norm(t, "pooler.norm", h[:, 0])))
+  expected = linear(t, "head.3", reference.gelu(norm(t, "head.1", linear(t, "head.0", x))))
+  np.testing.assert_allclose(run(images, tokens), expected, rtol=2e-4)
+
+  pairs = np.stack([images, images[::-1]], axis=1)
+  run, t, first = outputs("nlvr2", images, tokens)
+  second = outputs("nlvr2", images[::-1], tokens)[2]
+  x = np.concatenate([h[:, place] for h in (first, second) for place in (0, 5)], axis=1)
+  x = linear(t, "head.dense1", norm(t, "head.norm1", x))
+  expected = linear(t, "head.dense2", reference.gelu(norm(t, "head.norm2", x)))
+  np.testing.assert_allclose(run(pairs, tokens), expected, rtol=2e-4)
+
+  run, t, h = outputs("retrieval", images)
+  found = run(images)
+  x = linear(t, "vision_head", h[:, 0])
+  x /= np.linalg.norm(x, axis=1, keepdims=True)
+  np.testing.assert_allclose(found.images_BE, x, rtol=0, atol=1e-5)
+  assert float(found.scale) == pytest.approx(float(np.exp(t["logit_scale"])), rel=1e-6)
+
+  run, t, h = outputs("captioning", images, tokens, visible_BTT=caption_mask(5, tokens.shape[1]))
+  found = run(images, tokens)
+  np.testing.assert_allclose(found, linear(t, "mlm_head", h[:, 5:]), rtol=0, atol=1e-4)
+
+
+def test_the_encoder_of_images_is_the_model_without_texts():
+  """Of a model with a head; the paper's form too; float32."""
+  images = np.random.default_rng(0).standard_normal((2, 4, 4, 3)).astype(np.float32)
+  stack = MODEL.encoder
+  paper = MODEL.clone(
+    encoder=stack.clone(recipe=records.cut(stack.recipe, 1), shared_attention=True, fusion_layers=1)
+  )
+  for model in (MODELS["vqa"][0], paper):
+    args = released.inputs_of(model) if model is not paper else torchscale.inputs_of(model)[0]
+    params = reference.random_params(model, *args)
+    vision, variables = released.vision_of(model, {"params": params})
+    whole, inner = (model, params) if model is paper else (model.encoder, params["encoder"])
+    np.testing.assert_allclose(
+      common.run(vision, variables["params"], images),
+      common.run(whole, inner, images),
+      rtol=0,
+      atol=1e-5,
+    )
+
+
+def test_the_mask_of_a_captioning_model_is_known_or_asked_for():
+  tensors, config = with_head("captioning")
+  own = {key: value for key, value in config.items() if key != "mask_token_id"}
+  assert "must give mask_token_id" in message(convert.from_beit3, tensors, own)
+  too_large = own | {"mask_token_id": 7}
+  assert "mask_token_id=7 is not in a vocabulary of 7" in message(
+    convert.from_beit3, tensors, too_large
+  )
+
+
+def test_a_model_that_no_file_holds_is_one_line():
+  assert "hold no Encoder" in message(convert.to_beit3, encoder(), {"params": {}})
+  paper = MODEL.clone(encoder=MODEL.encoder.clone(shared_attention=True))
+  assert "neither shared attention nor fusion layers" in message(
+    convert.to_beit3, paper, {"params": {}}
+  )
 
 
 def test_the_released_sizes_need_no_configuration():

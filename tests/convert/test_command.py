@@ -27,6 +27,7 @@ from magneto_jax.convert import (
 )
 from magneto_jax.convert import torchscale as torchscale_module
 from magneto_jax.data import pipelines
+from magneto_jax.models import VisionEncoder
 from magneto_jax.tasks import TASKS
 from magneto_jax.theory.recipes import normformer
 from tests.checkpoints import assert_same_tensors, beit3, decoder, masked_lm, weights
@@ -42,6 +43,7 @@ def run(**given) -> None:
   flags.DEFINE_string("model_config", "", "model_config", flag_values=values)
   for name in ("image_size", "step"):
     flags.DEFINE_integer(name, None, name, flag_values=values)
+  flags.DEFINE_bool("vision", False, "vision", flag_values=values)
   values([sys.argv[0], *(f"--{name.rstrip('_')}={value}" for name, value in given.items())])
   command.run(values)
 
@@ -148,6 +150,17 @@ def test_positions_are_interpolated_on_request(tmp_path):
   write_state_dict(tmp_path / "in.npz", tensors, config)
   run(from_="beit3", input=tmp_path / "in.npz", output=tmp_path / "model", image_size=6)
   assert magneto_jax.load(tmp_path / "model")[0].num_patches == 9
+
+
+def test_the_encoder_of_images_alone_on_request(tmp_path):
+  tensors, config = checkpoints()["beit3"]
+  write_state_dict(tmp_path / "in.npz", tensors, config)
+  given = {"input": tmp_path / "in.npz", "output": tmp_path / "model", "vision": True}
+  run(from_="beit3", image_size=6, **given)
+  model, _ = magneto_jax.load(tmp_path / "model")
+  assert isinstance(model, VisionEncoder) and model.encoder.max_length == 10
+  with pytest.raises(ConfigError, match="--vision does not go with --from=torchscale"):
+    run(from_="torchscale", **given)
 
 
 MISTAKES = {

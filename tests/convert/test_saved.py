@@ -10,7 +10,7 @@ import pytest
 import magneto_jax
 from magneto_jax.config import ConfigError
 from magneto_jax.convert import layout, load, save, saved
-from magneto_jax.models.vision import VisionEncoder
+from magneto_jax.models import CaptioningBEiT3, RetrievalBEiT3, VisionEncoder
 from magneto_jax.theory.recipes import RECIPES
 from tests.checkpoints import (
   assert_same_tensors,
@@ -32,6 +32,8 @@ MODELS = {
   "masked lm": masked_lm(head="dense"),
   "encoder decoder": encoder_decoder(shared=True),
   "beit3": beit3(),
+  "beit3 with a head": CaptioningBEiT3(encoder=beit3(), mask_id=6),
+  "beit3 with one number": RetrievalBEiT3(encoder=beit3(shared_attention=True)),
 }
 KEPT = {"decoder.version": np.full(1, np.nan, np.float16), "kept:x/y": np.arange(2)}
 ORIGIN = {"from": "fairseq", "config": {"dropout": 0.1, "none": None}}

@@ -403,7 +403,9 @@ def test_a_bad_file_is_named_and_left_out_up_to_the_limit(folder, name):
 
 def test_a_link_to_nothing_is_a_bad_file(folder):
   os.symlink(folder / "nowhere", folder / "ant" / "x.png")
-  with pytest.raises(ValueError, match="ant/x.png cannot be read .it is a link to nothing"):
+  with pytest.raises(
+    ValueError, match="ant/x.png cannot be read .it is missing, a link to nothing"
+  ):
     load(train_files=[str(folder)])
 
 

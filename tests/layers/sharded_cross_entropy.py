@@ -1,8 +1,8 @@
-"""The loss on a mesh: `python -m tests.layers.sharded_cross_entropy`, where there are 8 devices.
+"""Losses on a mesh: `python -m tests.layers.sharded_cross_entropy`, where there are 8 devices.
 
 The batch lies over `data` and `fsdp`, the vocabulary over `tensor`, the table's width over `fsdp`.
 Values and gradients are those of one device; within the loops over chunks no more crosses the mesh
-than each chunk of the table's gradient, once.
+than each chunk of the table's gradient, once. The contrastive loss is of the whole batch.
 """
 
 import re
@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from magneto_jax import sharding
-from magneto_jax.layers import cross_entropy
+from magneto_jax.layers import contrastive_loss, cross_entropy
 from tests.models.common import compiled
 
 B, T, D, V, CHUNK = 4, 8, 16, 512, 48
@@ -66,6 +66,25 @@ def check() -> None:
     assert shape[:2] == (1, CHUNK) and shape[2] in (D, D // 2), crossing
 
 
+def check_contrastive() -> None:
+  """Rows of other devices are wrong answers, too; float32 to 1e-5."""
+  mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+  x, y = np.random.default_rng(0).normal(size=(2, 8, D)).astype(np.float32)
+
+  def loss(x, y, scale):
+    return sum(nats.mean() for nats in contrastive_loss(x, y, scale))
+
+  step = jax.value_and_grad(loss, (0, 1, 2))
+  expected = jax.tree.leaves(compiled(step)(x, y, np.float32(3.0)))
+  rows, whole = NamedSharding(mesh, P(("data", "fsdp"))), NamedSharding(mesh, P())
+  places = {"in_shardings": (rows, rows, whole), "out_shardings": (whole, (rows, rows, whole))}
+  with sharding.use_mesh(mesh):
+    found = jax.tree.leaves(compiled(step, **places)(x, y, np.float32(3.0)))
+  for a, b in zip(found, expected, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
 if __name__ == "__main__":
   assert len(jax.devices()) == 8 and jnp.zeros(()).dtype == jnp.float32
   check()
+  check_contrastive()

@@ -324,6 +324,32 @@ def test_cached_calls_match_one_call(rotation):
   np.testing.assert_allclose(np.concatenate(parts, 1), attend(layer, params), rtol=0, atol=1e-5)
 
 
+def test_a_prefix_stands_before_the_cache_and_sees_itself_both_ways():
+  """3 tokens in one call that fills their cache, then 3 more behind them: as under the mask of that
+  in one call; positions and relative biases count on. float32."""
+  bias = RelativeBias(np.random.default_rng(3).standard_normal((8, N)).astype(np.float32))
+  options = {"num_kv_heads": 2, "rotation": ROTATIONS["rotary"]}
+  both, causal = Attention(N, **options), Attention(N, is_causal=True, **options)
+  params = params_of(both)
+  visible = np.tri(T, dtype=bool)
+  visible[:3, :3] = True
+  mask = bias.materialize(T, T) + np.where(visible, 0.0, -np.inf)[None, None]
+  expected = attend(both, params, bias=mask.astype(np.float32))
+  empty = lambda rows: KVCache.empty(B, rows, 2, D // N, dtype=jnp.float32)
+  first, prefix = both.apply({"params": params}, X[:, :3], bias=bias, cache=empty(3))
+  parts, cache = [first], empty(4)
+  for start, stop in ((3, 5), (5, T)):
+    y, cache = causal.apply(
+      {"params": params}, X[:, start:stop], bias=bias, cache=cache, prefix=prefix
+    )
+    parts.append(y)
+  np.testing.assert_allclose(np.concatenate(parts, 1), expected, rtol=0, atol=1e-5)
+  with pytest.raises(ValueError, match="a prefix is of self-attention"):
+    jax.eval_shape(
+      lambda: Attention(N, is_cross=True).init(jax.random.key(0), X, MEMORY, prefix=prefix)
+    )
+
+
 def test_dropout_is_of_probabilities_and_unbiased():
   """4096 draws: the mean is off by about 1 / 64 of a draw's deviation; 6 of those are allowed."""
   layer = Attention(N, is_causal=True, dropout_rate=0.5)
@@ -383,7 +409,7 @@ def test_wrong_options_raise(options, message):
     ({"is_causal": True, "num_kv_heads": 2}, None, (B, T, N, D // N), "do not fit a cache of"),
     ({"is_causal": True}, None, (B, T - 1, N, D // N), "do not fit a cache of"),
     ({"is_causal": True}, None, (B + 1, T, N, D // N), "do not fit a cache of"),
-    ({}, None, (B, T, N, D // N), "a cache needs is_causal=True"),
+    ({}, None, (B, T + 1, N, D // N), "a cache needs is_causal=True, or to be filled"),
     ({"is_cross": True}, MEMORY, (B, MEMORY.shape[1] + 1, N, D // N), "must fill its cache of"),
   ),
 )

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from magneto_jax.layers import cross_entropy, vocabulary_logits
+from magneto_jax.layers import binary_cross_entropy, cross_entropy, vocabulary_logits
 from tests import simulated
 from tests.models.common import compiled
 
@@ -164,3 +164,14 @@ def test_on_a_mesh_nothing_of_the_stream_crosses_it_within_the_loop():
   """On 8 simulated devices; see `tests/layers/sharded_cross_entropy.py`."""
   command = [sys.executable, "-m", "tests.layers.sharded_cross_entropy"]
   subprocess.run(command, check=True, cwd=ROOT, env=simulated.devices(8))
+
+
+def test_answers_that_are_each_right_or_wrong():
+  """Known values; and of logits so far out that a sigmoid is 0 or 1, what is left of them."""
+  tiny = binary_cross_entropy(np.float32([[2, -1, 0]]), np.float32([[1, 0.3, 0]]))
+  assert float(tiny[0]) == pytest.approx(1.4333369, abs=1e-6)
+  even = binary_cross_entropy(jnp.zeros((2, 3129), jnp.bfloat16), np.ones((2, 3129), np.float32))
+  assert even.shape == (2,) and even.dtype == jnp.float32
+  np.testing.assert_allclose(even, 2168.8575, rtol=1e-6)
+  far = binary_cross_entropy(np.float32([[200, -200, 200]]), np.float32([[1, 0, 0]]))
+  assert float(far[0]) == 200.0

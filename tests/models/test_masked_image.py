@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from magneto_jax.models import Frozen, MaskedImageModel
 from magneto_jax.models.encoder import Encoder
-from magneto_jax.models.masked_image import Frozen, MaskedImageModel
 from magneto_jax.models.vision import VisionEncoder
 from tests import reference
 from tests.models import common

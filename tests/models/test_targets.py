@@ -6,10 +6,10 @@ import numpy as np
 import optax
 import pytest
 
+from magneto_jax.models import BEiT3, MaskedBEiT3
 from magneto_jax.models.encoder import Encoder
 from magneto_jax.models.encoder_decoder import EncoderDecoder
 from magneto_jax.models.language import CausalLM, MaskedLM
-from magneto_jax.models.multimodal import BEiT3, MaskedBEiT3
 from tests import reference
 from tests.models.common import SIZES, VOCAB, compiled, recipe
 
@@ -99,7 +99,7 @@ def test_targets_with_a_state_and_the_stream():
 
 
 def test_pairs_are_scored_by_the_states_of_their_patches_and_tokens():
-  """Those behind the class token, patches first, each with its own table."""
+  """Those behind the class token, patches first, each with its own table, patches with a bias."""
   experts = {"experts": ("vision", "text"), "positions": "none", "vocab_size": None}
   sizes = {"num_patches": 4, "patch_size": 2, "max_text_length": 6, "vocab_size": VOCAB}
   pairs = BEiT3(encoder=encoder(**experts), **sizes)
@@ -117,5 +117,6 @@ def test_pairs_are_scored_by_the_states_of_their_patches_and_tokens():
   assert stream.shape == (2, 2, 1 + 4 + 6, states.shape[-1])
   tables = params["output_embedding"], params["encoder"]["text_embedding"]
   expected = np.split(np.asarray(states)[:, 1:], [4], axis=1)
-  for logits, part, table in zip((patches, text), expected, tables, strict=True):
-    np.testing.assert_allclose(logits, part @ table["embedding"].T, rtol=0, atol=1e-5)
+  biases = params["head_bias"], 0.0
+  for logits, part, table, bias in zip((patches, text), expected, tables, biases, strict=True):
+    np.testing.assert_allclose(logits, part @ table["embedding"].T + bias, rtol=0, atol=1e-5)

@@ -142,7 +142,7 @@ def test_flops_are_those_of_a_steps_products():
 
   def loss(params, state, batch):
     variables = {"params": params, "state": state}
-    (loss, _), state = TASK.loss_and_state(model, variables, batch, jax.random.key(0))
+    (loss, _), state, _ = TASK.loss_and_state(model, variables, batch, jax.random.key(0))
     return loss, state
 
   step = jax.value_and_grad(loss, has_aux=True)

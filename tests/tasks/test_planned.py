@@ -1,13 +1,10 @@
-"""What a plan needs of every task, and the tasks whose data are not built in."""
-
-import dataclasses
+"""What a plan needs of every task, and the models and the loss of pairs of texts."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from magneto_jax import diagnostics
 from magneto_jax.config import OF_SOME_TASKS, ConfigError, from_config_dict
 from magneto_jax.tasks import TASKS
 from tests import reference
@@ -19,10 +16,24 @@ PLANNED = {
   "masked_lm": {},
   "text_classification": {},
   "translation": {"encoder_layers": 3},
-  "beit3": {"positions": "learned", "image_size": 8, "patch_size": 4, "image_vocab_size": 11},
   "image_classification": {},
   "image_tokenizer": {"image_size": 8, "patch_size": 4, "image_vocab_size": 11},
   "masked_image": {"image_size": 8, "patch_size": 2, "image_vocab_size": 11},
+  "masked_data": {
+    "positions": "learned",
+    "image_size": 8,
+    "patch_size": 4,
+    "image_vocab_size": 11,
+  },
+  **dict.fromkeys(
+    (
+      "image_text_retrieval",
+      "image_captioning",
+      "visual_question_answering",
+      "visual_reasoning",
+    ),
+    {"positions": "learned", "image_size": 8, "patch_size": 4},
+  ),
   "speech_recognition": {"mel_bins": 8},
   "speech_translation": {"mel_bins": 8},
 }
@@ -89,15 +100,6 @@ def test_a_vocabulary_that_is_a_file_cannot_be_planned():
   assert "\n" not in str(error.value)
 
 
-def test_without_data_a_task_says_what_it_can_do(tmp_path):
-  config = config_of("beit3")
-  with pytest.raises(ConfigError, match="task='beit3' can be planned, .* not trained yet") as e:
-    TASKS["beit3"].load_data(config, tmp_path)
-  assert "\n" not in str(e.value)
-  with pytest.raises(ConfigError, match="there are no data"):
-    TASKS["beit3"].facts(None)
-
-
 # ---------------------------------------------------------------------------------------------
 # Models and losses
 # ---------------------------------------------------------------------------------------------
@@ -123,40 +125,25 @@ def test_the_recipes_know_both_depths():
   assert {line.split(":")[0] for line in lines} == {"encoder", "decoder"}
 
 
-def test_the_pairs_model_is_of_the_configs_sizes():
-  config = config_of("beit3", vocab_chunk=9, label_smoothing=0.1)
-  model = TASKS["beit3"].build_model(config, {"vocab_size": 40})
-  assert (model.image_vocab_size, model.vocab_chunk, model.label_smoothing) == (11, 9, 0.1)
-  inner = model.encoder
-  assert (inner.num_patches, inner.patch_size, inner.max_text_length) == (4, 4, 6)
-  assert inner.encoder.experts == ("vision", "text") and inner.vocab_size == 40
-
-
-@pytest.mark.parametrize(
-  "name, model, message",
-  [
-    ("translation", {"window": 3}, "model.window=3 is of earlier tokens"),
-    ("beit3", {"window": 3}, "model.window=3 is of earlier tokens"),
-    ("beit3", {"positions": "rotary"}, "set model.positions='learned', not 'rotary'"),
-    ("beit3", {"tied_embeddings": False}, "set model.tied_embeddings=True"),
-  ],
-)
-def test_what_a_model_cannot_have_is_refused(name, model, message):
-  with pytest.raises(ConfigError, match=message) as error:
-    TASKS[name].build_model(config_of(name, model=model), {"vocab_size": 40})
+def test_a_window_of_an_encoder_is_refused():
+  with pytest.raises(ConfigError, match="model.window=3 is of earlier tokens") as error:
+    config = config_of("translation", model={"window": 3})
+    TASKS["translation"].build_model(config, {"vocab_size": 40})
   assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ("translation", "beit3"))
-def test_the_loss_is_of_what_counts_and_smooth_in_training_alone(name):
+def test_the_loss_is_of_what_counts_and_smooth_in_training_alone():
   """From the model's logits, by hand: sum of w_i (-log p_i), and in training of q . (-log p)."""
-  config, smooth = config_of(name), config_of(name, label_smoothing=0.2, vocab_chunk=7)
-  task, facts = TASKS[name], {"vocab_size": 40}
+  config, smooth = (
+    config_of("translation", **fields)
+    for fields in ({}, {"label_smoothing": 0.2, "vocab_chunk": 7})
+  )
+  task, facts = TASKS["translation"], {"vocab_size": 40}
   batch = batch_of(config, np.random.default_rng(0))
   model, smoothed = (task.build_model(c, facts) for c in (config, smooth))
   params = reference.random_params(model, *task.dummy_inputs(config))
   args, keywords = task.inputs(batch)
-  del keywords["targets_BT"]
+  keywords = {name: x for name, x in keywords.items() if not name.startswith("targets")}
 
   @compiled
   def run(params):
@@ -168,15 +155,10 @@ def test_the_loss_is_of_what_counts_and_smooth_in_training_alone(name):
     return model.apply({"params": params}, *args, **keywords), losses
 
   logits, losses = run(params)
-  nats, uniform, start = [], [], 0
-  for part in [logits] if name == "translation" else logits:
-    part = np.asarray(part, np.float64)
-    costs = np.log(np.exp(part).sum(-1, keepdims=True)) - part
-    targets = batch["targets"][:, start : start + part.shape[1], None]
-    own = np.take_along_axis(costs, targets, -1)[..., 0]
-    others = (costs.sum(-1) - own) / (part.shape[2] - 1)
-    nats, uniform, start = [*nats, own], [*uniform, others], start + part.shape[1]
-  nats, uniform = (np.concatenate(parts, axis=1) for parts in (nats, uniform))
+  logits = np.asarray(logits, np.float64)
+  costs = np.log(np.exp(logits).sum(-1, keepdims=True)) - logits
+  nats = np.take_along_axis(costs, batch["targets"][..., None], -1)[..., 0]
+  uniform = (costs.sum(-1) - nats) / (logits.shape[-1] - 1)
   assert nats.shape == batch["weights"].shape
   plain = np.sum(nats * batch["weights"])
   trained = np.sum((0.8 * nats + 0.2 * uniform) * batch["weights"])
@@ -184,26 +166,3 @@ def test_the_loss_is_of_what_counts_and_smooth_in_training_alone(name):
   np.testing.assert_allclose(losses, [(plain, count), (plain, count), (trained, count)], rtol=1e-5)
   found = task.metrics({"loss": plain, "weight": count}, None, whole=True)
   assert found["loss_nats_per_token"] == plain / count
-
-
-def test_each_part_of_a_pair_is_seen_by_the_other():
-  """A patch changes what the text costs; a patch that is masked changes nothing."""
-  config = config_of("beit3")
-  task, batch = TASKS["beit3"], batch_of(config, np.random.default_rng(0))
-  batch["image_masked"][:] = [False, True, True, False]
-  batch["weights"][:] = [0, 0, 0, 0, 1, 1, 1, 1, 1, 1]
-  model = task.build_model(config, {"vocab_size": 40})
-  params = reference.random_params(model, *task.dummy_inputs(config))
-  loss = compiled(lambda params, batch: task.loss(model, {"params": params}, batch)[0])
-  before = loss(params, batch)
-  hidden, seen = batch["image"].copy(), batch["image"].copy()
-  hidden[:, :4, 4:], seen[:, :4, :4] = 5.0, 5.0
-  assert loss(params, batch | {"image": hidden}) == before
-  assert abs(loss(params, batch | {"image": seen}) - before) > 1e-4
-
-
-def test_the_stack_of_a_model_of_pairs_is_found():
-  model = TASKS["beit3"].build_model(config_of("beit3"), {"vocab_size": 40})
-  parts = diagnostics.parts_of(model)
-  assert tuple(parts) == ("encoder",) and parts["encoder"].path == ("encoder", "encoder")
-  assert dataclasses.replace(parts["encoder"].backbone) == model.encoder.encoder

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from magneto_jax.config import from_config_dict, tasks_reading
+from magneto_jax import kernels
+from magneto_jax.config import from_config_dict
 from magneto_jax.models import (
   CausalLM,
   Encoder,
@@ -48,6 +49,7 @@ SIZES = {"layers": 3, "width": 32, "ffn_width": 48, "heads": 4}
 PAIRS = {"positions": "learned", "image_size": 12, "patch_size": 4, "image_vocab_size": 24}
 
 IMAGES = {"image_size": 12, "patch_size": 4}
+PAIRED = IMAGES | {"positions": "learned"}
 
 
 @pytest.mark.parametrize(
@@ -59,7 +61,10 @@ IMAGES = {"image_size": 12, "patch_size": 4}
     ("masked_lm", {"kv_heads": 2, "head_dim": 10}),
     ("translation", {"encoder_layers": 2}),
     ("translation", {"activation": "swiglu", "kv_heads": 2, "head_dim": 10}),
-    ("beit3", PAIRS),
+    ("masked_data", PAIRS),
+    ("masked_data", PAIRS | {"shared_attention": True, "fusion_layers": 1}),
+    *((task, PAIRED) for task in ("image_text_retrieval", "image_captioning")),
+    *((task, PAIRED) for task in ("visual_question_answering", "visual_reasoning")),
     ("image_classification", IMAGES),
     ("image_classification", IMAGES | {"pooling": "mean", "kv_heads": 2, "head_dim": 10}),
   ],
@@ -68,15 +73,21 @@ def test_flops_are_those_of_the_steps_products(task, fields):
   """To the last one: loss and gradient as they are traced, attention by full scores."""
   model = SIZES | {"attention_implementation": "xla"} | fields
   data = {"seq_length": 8, "vocab_size": 70}
-  if task in tasks_reading("data.image_key"):
+  if task == "image_classification":
     data = {"name": "embedded/mnist5k"}
   config = from_config_dict({"task": task, "batch_size": 5, "model": model, "data": data})
   task = TASKS[task]
   facts = task.planned_facts(config)
   module = task.build_model(config, facts)
-  params = jax.eval_shape(module.init, jax.random.key(0), *task.dummy_inputs(config))["params"]
-  step = jax.value_and_grad(lambda params, batch: task.loss(module, {"params": params}, batch)[0])
-  traced = jax.make_jaxpr(step)(params, task.batch_spec(config))
+  variables = jax.eval_shape(module.init, jax.random.key(0), *task.dummy_inputs(config))
+
+  def step(variables, batch):
+    batch = task.weigh(module, batch)
+    loss = lambda params: task.loss(module, {**variables, "params": params}, batch)[0]
+    return jax.value_and_grad(loss)(variables["params"])
+
+  with kernels.use_implementation("xla"):  # Of a model within the model, too.
+    traced = jax.make_jaxpr(step)(variables, task.spec(config, facts))
   assert task.flops(config, facts) == product_flops(traced.jaxpr)
 
 

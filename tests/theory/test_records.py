@@ -102,6 +102,28 @@ def test_reading_numbers_twice_changes_nothing():
     np.testing.assert_array_equal(a, b)
 
 
+def test_a_cut_stack_has_the_same_layers_and_a_segment_that_begins_there():
+  """Two patterns, three and two times, cut at every layer; also between those of a pattern."""
+  layer = lambda value: Layer(Attention(skip=Scale(value)), FeedForward(wi=Init(gain=2.0)))
+  segments = (
+    Segment((layer((1.0, 3.0, 5.0)), layer(np.array([2.0, 4.0, 6.0]))), 3),
+    Segment((layer(7.0),), 2),
+  )
+  stack = dataclasses.replace(RECIPES["pre_ln"](DECODER).decoder, segments=segments)
+  expected = [float(l.self_attention.skip.value) for l in stack.layers]
+  counts = {0: [6, 2], 1: [1, 1, 4, 2], 2: [2, 4, 2], 5: [4, 1, 1, 2], 6: [6, 2], 7: [6, 1, 1]}
+  for at in range(stack.num_layers + 1):
+    found = records.cut(stack, at)
+    depths = [len(segment.pattern) * segment.repeats for segment in found.segments]
+    assert at in np.cumsum([0, *depths])
+    assert depths == counts.get(at, depths)
+    assert [float(l.self_attention.skip.value) for l in found.layers] == expected
+    assert all(float(l.ffn.wi.gain) == 2.0 for l in found.layers)
+  for at in (-1, 9):
+    with pytest.raises(ValueError, match=f"layer={at} is none of a stack of 8 layers"):
+      records.cut(stack, at)
+
+
 # ---------------------------------------------------------------------------------------------
 # Errors
 # ---------------------------------------------------------------------------------------------

@@ -2,12 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
-from magneto_jax.layers.cross_entropy import scores_of
 from magneto_jax.layers.initializers import dense_init, kernel_init
 from magneto_jax.layers.patches import PatchEmbedding
-from magneto_jax.models.backbone import TokenTable, padding_mask, positions_of
+from magneto_jax.models.backbone import DecodingState, padding_mask, positions_of
 from magneto_jax.models.encoder import Encoder
 from magneto_jax.theory import records
 
@@ -17,7 +17,8 @@ class BEiT3(nn.Module, kw_only=True):
 
   Attributes:
     encoder: with `experts=("vision", "text")`, no vocabulary and neither learned nor sinusoidal
-      positions, as each modality has positions of its own here.
+      positions, as each modality has positions of its own here. Its `shared_attention` and
+      `fusion_layers` say which of the two published forms this is; see `Encoder`.
     vocab_size: V of the texts.
     num_patches: P, patches an image.
     patch_size: p, pixels on a patch's side.
@@ -70,6 +71,7 @@ class BEiT3(nn.Module, kw_only=True):
     mask_BT: jax.Array | None = None,
     masked_BP: jax.Array | None = None,
     positions_BT: jax.Array | None = None,
+    state: DecodingState | None = None,
     recipe: records.Stack | None = None,
     **kwargs,
   ):
@@ -82,19 +84,30 @@ class BEiT3(nn.Module, kw_only=True):
       masked_BP: True for the patches, read row by row, that the mask token replaces.
       positions_BT: of the text; by default the number of its tokens before each, -1 for padding
         (torchscale counts padding too).
+      state: an image and earlier tokens (`see`), behind which texts are read; see `Encoder`.
       recipe: a record of the same structure to run instead; see `CausalLM`.
-      **kwargs: `visible_BTT`, `return_hidden_states`, `deterministic` of `Encoder`.
+      **kwargs: `visible_BTT`, `fused`, `return_caches`, `return_hidden_states` and `deterministic`
+        of `Encoder`.
 
     Returns:
-      [B, 1 + P + T, D]: the class token, the patches and the text, of those that are there; if
-      asked for, then also the stream.
+      [B, 1 + P + T, D]: the class token, the patches and the text, of those that are there; what
+      follows it, see `Encoder`.
     """
     if mask_BT is not None and tokens_BT is None:
       raise ValueError("mask_BT is of a text, and there is none")
+    if state is not None and images_BHWC is not None:
+      raise ValueError("a state has its image already: give the text alone")
     parts = self.embed(images_BHWC, tokens_BT, masked_BP=masked_BP, recipe=recipe)
-    if self.is_initializing() and len(parts) < 2:
+    is_drawn = self.has_variable("params", "encoder")  # By an earlier call.
+    if self.is_initializing() and len(parts) < 2 and not is_drawn:
       raise ValueError("initialise BEiT3 with an image and a text: both have parameters")
     embeddings, masks, positions = [], [], []
+    behind, read = 0, 0
+    if state is not None:
+      behind = state.before
+      read = jnp.sum(state.segment_ids_BS > 0, axis=1, keepdims=True)
+      # A pair's: the image is in the state.
+      kwargs = {"fused": True} | kwargs
     for name, part_BTD in parts.items():
       batch, length, _ = part_BTD.shape
       table = self.position_embeddings[name]
@@ -102,12 +115,12 @@ class BEiT3(nn.Module, kw_only=True):
         rows = table.num_embeddings
         raise ValueError(f"{length} positions do not fit the table of {name}, {rows}")
       own = padding_mask((batch, length), mask_BT, None) if name == "text" else None
-      places_BT = positions_of((batch, length), own)
+      places_BT = positions_of((batch, length), own, read)
       if name == "text" and positions_BT is not None:
         places_BT = jnp.asarray(positions_BT)
       embeddings.append(part_BTD + table(jnp.maximum(places_BT + self.position_offset, 0)))
       # Where the encoder rotates, the text stands behind the image.
-      before = sum(mask.shape[1] for mask in masks)
+      before = behind + sum(mask.shape[1] for mask in masks)
       places_BT = jnp.where(places_BT < 0, -1, places_BT + before)
       positions.append(jnp.broadcast_to(places_BT, (batch, length)))
       masks.append(jnp.ones((batch, length), bool) if own is None else own)
@@ -115,10 +128,19 @@ class BEiT3(nn.Module, kw_only=True):
       embeddings_BTD=jnp.concatenate(embeddings, axis=1),
       mask_BT=None if mask_BT is None else jnp.concatenate(masks, axis=1),
       positions_BT=jnp.concatenate(positions, axis=1),
+      state=state,
       recipe=recipe,
       lengths=tuple(parts[n].shape[1] if n in parts else 0 for n in self.encoder.experts),
       **kwargs,
     )
+
+  def see(self, images_BHWC: jax.Array, length: int) -> DecodingState:
+    """The state in which images have been seen, with room for `length` tokens behind them.
+
+    No image sees a text that is read behind it; see `caption_mask`, which is the same in one call.
+    """
+    _, caches = self(images_BHWC, fused=True, return_caches=True)
+    return self.encoder.state_behind(caches, images_BHWC.shape[0], length)
 
   def embed(
     self,
@@ -143,81 +165,23 @@ class BEiT3(nn.Module, kw_only=True):
     return parts
 
 
-class MaskedBEiT3(nn.Module, kw_only=True):
-  """Masked data modelling: p(what a patch or token was | all that is not masked of both).
+def caption_mask(image_length: int, text_length: int) -> np.ndarray:
+  """[1, V + T, V + T], True where the query (first) may see the key: BEiT-3's for captions.
 
-  Of a patch it is softmax(W_I h) over the tokens that an image tokenizer gives patches, of a text's
-  token softmax(W h) with W the table of the text's embeddings. The paper does not state the heads:
-  these are linear.
+  Images see images; a token of the text sees its image, and of the text what lies before it, and
+  itself.
 
-  Attributes:
-    encoder: a `BEiT3`.
-    image_vocab_size: how many tokens there are for patches.
-    vocab_chunk, label_smoothing: see `CausalLM`.
+  Args:
+    image_length: V, class token and patches.
+    text_length: T.
 
-  Reference: BEiT-3, arXiv 2208.10442, section 2.2; BEiT v2, arXiv 2208.06366 (tokens of patches).
+  Example:
+    >>> int(caption_mask(3, 3).sum())
+    24
+
+  Reference: BEiT-3, arXiv 2208.10442, section 3.1.2.
   """
-
-  encoder: BEiT3
-  image_vocab_size: int = 8192
-  vocab_chunk: int = 0
-  label_smoothing: float = 0.0
-
-  @nn.compact
-  def __call__(
-    self,
-    images_BHWC: jax.Array,
-    tokens_BT: jax.Array,
-    *,
-    masked_BP: jax.Array | None = None,
-    mask_BT: jax.Array | None = None,
-    targets_BT: jax.Array | None = None,
-    recipe: records.Stack | None = None,
-    return_hidden_states: bool = False,
-    deterministic: bool = True,
-  ):
-    """Scores the patches and tokens of pairs.
-
-    Args:
-      images_BHWC, tokens_BT, masked_BP, mask_BT, recipe: see `BEiT3`; tokens that are masked are
-        the mask's token.
-      targets_BT: [B, P + T], the tokens of the patches, then those of the text.
-      return_hidden_states: whether to return the stream as well.
-      deterministic: False switches dropout on and needs an rng named `dropout`.
-
-    Returns:
-      Logits of the patches [B, P, V_I] and of the text [B, T, V], in float32 or wider; or, with
-      targets, what these cost, [B, P + T] in nats. If asked for, then also the stream.
-    """
-    encoder, stack = self.encoder, self.encoder.encoder
-    out = encoder(
-      images_BHWC,
-      tokens_BT,
-      masked_BP=masked_BP,
-      mask_BT=mask_BT,
-      recipe=recipe,
-      return_hidden_states=return_hidden_states,
-      deterministic=deterministic,
-    )
-    x_BTD, hidden_LBTD = out if return_hidden_states else (out, None)
-    table = TokenTable(self.image_vocab_size, stack.width, name="output_embedding")
-    image_table_VD = table((stack.recipe if recipe is None else recipe).embedding.tokens)
-    ends = 1 + encoder.num_patches  # Behind the class token.
-    parts = (
-      (x_BTD[:, 1:ends], image_table_VD, slice(None, encoder.num_patches)),
-      (x_BTD[:, ends:], encoder.text_embedding.embedding, slice(encoder.num_patches, None)),
-    )
-    smoothing = 0.0 if deterministic else self.label_smoothing
-    scores = tuple(
-      scores_of(
-        part_BTD,
-        table_VD,
-        None if targets_BT is None else targets_BT[:, places],
-        chunk=self.vocab_chunk,
-        smoothing=smoothing,
-      )
-      for part_BTD, table_VD, places in parts
-    )
-    if targets_BT is not None:
-      scores = jnp.concatenate(scores, axis=1)
-    return (scores, hidden_LBTD) if return_hidden_states else scores
+  length = image_length + text_length
+  return (np.arange(length) < image_length) | np.pad(
+    np.tri(text_length, dtype=bool), ((image_length, 0), (image_length, 0))
+  )[None]

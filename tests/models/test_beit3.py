@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from magneto_jax.models.beit3 import BEiT3
 from magneto_jax.models.encoder import Encoder
-from magneto_jax.models.multimodal import BEiT3
 from tests import reference
 from tests.models import common
 from tests.models.common import SIZES, VOCAB, WIDTH, in_float64, run

@@ -1,0 +1,71 @@
+"""Downstream tasks from a pre-trained BEiT-3, beside training from scratch with the same budget.
+
+`python -m benchmarks.vision_language_pretraining --beit3=DIR` takes the run of configs/beit3.py:
+tiny in DIR (task masked_data), and trains retrieval_tiny, captioning_tiny and vqa_tiny with several
+seeds from it and from scratch: the same steps of the same batches, of its tokens. From scratch all
+layers have the same learning rate (no layer_decay), and of `--learning_rates` each is tried in
+both. Scores are of the test part, after the last step, which nothing is chosen by; the pre-training
+is not counted in the budget, and is told beside it.
+"""
+
+import pathlib
+import sys
+import tempfile
+from collections.abc import Sequence
+
+from benchmarks import coordinator, starts
+from magneto_jax import runs as runs_lib
+from magneto_jax.data import text
+
+# The metric of each variant of configs/beit3.py.
+METRICS = {
+  "retrieval_tiny": "mean_recall",
+  "captioning_tiny": "keyword_f1",
+  "vqa_tiny": "accuracy",
+}
+
+
+def show(results: dict) -> None:
+  """Prints a table for each task."""
+  for variant, rows in results["rows"].items():
+    metric = METRICS[variant]
+    print(variant)
+    coordinator.show(starts.columns(metric), [starts.cells(row, metric) for row in rows])
+  print(f"pre-training: {results['pretraining']['training_seconds']:.0f} s more")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+  """Runs the command; returns its exit code."""
+  parser = starts.parser(__doc__, flag="--beit3", rates="5e-4,1e-3")
+  parser.add_argument("--only", default=",".join(METRICS), help="variants, separated by commas")
+  args = parser.parse_args(arguments)
+  only = [name.strip() for name in args.only.split(",")]
+  if unknown := [name for name in only if name not in METRICS]:
+    parser.error(f"--only={unknown[0]} is not one of {', '.join(METRICS)}")
+  config = "configs/beit3.py"
+  summary = starts.summary_of(parser, "--beit3", args.beit3, "masked_data", f"{config}:tiny")
+  seeds, rates = starts.numbers(args)
+  results = coordinator.provenance("vision_language_pretraining", coordinator.README_VARIABLES)
+  kept = [name for name in summary if name.startswith("validation_")]
+  kept += ["training_seconds", "steps", "versions"]
+  results |= {"config": config, "seeds": seeds, "pretraining": {k: summary[k] for k in kept}}
+  folder = args.beit3.absolute()
+  tokenizer = runs_lib.data_in(folder) / text.TOKENIZER_FILE
+  compared = {
+    "masked_data": [f"--config.init_from={folder}"],
+    "scratch": ["--config.optimizer.layer_decay=1.0", f"--config.data.tokenizer_file={tokenizer}"],
+  }
+  with tempfile.TemporaryDirectory() as scratch:
+    results["rows"] = {
+      name: starts.compare(
+        f"{config}:{name}", METRICS[name], compared, pathlib.Path(scratch) / name, seeds, rates
+      )
+      for name in only
+    }
+  coordinator.save(results, args, "tiny")
+  show(results)
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

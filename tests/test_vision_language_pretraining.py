@@ -1,0 +1,71 @@
+"""The benchmark of pre-trained and fresh starts of three tasks: what it asks for, and keeps."""
+
+import json
+
+import pytest
+
+from benchmarks import starts
+from benchmarks import vision_language_pretraining as benchmark
+from configs import beit3
+
+SUMMARY = {
+  "task": "masked_data",
+  "training_seconds": 200.0,
+  "steps": 900,
+  "validation_text_accuracy": 0.4,
+  "versions": {},
+}
+
+
+def run_of(folder, **changes):
+  folder.mkdir()
+  (folder / "summary.json").write_text(json.dumps(SUMMARY | changes))
+  return folder
+
+
+def test_all_tasks_have_both_starts_of_the_same_seeds_and_rates(tmp_path, monkeypatch, capsys):
+  asked = []
+
+  def train(config, metric, workdir, seeds, rate, flags):
+    asked.append((config, metric, seeds, rate, flags))
+    for seed in seeds:
+      folder = workdir / f"seed_{seed}"
+      folder.mkdir(parents=True)
+      (folder / "summary.json").write_text(json.dumps({"training_seconds": 10.0 + seed}))
+    return {"mean": 0.25, "std": None, "median": 0.25, "values": [0.25]}
+
+  monkeypatch.setattr(starts, "train", train)
+  before, output = run_of(tmp_path / "pre"), tmp_path / "results.json"
+  options = [f"--beit3={before}", f"--output={output}", "--seeds=4", "--learning_rates=1e-3"]
+  assert benchmark.main(options) == 0
+  both = (
+    [f"--config.init_from={before}"],
+    [
+      "--config.optimizer.layer_decay=1.0",
+      f"--config.data.tokenizer_file={before}/data/tokenizer.model",
+    ],
+  )
+  assert asked == [
+    (f"configs/beit3.py:{variant}", metric, [4], 1e-3, flags)
+    for variant, metric in benchmark.METRICS.items()
+    for flags in both
+  ]
+  kept = json.loads(output.read_text())
+  assert kept["rows"].keys() == benchmark.METRICS.keys() <= beit3.VARIANTS.keys()
+  assert [row["start"] for row in kept["rows"]["vqa_tiny"]] == ["masked_data", "scratch"]
+  assert kept["pretraining"]["validation_text_accuracy"] == 0.4
+  assert "pre-training: 200 s more" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  ("changes", "options", "message"),
+  [
+    ({"task": "causal_lm"}, [], "a run of task causal_lm, not masked_data"),
+    ({}, ["--only=vqa"], "--only=vqa is not one of retrieval_tiny"),
+  ],
+)
+def test_a_mistake_is_told(changes, options, message, tmp_path, capsys):
+  folder = run_of(tmp_path / "run", **changes)
+  with pytest.raises(SystemExit) as error:
+    benchmark.main([f"--beit3={folder}", *options])
+  assert error.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
