@@ -8,9 +8,12 @@ changes the depth. DIR gets `diagnosis.png` and `diagnosis.json`.
 
 import dataclasses
 import json
+import os
 import pathlib
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import rich.table
 from absl import flags
@@ -31,22 +34,53 @@ def main() -> None:
   layers = flags.DEFINE_integer("layers", None, "Another number of layers.", lower_bound=1)
   output = flags.DEFINE_string("output", "", "Where diagnosis.png and diagnosis.json go.")
 
-  def run() -> None:
-    given, names = cli.typed_config(config), chosen(recipes.value)
-    if output.value:
+  cli.run(
+    lambda: run(
+      cli.typed_config(config), recipes=recipes.value, layers=layers.value, output=output.value
+    )
+  )
+
+
+def run(
+  config: TrainConfig | Mapping[str, Any] | str | os.PathLike,
+  *,
+  recipes: str | Sequence[str] = (),
+  layers: int | None = None,
+  output: str | os.PathLike = "",
+) -> "Diagnoses":
+  """Measures the config's model and prints the verdicts: the command, from Python or a notebook.
+
+  Args:
+    config: a record, a ConfigDict, or a config file with its variant; see `cli.config_of`.
+    recipes: names, or "all"; the config's own by default.
+    layers: another depth.
+    output: a folder for diagnosis.png and diagnosis.json; empty: none.
+
+  Returns:
+    What `diagnose` does.
+
+  Raises:
+    ConfigError: in a line, if the data cannot be had, or a model not be built.
+
+  Example:
+    >>> magneto_jax.diagnose.run("configs/gpt.py:tiny", recipes=["magneto", "post_ln"], layers=48)
+  """
+  with cli.errors_in_a_line():
+    given, names = cli.config_of(config), chosen(recipes)
+    if output:
       # A folder that cannot be made is told before minutes are spent.
-      pathlib.Path(output.value).mkdir(parents=True, exist_ok=True)
-    found = diagnose(given, recipes=names, layers=layers.value)
+      pathlib.Path(output).mkdir(parents=True, exist_ok=True)
+    found = diagnose(given, recipes=names, layers=layers)
     report(found)
-    if output.value:
-      leave(found, pathlib.Path(output.value))
+    if output:
+      leave(found, pathlib.Path(output))
+  return found
 
-  cli.run(run)
 
-
-def chosen(names: str) -> tuple[str, ...]:
-  """The recipes that the flag names; none: the config's own."""
-  listed = tuple(name.strip() for name in names.split(",") if name.strip())
+def chosen(names: str | Sequence[str]) -> tuple[str, ...]:
+  """The recipes of these names, or of a text with commas between them; none: the config's own."""
+  parts = names.split(",") if isinstance(names, str) else names
+  listed = tuple(name.strip() for name in parts if name.strip())
   if "all" in listed:
     return tuple(RECIPES)
   for name in listed:
@@ -207,8 +241,7 @@ def report(found: Diagnoses) -> None:
   notes = dict.fromkeys(f"note, {d.name}: {note}" for d in found.diagnoses for note in d.notes)
   lines += [*notes, f"recommended: {found.recommendation}".splitlines()[0]]
   lines.append(f"measured in {reporting.duration(found.seconds)}")
-  for line in lines:
-    console.print(line, highlight=False, soft_wrap=True, markup=False)
+  reporting.say(console, lines)
 
 
 def leave(found: Diagnoses, directory: pathlib.Path) -> None:

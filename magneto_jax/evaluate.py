@@ -5,8 +5,10 @@ multiple choice. See docs/evaluate.md.
 """
 
 import json
+import os
 import pathlib
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import rich.table
 from absl import flags
@@ -30,31 +32,77 @@ def main() -> None:
   run_task_file = cli.define_task_file_flag()
   join_hosts = cli.define_hosts_flags()
 
-  def run() -> None:
+  def start() -> None:
     join_hosts()
     run_task_file()
-    if not split.value:
-      raise ConfigError("--split must name a part of the data, e.g. --split=test")
-    if output.value and pathlib.Path(output.value).is_dir():
-      raise ConfigError(f"--output={output.value} is a folder: name a file")
-    opened = evaluation.open_run(
-      workdir.value, step=step.value, batch_size=rows.value, changes=changes()
+    run(
+      workdir.value,
+      split=split.value,
+      choices=asked.value,
+      step=step.value,
+      batch_size=rows.value,
+      output=output.value,
+      changes=changes(),
     )
+
+  cli.run(start)
+
+
+def run(
+  workdir: str | os.PathLike,
+  *,
+  split: str = "validation",
+  choices: str = "",
+  step: int | Literal["best"] | None = None,
+  batch_size: int | None = None,
+  output: str | os.PathLike = "",
+  changes: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+  """Evaluates a run and prints what came out: the command, from Python or a notebook.
+
+  Args:
+    workdir: of the run, which may go on meanwhile.
+    split: of its data.
+    choices: a JSONL file of questions, or a TFDS data set, in place of the data's own metrics.
+    step: of the checkpoint; the newest by default; "best": see `runs.load`.
+    batch_size: rows at a time; by default as many as a train step holds.
+    output: a file for the results, as JSON; empty: none.
+    changes: values of `evaluation.CHANGEABLE` fields, by dotted name, in place of the run's.
+
+  Returns:
+    What `output` holds: the metrics, and what they are of.
+
+  Raises:
+    ConfigError: in a line, if that cannot be evaluated.
+
+  Example:
+    >>> magneto_jax.evaluate.run("runs/tiny", split="test")["metrics"]
+  """
+  with cli.errors_in_a_line():
+    if not split:
+      raise ConfigError("--split must name a part of the data, e.g. --split=test")
+    if output and pathlib.Path(output).is_dir():
+      raise ConfigError(f"--output={output} is a folder: name a file")
+    if output:
+      # Better known now than when all is evaluated.
+      folder = next(path for path in pathlib.Path(output).absolute().parents if path.exists())
+      if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ConfigError(f"--output={output}: {folder} is no folder that can be written")
+    opened = evaluation.open_run(workdir, step=step, batch_size=batch_size, changes=changes)
     console = reporting.make_console(quiet=not distributed.is_first())
-    on = asked.value or f"the split {split.value!r}"
+    on = choices or f"the split {split!r}"
     line = f"evaluating step {opened.step:,} of {opened.workdir} on {on}"
-    console.print(line, highlight=False, soft_wrap=True, markup=False)
-    if asked.value:
-      result = multiple_choice.evaluate(opened, asked.value, split.value)
+    reporting.say(console, [line])
+    if choices:
+      result = multiple_choice.evaluate(opened, choices, split)
     else:
-      result = evaluation.evaluate(opened, split.value)
+      result = evaluation.evaluate(opened, split)
     if distributed.is_first():
       report(result)
-      if output.value:
+      if output:
         text = json.dumps(result, indent=2, allow_nan=False) + "\n"
-        files.write_durably(output.value, text.encode())
-
-  cli.run(run)
+        files.write_durably(output, text.encode())
+  return result
 
 
 def table(result: dict[str, Any]) -> rich.table.Table:
@@ -89,11 +137,11 @@ def report(result: dict[str, Any]) -> None:
   """Prints what was evaluated, what that took, the table, and how what is in it is computed."""
   console = reporting.make_console()
   took = f"{reporting.duration(result['seconds'])} on {result['devices']} x {result['device']}"
-  console.print(f"{title(result)}, in {took}\n", highlight=False, soft_wrap=True, markup=False)
+  reporting.say(console, [f"{title(result)}, in {took}", ""])
   console.print(table(result))
-  for metric, signature in result.get("signatures", {}).items():
-    line = f"{reporting.words_of(metric)}: {signature}"
-    console.print(line, highlight=False, soft_wrap=True, markup=False)
+  signatures = result.get("signatures", {})
+  if signatures:
+    reporting.say(console, [f"{reporting.words_of(name)}: {x}" for name, x in signatures.items()])
 
 
 if __name__ == "__main__":

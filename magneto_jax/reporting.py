@@ -48,9 +48,16 @@ def duration(seconds: float) -> str:
 
 
 def make_console(*, quiet: bool = False) -> rich.console.Console:
-  """The terminal, or a page wide enough for the tables where there is none; a quiet one is mute."""
+  """The terminal or the notebook, or else a page wide enough for tables; a quiet one is mute."""
   console = rich.console.Console(quiet=quiet)
-  return console if console.is_terminal else rich.console.Console(width=120, quiet=quiet)
+  if console.is_terminal or console.is_jupyter:
+    return console
+  return rich.console.Console(width=120, quiet=quiet)
+
+
+def say(console: rich.console.Console, lines: Sequence[str]) -> None:
+  """Prints plain lines, in a notebook as one output: none is read as markup, cut or coloured."""
+  console.print("\n".join(lines), highlight=False, soft_wrap=True, markup=False)
 
 
 def parameter_table(params) -> rich.table.Table:
@@ -111,12 +118,17 @@ class Stopwatch:
       self._since = time.perf_counter()
 
 
+# Seconds between two pictures of the bar in a notebook, which each are a message.
+_REDRAWN = 0.5
+
+
 class Progress:
-  """A live bar on a terminal, plain lines elsewhere."""
+  """A live bar on a terminal or in a notebook, plain lines elsewhere."""
 
   def __init__(self, console: rich.console.Console, *, start: int, total: int):
     self._console, self._total, self._task = console, total, None
-    self._live = console.is_terminal and not console.quiet
+    self._live = (console.is_terminal or console.is_jupyter) and not console.quiet
+    self._output, self._drawn = None, 0.0  # In a notebook: where the bar stands, and since when.
     if self._live:
       columns = rich.progress
       self._bar = columns.Progress(
@@ -126,27 +138,41 @@ class Progress:
         columns.TextColumn("time left"),
         columns.TimeRemainingColumn(),
         console=console,
+        auto_refresh=not console.is_jupyter,
       )
       self._task = self._bar.add_task("", total=total, completed=start, status="compiling")
 
   def __enter__(self) -> "Progress":
-    if self._live:
+    if self._live and self._console.is_jupyter:
+      import IPython.display
+
+      self._output = IPython.display.display(self._table(), display_id=True)
+    elif self._live:
       self._bar.start()
     return self
 
   def __exit__(self, *exc_info) -> None:
-    if self._live:
+    if self._output is not None:
+      self._output.update(self._table())
+    elif self._live:
       self._bar.stop()
+
+  def _table(self) -> rich.table.Table:
+    """The bar as a notebook shows and stores it, which needs no widgets."""
+    return self._bar.make_tasks_table(self._bar.tasks)
 
   def step(self, step: int, status: str) -> None:
     """One step has been taken."""
     if self._live:
       self._bar.update(self._task, completed=step, status=status)
+    if self._output is not None and time.perf_counter() - self._drawn > _REDRAWN:
+      self._drawn = time.perf_counter()
+      self._output.update(self._table())
 
   def line(self, text: str, *, terminal: bool = True) -> None:
     """A line above the bar; `terminal=False` for what the bar shows anyway."""
     if terminal or not self._live:
-      self._console.print(text, highlight=False, soft_wrap=True, markup=False)
+      say(self._console, [text])
       if not self._live:
         sys.stdout.flush()
 

@@ -6,13 +6,52 @@ on; DIR/seeds.json then has what their metrics come to. The same command goes on
 
 import dataclasses
 import gc
+import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from absl import flags
 
 from magneto_jax import cli, distributed, reporting, runs, training
 from magneto_jax.config import ConfigError, TrainConfig
+
+
+def run(
+  config: TrainConfig | Mapping[str, Any] | str | os.PathLike,
+  workdir: str | os.PathLike,
+  *,
+  seeds: Sequence[int] = (),
+  rewind_to: int | None = None,
+) -> dict[str, Any]:
+  """Trains a model: the command, from Python or a notebook. A run that is there goes on.
+
+  Args:
+    config: a record, a ConfigDict, or a config file with its variant; see `cli.config_of`.
+    workdir: where the run's files go; made if it does not exist.
+    seeds: of several runs, in `workdir/seed_<seed>`.
+    rewind_to: the step of a checkpoint to go on from; see `training.train`.
+
+  Returns:
+    What `summary.json` holds; of several runs, what `seeds.json` does.
+
+  Raises:
+    ConfigError: in a line, if the config cannot be run, or the workdir holds another run.
+    Diverged, OutOfMemory, Preempted: see `training.train`.
+
+  Example:
+    >>> from magneto_jax.configs import gpt
+    >>> config = gpt.get_config("tiny")
+    >>> config.recipe = "deepnet"
+    >>> magneto_jax.train.run(config, "runs/deepnet")["validation_loss_nats_per_token"]
+  """
+  with cli.errors_in_a_line():
+    if seeds and rewind_to is not None:
+      raise ConfigError("--seeds is of whole runs: leave out --rewind_to")
+    typed = cli.config_of(config)
+    if seeds:
+      return train_seeds(typed, workdir, seeds)
+    return training.train(typed, workdir, rewind_to=rewind_to)
 
 
 def train_seeds(config: TrainConfig, workdir: str | pathlib.Path, seeds: Sequence[int]) -> dict:
@@ -57,7 +96,7 @@ def main() -> None:
   )
   join_hosts = cli.define_hosts_flags()
 
-  def run() -> None:
+  def start() -> None:
     typed = cli.typed_config(config)
     if dry_run.value and rewind_to.value is not None:
       raise ConfigError("--dry_run changes nothing: leave out --rewind_to")
@@ -65,14 +104,16 @@ def main() -> None:
       raise ConfigError("--seeds is of whole runs: leave out --dry_run and --rewind_to")
     numbers = _seeds(seeds.value)
     join_hosts()
-    if numbers:
-      train_seeds(typed, workdir.value, numbers)
-    elif dry_run.value:
+    if dry_run.value:
       training.dry_run(typed, workdir.value)
-    else:
-      training.train(typed, workdir.value, rewind_to=rewind_to.value)
+      return
+    try:
+      run(typed, workdir.value, seeds=numbers, rewind_to=rewind_to.value)
+    except KeyboardInterrupt:
+      said = "interrupted; what is saved stays, and the same command goes on from it"
+      raise KeyboardInterrupt(said) from None
 
-  cli.run(run)
+  cli.run(start)
 
 
 if __name__ == "__main__":

@@ -1,63 +1,204 @@
-"""Every notebook runs from its first cell to its last."""
+"""Every notebook opens in Colab, runs from its first cell to its last, and shows what came out."""
 
 import ast
+import configparser
 import contextlib
 import importlib
+import importlib.metadata
 import pathlib
+import re
+import socket
+import subprocess
+import sys
 
-import nbclient
 import nbformat
 import pytest
+from IPython.core.inputtransformer2 import TransformerManager
 
-COLAB = pathlib.Path(__file__).resolve().parents[1] / "colab"
-NOTEBOOKS = sorted(COLAB.glob("*.ipynb"))
+from benchmarks import notebooks
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+NOTEBOOKS = notebooks.paths([])
+NAMED = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 # What makes a notebook short enough to test: each text must stand in it once.
-SHORTER = {"config.steps = 750": "config.steps = 3\nconfig.eval_batches = 1"}
+SHORTER = {
+  "quickstart": {
+    "STEPS = 120": "STEPS = 6",
+    'assert bits < baselines["unigram"]': "",
+  },
+  "signal_propagation": {
+    "LAYERS = 96": "LAYERS = 12",
+    "(12, 40, 120, 400, 1000)": "(12, 1000)",
+    'RECIPE, "deepnet", "deepscalelm"]': "RECIPE]",
+  },
+  "use_in_your_flax_project": {"STEPS = 100": "STEPS = 40"},
+  "tpu_and_multi_gpu": {"config.steps = 20": "config.steps = 4"},
+}
+# Of any machine: the top of a path that begins at its root.
+PATH = re.compile(r"(?<![\w.:/])/(home|root|tmp|work|usr|opt|mnt|var|Users|content)/")
 
 
-def test_notebooks_carry_no_output():
-  """Outputs would name a machine and grow with each run."""
-  assert NOTEBOOKS
-  for path in NOTEBOOKS:
-    for cell in nbformat.read(path, as_version=4).cells:
-      assert not cell.get("outputs") and not cell.get("execution_count"), path
+def read(path: pathlib.Path) -> nbformat.NotebookNode:
+  return nbformat.read(path, as_version=4)
 
 
-def test_notebooks_use_names_that_exist():
-  """What they import of this package, and the attributes of what they imported, without running."""
-  for path in NOTEBOOKS:
-    cells = [c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
-    code = "\n".join(line for cell in cells for line in cell.splitlines() if "%pip" not in line)
-    tree = ast.parse(code.replace('if importlib.util.find_spec("magneto_jax") is None:', ""))
-    names = {}
-    for node in ast.walk(tree):
-      if isinstance(node, ast.ImportFrom) and node.module.startswith("magneto_jax"):
-        package = importlib.import_module(node.module)
-        for alias in node.names:
-          with contextlib.suppress(ModuleNotFoundError):
-            importlib.import_module(f"{node.module}.{alias.name}")
-          names[alias.name] = getattr(package, alias.name)
-      elif isinstance(node, ast.Import):
-        ours = [alias.name for alias in node.names if alias.name == "magneto_jax"]
-        names |= {name: importlib.import_module(name) for name in ours}
-    used = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and dotted(n.value) in names]
-    assert used
-    for node in used:
-      assert hasattr(names[node.value.id], node.attr), f"{path}: {ast.unparse(node)}"
+def code_cells(path: pathlib.Path) -> list[nbformat.NotebookNode]:
+  return [cell for cell in read(path).cells if cell.cell_type == "code"]
+
+
+def words(output: nbformat.NotebookNode) -> str:
+  """All that can be read of an output."""
+  data = {kind: x for kind, x in output.get("data", {}).items() if not kind.startswith("image/")}
+  return "\n".join([output.get("text", ""), *map(str, data.values())])
+
+
+def url() -> str:
+  config = configparser.ConfigParser()
+  config.read(ROOT / "setup.cfg", encoding="utf-8")
+  return config["metadata"]["url"]
+
+
+def test_all_are_tested():
+  assert {path.stem for path in NOTEBOOKS} == set(SHORTER)
+
+
+@NAMED
+def test_opens_in_colab(path):
+  """Its first cell holds Colab's badge, linked to this notebook, and says what it is."""
+  first = read(path).cells[0]
+  assert first.cell_type == "markdown"
+  badge, _, title, *_ = first.source.splitlines()
+  place = url().removeprefix("https://github.com/")
+  opened = f"https://colab.research.google.com/github/{place}/blob/main/colab/{path.name}"
+  image = "https://colab.research.google.com/assets/colab-badge.svg"
+  assert badge == f"[![Open in Colab]({image})]({opened})"
+  assert title.startswith("# ")
+
+
+@NAMED
+def test_installs_beside_the_jax_that_is_there(path):
+  """The same lines in all: the package, and no other jax; then the devices."""
+  first = code_cells(path)[0].source
+  assert first.startswith(code_cells(NOTEBOOKS[0])[0].source.split("\nimport jax\n")[0])
+  assert f'SOURCE = "git+{url()}"' in first
+  assert "%pip install --quiet {SOURCE} {kept}" in first and '("jax", "jaxlib")' in first
+  assert "jax.devices()" in first and "jax[" not in first
+
+
+def test_the_jax_that_is_there_is_named():
+  """What the first cell hands to pip beside the package is the installed jax, to the version."""
+  first = code_cells(NOTEBOOKS[0])[0].source
+  lines = [re.search(rf"^  ({name} = .*)$", first, re.M)[1] for name in ("there", "kept")]
+  code = "\n".join(["import importlib.metadata", *lines, "print(kept)"])
+  said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+  versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
+  assert said.stdout == f"jax=={versions['jax']} jaxlib=={versions['jaxlib']}\n"
+
+
+@NAMED
+def test_shows_what_came_out(path):
+  """Outputs are stored, with a picture, and say nothing of the machine that made them."""
+  cells = code_cells(path)
+  assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+  outputs = [output for cell in cells for output in cell.outputs]
+  assert any("image/png" in output.get("data", {}) for output in outputs)
+  assert {output.output_type for output in outputs} <= {"stream", "display_data", "execute_result"}
+  notebooks.refuse_noise(read(path), path.name)
+  text = "\n".join(map(words, outputs))
+  assert not PATH.search(text), PATH.search(text)
+  assert not re.search(rf"\b{re.escape(socket.gethostname())}\b", text)
+  assert "Warning" not in text and "Traceback" not in text
+  assert read(path).metadata.language_info == {"name": "python"}
+  assert not any("execution" in cell.metadata for cell in cells)  # The times of day.
+  assert path.stat().st_size < 1_000_000
+
+
+@NAMED
+def test_asserts_something(path):
+  tree = ast.parse("\n".join(map(plain, code_cells(path))))
+  assert any(isinstance(node, ast.Assert) for node in ast.walk(tree))
+
+
+def plain(cell: nbformat.NotebookNode) -> str:
+  """A cell as Python, its magics as calls."""
+  return TransformerManager().transform_cell(cell.source)
+
+
+@NAMED
+def test_uses_names_that_exist(path):
+  """What it imports of this package, and the attributes of what it imported, without running."""
+  tree = ast.parse("\n".join(map(plain, code_cells(path))))
+  names = {}
+  for node in ast.walk(tree):
+    if isinstance(node, ast.ImportFrom) and node.module.startswith("magneto_jax"):
+      package = importlib.import_module(node.module)
+      for alias in node.names:
+        with contextlib.suppress(ModuleNotFoundError):
+          importlib.import_module(f"{node.module}.{alias.name}")
+        names[alias.name] = getattr(package, alias.name)
+    elif isinstance(node, ast.Import):
+      ours = [alias.name for alias in node.names if alias.name == "magneto_jax"]
+      names |= {name: importlib.import_module(name) for name in ours}
+  used = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and dotted(n.value) in names]
+  assert used
+  for node in used:
+    assert hasattr(names[node.value.id], node.attr), f"{path}: {ast.unparse(node)}"
 
 
 def dotted(node) -> str:
   return node.id if isinstance(node, ast.Name) else ""
 
 
+@NAMED
+def test_can_be_made_shorter(path):
+  source = "\n".join(cell.source for cell in read(path).cells)
+  assert {text: source.count(text) for text in SHORTER[path.stem]} == dict.fromkeys(
+    SHORTER[path.stem], 1
+  )
+
+
 @pytest.mark.ci
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@NAMED
 def test_notebook_runs(path, tmp_path):
-  notebook = nbformat.read(path, as_version=4)
-  for text, shorter in SHORTER.items():
-    (cell,) = (cell for cell in notebook.cells if text in cell.source)
-    cell.source = cell.source.replace(text, shorter)
-  resources = {"metadata": {"path": str(tmp_path)}}
-  nbclient.NotebookClient(notebook, timeout=300, resources=resources).execute()
-  assert (tmp_path / "runs" / "quickstart" / "summary.json").exists()
+  notebook = notebooks.execute(path, tmp_path, SHORTER[path.stem])
+  notebooks.refuse_noise(notebook, path.name)
+
+
+@pytest.mark.slow
+@NAMED
+def test_notebook_runs_as_it_is(path, tmp_path):
+  notebook = notebooks.execute(path, tmp_path)
+  notebooks.refuse_noise(notebook, path.name)
+
+
+# ---------------------------------------------------------------------------------------------
+# What runs and stores them
+# ---------------------------------------------------------------------------------------------
+
+
+def test_notebooks_are_named():
+  names = ["tpu_and_multi_gpu", "quickstart"]
+  assert [path.stem for path in notebooks.paths(names)] == names
+  with pytest.raises(FileNotFoundError, match="no notebook 'quick': name some of quickstart, "):
+    notebooks.paths(["quick"])
+
+
+@pytest.mark.parametrize("text", ["nowhere", "a"])
+def test_a_change_must_have_one_place(tmp_path, text):
+  """Nothing is run otherwise."""
+  path = tmp_path / "one.ipynb"
+  cells = [nbformat.v4.new_code_cell(source) for source in ("a = b", "a")]
+  nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+  with pytest.raises(ValueError, match=f"one.ipynb: '{text}' must stand in it once"):
+    notebooks.execute(path, tmp_path, {text: "b"})
+
+
+def test_noise_is_refused():
+  cell = nbformat.v4.new_code_cell()
+  cell.outputs = [nbformat.v4.new_output("stream", name="stdout", text="well")]
+  notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("#"), cell])
+  notebooks.refuse_noise(notebook, "one")
+  cell.outputs.append(nbformat.v4.new_output("stream", name="stderr", text="UserWarning: no\n"))
+  with pytest.raises(ValueError, match="one: a cell says on its standard error: UserWarning: no"):
+    notebooks.refuse_noise(notebook, "one")

@@ -1,6 +1,7 @@
 """The README's first two commands, (1) train, (2) test, and its example for other projects."""
 
 import dataclasses
+import importlib.util
 import inspect
 import json
 import pathlib
@@ -12,20 +13,17 @@ import sys
 import pytest
 from flax import linen as nn
 
-from magneto_jax import RECIPES, evaluation, models, multiple_choice, sharding, tasks
+from magneto_jax import RECIPES, cli, evaluation, models, multiple_choice, sharding, tasks
 from magneto_jax.config import MeshConfig, field_names
 from magneto_jax.data import choices
 from magneto_jax.kernels import attention
 from tests import simulated
+from tests.pages import fenced
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def fenced(language: str, text: str) -> list[str]:
-  return [body.strip() for body in re.findall(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)]
 
 
 def problems(command: str) -> list[str]:
@@ -73,23 +71,37 @@ def test_second_command_runs_the_tests(fences):
 
 
 def test_layers_serve_other_projects_as_written():
-  """In Linen and in NNX, without a warning; and the init function of a recipe's group."""
-  model, _, blocks = fenced("python", README)
-  # The model as it is written, by its shapes: its weights take half a minute. No run to load.
-  model = model.replace("model.init(", "jax.eval_shape(model.init, ")
-  recipe = [line for line in model.splitlines() if "magneto_jax.load(" not in line]
+  """In Linen and in NNX, ten lines each, without a warning; and the init function of a group."""
+  diagnosed, linen, of_nnx, _ = fenced("python", README)
+  for code in (linen, of_nnx):
+    assert sum(bool(line.strip()) and "import" not in line for line in code.splitlines()) <= 10
+  recipe = [
+    line for line in diagnosed.splitlines() if line.startswith(("import", "deep", "recipe"))
+  ]
   call = re.search(r"`(initializers\.kernel_init\(.*?\))`", README)[1]
-  code = [blocks, *recipe, f"assert y.shape == {call}(jax.random.key(0), x.shape).shape"]
+  code = [linen, of_nnx, *recipe, f"assert y.shape == {call}(jax.random.key(0), x.shape).shape"]
   subprocess.run([sys.executable, "-W", "error", "-c", "\n".join(code)], check=True, cwd=ROOT)
 
 
 def test_a_model_is_diagnosed_as_written(tmp_path):
   """With fewer layers, which is all that the time depends on."""
-  code = fenced("python", README)[1].replace("decoder_layers=200", "decoder_layers=7")
+  code = fenced("python", README)[0].replace("decoder_layers=200", "decoder_layers=7")
   command = [sys.executable, "-W", "error", "-c", code]
   said = subprocess.run(command, check=True, cwd=tmp_path, capture_output=True, text=True).stdout
   assert said.startswith("take ")
   assert (tmp_path / "deepnet.png").stat().st_size > 10_000
+
+
+@pytest.mark.ci
+def test_a_run_is_started_from_python_as_written(tmp_path):
+  """With another size and fewer steps."""
+  *_, code = fenced("python", README)
+  small = {"steps": 1, "eval_batches": 1, "sample_tokens": 1, "model.layers": 1, "batch_size": 1}
+  small |= {"data.tokenizer": "'byte'", "data.seq_length": 8, "optimizer.warmup_steps": 0}
+  lines = [f"config.{name} = {value}" for name, value in small.items()]
+  code = code.replace("summary =", "\n".join([*lines, "summary ="]))
+  code += "\nassert summary['recipe'] == 'deepscalelm' and 'params' in variables"
+  subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, stdout=subprocess.DEVNULL)
 
 
 def test_attention_is_called_as_written():
@@ -160,16 +172,127 @@ def test_questions_and_metrics_are_as_written(tmp_path):
   assert named == list(multiple_choice.NORMALISED)
 
 
-def test_recipes_and_models_are_those_that_exist():
-  section = README.split("## Models and recipes")[1].split("\n## ")[0]
-  table, listed = section.split("Recipes: ")
-  named = re.findall(r"`(\w+)`", listed.split(" A recipe's options")[0])
+def section(title: str) -> str:
+  return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def rows(table: str) -> list[list[str]]:
+  """The cells of a table's rows, without its head."""
+  lines = [line for line in table.splitlines() if line.startswith("| ")]
+  return [re.split(r" \| ", line.strip("| ")) for line in lines[1:]]
+
+
+def test_recipes_are_those_that_exist():
+  named = [re.fullmatch(r"`(\w+)`", cells[0])[1] for cells in rows(section("Recipes"))]
   assert sorted(named) == sorted(RECIPES)
-  rows = re.findall(r"^\| (`.*?) \|", table, re.M)
-  classes = {name for row in rows for name in re.findall(r"`(\w+)`", row) if row[1] != "m"}
+  assert len(RECIPES) - 4 == 16 and "Pre-LN and sixteen others" in README
+  assert len(RECIPES) - 2 == 18 and "eighteen more recipes" in README
+
+
+def test_tasks_models_and_configs_are_those_that_exist():
+  table = rows(section("Tasks"))
+  assert {re.match(r"`(\w+)`", cells[0])[1] for cells in table} == set(tasks.TASKS)
+  named = {name for cells in table for name in re.findall(r"`([A-Z]\w+)`", cells[0])}
   is_model = lambda value: inspect.isclass(value) and issubclass(value, nn.Module)
   public = {name for name in models.__all__ if is_model(getattr(models, name))}
-  assert classes == public - {"Block", "Stack"}
+  assert named == public - {"Block", "Stack"}
+  for task, config, _ in table:
+    assert cli.config_of(config.strip("`")).task == re.match(r"`(\w+)`", task)[1]
+
+
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def results(file: str) -> dict:
+  return json.loads((RESULTS / file).read_text(encoding="utf-8"))
+
+
+def test_what_came_out_of_each_task_is_what_its_results_say():
+  """Value and baseline, to the digits that are written."""
+  runs = {run["config"]: run for run in results("tiny_runs.json")["runs"]}
+  for _, config, came_out in rows(section("Tasks")):
+    if came_out == "not yet measured":
+      continue
+    run = runs[config.strip("`")]
+    value, baseline = re.fullmatch(r"([\d.]+) .*? ([\d.]+)\)", came_out).groups()
+    for written, found in ((value, run["value"]), (baseline, run["baseline"])):
+      assert float(written) == round(found, len(written.partition(".")[2])), config
+
+
+def mark(file: str, name: str) -> float:
+  """The value of the mark whose name begins so."""
+  (found,) = (x["value"] for x in results(file)["marks"] if x["name"].startswith(name))
+  return found
+
+
+def trials(row: str) -> list[str]:
+  """The figures of a row of the reliability's trials, as they are written there."""
+  held = [x for x in results("reliability.json")["rows"] if x["id"] == row]
+  assert all(x["held"] for x in held)
+  return [x["figure"] for x in held]
+
+
+def bare_orbax(fault: str) -> list[str]:
+  """Of how many trials how many went wrong without this library."""
+  (text,) = (x["figure"] for x in results("reliability.json")["bare_orbax"] if x["fault"] == fault)
+  of, wrong = re.match(r"(\d+) \w+: (?:after )?(\d+)", text).groups()
+  return [f"{wrong} of {of}"]
+
+
+def measured() -> list[tuple[str, list[str]]]:
+  """For each row of `Measured`: the file that it is from, and what that file says in its words."""
+  rates = []
+  for kind in ("", "-deterministic"):
+    file = f"train_step-gpt-1b3{kind}-nvidia-h200-2026-11-28.json"
+    found = results(file)["summary"]["magneto_jax"]
+    said = [f"{found['tokens_per_second']:,.0f} tokens", f"{100 * found['mfu']:.1f} %"]
+    rates.append((file, said + [f"{found['over_pre_ln']['median']:.2f} times a Pre-LN's"]))
+  bias, step = "attention-nvidia-h200-2026-11-27.json", "train_step-gpt-tiny-2026-11-25.json"
+  cudnn = "bias+gradient, forward and backward: jax.nn-cudnn's time"
+  decode, depth = "decode-gpt-tiny-2026-11-25.json", "compile_time-narrow-2026-11-25.json"
+  decoding = "tokens a second over torchscale's, batch 1"
+  kills = sum(int(re.match(r"(\d+) kills", figure)[1]) for figure in trials("R1"))
+  assert all(figure.endswith("0 failures") for figure in trials("R1"))
+  damaged, detected, harmless = map(int, re.findall(r"(\d+) [mdh]", trials("R2")[0]))
+  assert damaged == detected + harmless
+  goodput = float(trials("R14")[-1].partition("%")[0])
+  return [
+    *rates,
+    (
+      bias,
+      [
+        f"{mark(bias, f'T4096 H64 B4 full {cudnn}'):.2f} times cuDNN's speed (heads of 64)",
+        f"{mark(bias, f'T4096 H128 B4 causal {cudnn}'):.2f} times (heads of 128, causal)",
+      ],
+    ),
+    (step, [f"{mark(step, 'train step over torchscale'):.2f} times its time"]),
+    (decode, [f"{mark(decode, decoding):.2f} times its tokens a second"]),
+    (depth, [f"{mark(depth, 'trace and compile, 192 over 12'):.2f} times what 12 take"]),
+    ("reliability.json", [f"{kills} kills", *bare_orbax("kill -9 while it saves")]),
+    ("reliability.json", [f"{damaged:,} times, never", *bare_orbax("a file changed")]),
+    ("reliability.json", [f"{goodput} %"]),
+  ]
+
+
+def test_every_figure_is_that_of_its_file_and_has_its_command():
+  """No number stands there that is not in the file which is linked."""
+  for (_, said, command, link), (file, figures) in zip(
+    rows(section("Measured")), measured(), strict=True
+  ):
+    assert link == f"[JSON](benchmarks/results/{file})"
+    for figure in figures:
+      assert figure in said, (figure, said)
+      said = said.replace(figure, "", 1)
+    assert not re.search(r"\d", said), said
+    if "the same with" not in command:
+      module = re.match(r"`python -m benchmarks\.(\w+)", command)[1]
+      assert module == results(file)["benchmark"]
+      assert importlib.util.find_spec(f"benchmarks.{module}")
+
+
+def test_the_picture_is_there_for_light_and_for_dark_pages():
+  targets = re.findall(r'(?:src|srcset)="([^"]+)"', README)
+  assert len(targets) == 2 and all((ROOT / target).is_file() for target in targets)
 
 
 def test_fences_are_found():

@@ -4,7 +4,16 @@ import pathlib
 from collections.abc import Mapping
 
 from benchmarks import coordinator
-from benchmarks.stability import files, gradients, propagation, rate, training, update, words
+from benchmarks.stability import (
+  files,
+  glance,
+  gradients,
+  propagation,
+  rate,
+  training,
+  update,
+  words,
+)
 
 PARTS = {
   "update": (update, "The first update against depth"),
@@ -46,10 +55,13 @@ def text(found: Mapping[str, dict]) -> str:
 
 
 def write(found: Mapping[str, dict], folder: pathlib.Path = files.DOCS) -> pathlib.Path:
-  """Draws the pictures and writes the page."""
+  """Draws the pictures, the README's among them, and writes the page."""
   path = folder / "stability.md"
   path.parent.mkdir(parents=True, exist_ok=True)
   for part, results in found.items():
     PARTS[part][0].draw(results, folder / f"stability-{part}.png")
+  if all(part in found for part in glance.PARTS):
+    for theme in glance.THEMES:
+      glance.draw(found, folder / f"depth-{theme}.png", theme)
   path.write_text(text(found), encoding="utf-8")
   return path
