@@ -83,6 +83,22 @@ def compare(
   return rows
 
 
+def at_the_edge(rows: Sequence[Mapping], metric: str) -> list[str]:
+  """A line for each start whose best rate is the least or the largest of several that were tried.
+
+  More of the metric is better. What such a start can reach is not known.
+  """
+  found = []
+  for start in dict.fromkeys(row["start"] for row in rows):
+    own = [row for row in rows if row["start"] == start]
+    rates = sorted(row["learning_rate"] for row in own)
+    best = max(own, key=lambda row: row[metric]["mean"])["learning_rate"]
+    if len(rates) > 1 and best in (rates[0], rates[-1]):
+      edge = "largest" if best == rates[-1] else "least"
+      found.append(f"the best rate of {start}, {best:g}, is the {edge} that was tried: try more")
+  return found
+
+
 def cells(row: Mapping, metric: str) -> list[str]:
   """A row of a table: start, rate, mean, deviation, each seed's, seconds; see `columns`."""
   found = row[metric]

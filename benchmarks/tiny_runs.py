@@ -181,14 +181,20 @@ ENTRIES: dict[str, Entry] = {
     metric="pair_text_accuracy",
     target=0.25,
     higher_is_better=True,
-    # The commonest token, and the model itself where it is not given the image.
+    # The commonest token, and the model itself where it is given another image, or none.
     baselines=lambda summary, workdir: {
       "commonest_token": summary["validation_pair_text_commonest_token"],
+      "another_image": summary["validation_pair_text_accuracy_with_another_image"],
       "without_image": summary["validation_pair_text_accuracy_without_image"],
     },
     beside=lambda summary, workdir: {
       name: summary[f"validation_pair_image_{name}"]
-      for name in ("accuracy", "accuracy_without_text", "commonest_token_of_the_place")
+      for name in (
+        "accuracy",
+        "accuracy_with_another_text",
+        "accuracy_without_text",
+        "commonest_token_of_the_place",
+      )
     },
     needs=("image_tokenizer_emoji",),
     flags=lambda workdirs: [f"--config.image_tokenizer={workdirs['image_tokenizer_emoji']}"],
@@ -206,11 +212,17 @@ ENTRIES: dict[str, Entry] = {
   "image_captioning": Entry(
     config="configs/beit3.py:captioning_tiny",
     metric="keyword_f1",
-    target=5.0,
+    target=8.0,
     higher_is_better=True,
-    # The commonest training caption, whose chrF is the bound.
+    # Captions that are the same for all images.
     baselines=lambda summary, workdir: summary["baselines"]["keyword_f1"],
-    least={"chrf": 9.4},
+    beside=lambda summary, workdir: {
+      "keyword_f1 of the model's captions of other images": summary[
+        "validation_keyword_f1_of_other_images"
+      ],
+      **{f"chrf of {name}": value for name, value in summary["baselines"]["chrf"].items()},
+    },
+    least={"chrf": 16.0},
     **_AFTER_PRETRAINING,
   ),
   "visual_question_answering": Entry(

@@ -4,8 +4,9 @@
 tiny in DIR (task masked_data), and trains retrieval_tiny, captioning_tiny and vqa_tiny with several
 seeds from it and from scratch: the same steps of the same batches, of its tokens. From scratch all
 layers have the same learning rate (no layer_decay), and of `--learning_rates` each is tried in
-both. Scores are of the test part, after the last step, which nothing is chosen by; the pre-training
-is not counted in the budget, and is told beside it.
+both; that the best of them is the least or the largest is told. Scores are of the test part, after
+the last step, which nothing is chosen by; the pre-training is not counted in the budget, and is
+told beside it.
 """
 
 import pathlib
@@ -30,13 +31,14 @@ def show(results: dict) -> None:
   for variant, rows in results["rows"].items():
     metric = METRICS[variant]
     print(variant)
-    coordinator.show(starts.columns(metric), [starts.cells(row, metric) for row in rows])
+    cells = [starts.cells(row, metric) for row in rows]
+    coordinator.show(starts.columns(metric), cells, starts.at_the_edge(rows, metric))
   print(f"pre-training: {results['pretraining']['training_seconds']:.0f} s more")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
   """Runs the command; returns its exit code."""
-  parser = starts.parser(__doc__, flag="--beit3", rates="5e-4,1e-3")
+  parser = starts.parser(__doc__, flag="--beit3", rates="5e-4,1e-3,2e-3")
   parser.add_argument("--only", default=",".join(METRICS), help="variants, separated by commas")
   args = parser.parse_args(arguments)
   only = [name.strip() for name in args.only.split(",")]

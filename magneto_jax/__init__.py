@@ -21,6 +21,8 @@ __all__ = [
   "CausalLM",
   "Recipe",
   "convert",
+  "diagnose",
+  "evaluate",
   "initializers",
   "interop",
   "kernels",
@@ -28,6 +30,7 @@ __all__ = [
   "load",
   "models",
   "recommend",
+  "train",
 ]
 
 
@@ -39,6 +42,6 @@ def load(workdir, *, step=None):
 
 
 def __getattr__(name: str):
-  if name == "convert":  # What it imports takes seconds too.
-    return importlib.import_module("magneto_jax.convert")
+  if name in ("convert", "diagnose", "evaluate", "train"):  # What they import takes seconds.
+    return importlib.import_module(f"magneto_jax.{name}")
   raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

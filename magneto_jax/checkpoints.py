@@ -291,7 +291,8 @@ class Checkpointer:
         if held.get(path) != wanted.get(path):
           raise CheckpointError(
             f"the checkpoint {self._folder(step)} holds other arrays: {part}: {path} is"
-            f" {held.get(path, 'absent')}, not {wanted.get(path, 'absent')}"
+            f" {held.get(path, 'absent')}, not {wanted.get(path, 'absent')}:"
+            " the config.json beside it is another run's, or of another version"
           )
 
   def _together(self, step: int, f: Callable[[], T]) -> T:

@@ -241,9 +241,13 @@ _CAPTION_TASKS = ("masked_data", "image_text_retrieval", "image_captioning")
 _PICTURE_TASKS = (*_CAPTION_TASKS, "visual_question_answering", "visual_reasoning")
 # What masked data modelling is for.
 _DOWNSTREAM_TASKS = tuple(name for name in _PICTURE_TASKS if name != "masked_data")
-# All that have a tokenizer, and those whose tokenizer may be of characters.
+# All that have a tokenizer, and the tokenizers that only some of them have.
 _TOKEN_TASKS = (*_TEXT_TASKS, *_SPEECH_TASKS, *_PICTURE_TASKS)
-_CHARACTER_TASKS = (*_SPEECH_TASKS, *_PICTURE_TASKS)
+_OF_SOME_TOKENS = {"char": (*_SPEECH_TASKS, *_PICTURE_TASKS), "xlmr": _PICTURE_TASKS}
+
+# All whose tokens, of texts or of patches, are answered over a vocabulary.
+_VOCABULARY_TASKS = (*_LANGUAGE_MODELS, "translation", "masked_image", "masked_data")
+_VOCABULARY_TASKS += ("image_captioning", *_SPEECH_TASKS)
 
 # Fields, or groups of them, that some tasks alone read, and which.
 OF_SOME_TASKS: dict[str, tuple[str, ...]] = {
@@ -253,6 +257,8 @@ OF_SOME_TASKS: dict[str, tuple[str, ...]] = {
     *_SPEECH_TASKS,
     *_DOWNSTREAM_TASKS,
   ),
+  "vocab_chunk": _VOCABULARY_TASKS,
+  "label_smoothing": (*_VOCABULARY_TASKS, "image_classification"),
   "sample_prompt": ("causal_lm",),
   "sample_temperature": ("causal_lm",),
   "beam": ("translation", *_SPEECH_TASKS, "image_captioning"),
@@ -337,6 +343,27 @@ def tasks_reading(name: str) -> tuple[str, ...] | None:
   while name not in OF_SOME_TASKS and "." in name:
     name = name.rpartition(".")[0]
   return OF_SOME_TASKS.get(name)
+
+
+def reads(task: str, name: str) -> bool:
+  """Whether a task reads a field; what one of one's own reads is not known, and so may be any."""
+  tasks = tasks_reading(name)
+  return tasks is None or task in tasks or task not in _SHIPPED_TASKS
+
+
+# Fields at which a part would stand for a whole, the tasks of which that is refused, and why.
+_OF_WHOLES: dict[str, tuple[tuple[str, ...], str]] = {
+  "accumulation": (
+    ("image_text_retrieval",),
+    "cuts the batch whose pairs a contrastive loss compares: set accumulation=1; for memory,"
+    " model.remat or more devices help",
+  ),
+  "eval_batches": (
+    ("image_text_retrieval", "visual_question_answering", "visual_reasoning"),
+    "reads a part of the validation set, which is judged as a whole, beside what is trivial on all"
+    " of it: set eval_batches=0, and eval_every to more if that takes long",
+  ),
+}
 
 
 # Names of data that are the user's own files, and the tasks that read such.
@@ -490,13 +517,14 @@ class DataConfig(_Checked):
   tokenizer: str = _field(
     "sentencepiece",
     "kind of tokens; `char`, the characters of the training texts, is of speech and of images with"
-    " texts",
-    choices=("sentencepiece", "byte", "char"),
+    " texts; `xlmr`, the released BEiT-3's, is of images with texts and needs tokenizer_file",
+    choices=("sentencepiece", "byte", "char", "xlmr"),
   )
   vocab_size: int = _field(1024, "pieces to train (sentencepiece)", min=8, max=_LONGEST)
   tokenizer_file: str = _field(
     "",
-    "a sentencepiece model to load instead of training one; of `char` a run's characters.json",
+    "a sentencepiece model to load instead of training one; of `char` a run's characters.json, of"
+    " `xlmr` beit3.spm, or another of its kind",
   )
   seq_length: int = _field(256, "T, tokens a sample", min=2, max=_LONGEST)
   text_case: str = _field(
@@ -521,8 +549,9 @@ class DataConfig(_Checked):
   )
   eval_crop: float = _field(
     1.0,
-    "share of an image's short side that an evaluation's central square has",
-    above=0.0,
+    "share of an image's short side that an evaluation's central square has; 0: all of the image,"
+    " squeezed into a square, as in BEiT-3",
+    min=0.0,
     max=1.0,
   )
   augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
@@ -889,14 +918,14 @@ class TrainConfig(_Checked):
       )
     values, defaults = flatten(self), defaults_by_name()
     for name, value in values.items():
-      tasks = tasks_reading(name)
-      if tasks is None or self.task in tasks or self.task not in _SHIPPED_TASKS:
-        continue
-      if value != defaults[name]:
+      if value != defaults[name] and not reads(self.task, name):
         raise ConfigError(
           f"config.{name} is not read with config.task={self.task!r}, only with"
-          f" {' and '.join(map(repr, tasks))}"
+          f" {' and '.join(map(repr, tasks_reading(name)))}"
         )
+    for name, (tasks, why) in _OF_WHOLES.items():
+      if self.task in tasks and values[name] != defaults[name]:
+        raise ConfigError(f"config.{name}={values[name]} with config.task={self.task!r} {why}")
     reading = OWN_FILES.get(self.data.name, TASK_NAMES)
     if self.task in _SHIPPED_TASKS and self.task not in reading:
       own = [name for name, tasks in OWN_FILES.items() if self.task in tasks]
@@ -904,10 +933,11 @@ class TrainConfig(_Checked):
         f"config.data.name={self.data.name!r} is not read with config.task={self.task!r}, only with"
         f" {' and '.join(map(repr, reading))}" + "".join(f": set data.name={name}" for name in own)
       )
-    if self.data.tokenizer == "char" and self.task in set(_SHIPPED_TASKS) - set(_CHARACTER_TASKS):
+    reading = _OF_SOME_TOKENS.get(self.data.tokenizer, _SHIPPED_TASKS)
+    if self.task in set(_SHIPPED_TASKS) - set(reading):
       raise ConfigError(
-        f"config.data.tokenizer='char' is not read with config.task={self.task!r}, only with"
-        f" {' and '.join(map(repr, _CHARACTER_TASKS))}: set sentencepiece or byte"
+        f"config.data.tokenizer={self.data.tokenizer!r} is not read with config.task={self.task!r},"
+        f" only with {' and '.join(map(repr, reading))}: set sentencepiece or byte"
       )
     if self.keep_best and self.eval_every % self.checkpoint_every:
       raise ConfigError(

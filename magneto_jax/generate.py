@@ -41,7 +41,7 @@ _OF_SOUNDS = (*_OF_LINES, "sound")
 _OF_IMAGES = ("beam_size", "length_penalty", "penalty", "scores", "image")
 _OF_QUESTIONS = ("scores", "image", "question")
 _OF_SOME = dict.fromkeys((*_OF_PROMPTS, *_OF_SOUNDS, *_OF_IMAGES, *_OF_QUESTIONS))
-# Lines, sounds or images that are read at once, in searches together: sorted, they waste less.
+# Lines or sounds that are read at once, in searches together: sorted, they waste less.
 _SEARCHES = 16
 _OF_KIND = {"sound": "WAV, FLAC, Ogg or MP3", "image": "JPEG, PNG, WebP, BMP or GIF"}
 _OR_LINES = "Without it paths are read, one a line."
@@ -54,7 +54,9 @@ def main() -> None:
   cli.define_workdir_flag("A workdir that train has filled.")
   cli.define_step_flag()
   flags.DEFINE_string("prompt", "", "The text to continue.")
-  flags.DEFINE_integer("tokens", 128, "How many tokens to add at most.", lower_bound=1)
+  flags.DEFINE_integer(
+    "tokens", 128, "How many tokens to add at most.", lower_bound=1, upper_bound=2**31 - 2
+  )
   flags.DEFINE_integer("samples", 1, "How many continuations.", lower_bound=1)
   flags.DEFINE_float(
     "temperature", 0.8, "Divides the logits; 0 takes the best token each time.", lower_bound=0.0
@@ -178,7 +180,7 @@ def _describe_images(
 ) -> None:
   """Writes a line for each image, in their order."""
   read = lambda path: see(cli.read_image(path))
-  _answer(args, paths, captioner.rows * _SEARCHES, read, captioner, name=lambda path: path)
+  _answer(args, paths, captioner.rows, read, captioner, name=lambda path: path)
 
 
 def _answer_about_images(args, paths: Iterator[str], answerer: decoding.Answerer) -> None:
@@ -191,12 +193,14 @@ def _answer_about_images(args, paths: Iterator[str], answerer: decoding.Answerer
   asked = zip(*[iter(paths)] * each, strict=True)
 
   def read(paths: Sequence[str]):
-    seen = tuple(map(cli.read_image, paths))
+    seen = tuple(answerer.see(cli.read_image(path)) for path in paths)
     return seen if each > 1 else seen[0]
 
   with config_errors():
-    answer = functools.partial(answerer, question=args.question)
-    _answer(args, asked, answerer.rows * _SEARCHES, read, answer, name="\t".join)
+    # Images are seen as they are read: they may be much larger than what the model reads.
+    of_seen = dataclasses.replace(answerer, see=lambda image: image)
+    answer = functools.partial(of_seen, question=args.question)
+    _answer(args, asked, answerer.rows, read, answer, name="\t".join)
 
 
 def _paths(kind: str, given: Sequence[str]) -> Iterator[str]:

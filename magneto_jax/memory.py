@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from magneto_jax import hardware, sharding
-from magneto_jax.config import ConfigError, TrainConfig
+from magneto_jax.config import ConfigError, TrainConfig, reads
 
 
 class Memory(NamedTuple):
@@ -219,7 +219,8 @@ def estimate(config: TrainConfig, sizes: Sizes) -> int:
     "attention": carry + attention,
     "full": carry,
   }
-  logits = layers["logits"]
+  # A table of tokens that are read alone gives none.
+  logits = layers["logits"] if reads(config.task, "vocab_chunk") else 0
   if config.vocab_chunk:
     logits = min(logits, config.vocab_chunk)
   working = kept[config.model.remat] + 2 * layers["widest"]
@@ -301,7 +302,7 @@ def knobs(config: TrainConfig, sizes: Sizes) -> list[Knob]:
       try:
         saves = now - estimate(changed(config, knob.changes), sizes)
       except (ConfigError, ValueError):
-        continue  # It does not divide.
+        continue  # It does not divide, or the task refuses it.
       if saves > 0:
         found.append(knob._replace(saves=saves))
   return sorted(found, key=lambda knob: -knob.saves / knob.cost)

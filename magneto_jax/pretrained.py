@@ -18,11 +18,13 @@ from magneto_jax.config import ConfigError, TrainConfig, config_errors, flatten,
 from magneto_jax.convert import saved
 from magneto_jax.convert.facts import facts
 from magneto_jax.data import text
+from magneto_jax.layers.patches import resized_positions
 from magneto_jax.models.backbone import Backbone
 from magneto_jax.models.beit3 import BEiT3
 from magneto_jax.models.image_tokenizer import TOKENIZER
 from magneto_jax.models.speech import SpeechEncoder
 from magneto_jax.models.vision import VisionEncoder
+from magneto_jax.models.vision_language import ReasoningBEiT3
 from magneto_jax.program import Program, TrainState
 from magneto_jax.tasks.task import Facts
 
@@ -106,7 +108,8 @@ class Start(NamedTuple):
   converted BEiT-3); of learned positions, as of sounds, by any number. Then the first rows are
   taken, of positions those from the model's first one on. Of images, tables may be of another grid
   of patches: then they are interpolated (`resized_positions`, `resized_biases`), and what they hold
-  of a class token is left out where the run has none.
+  of a class token is left out where the run has none. Where both models read images and texts for
+  the same task, the heads' arrays of the same name and shape are taken, too (`heads`).
 
   Attributes:
     folder: the run's workdir, or a converted model's folder.
@@ -132,8 +135,34 @@ class Start(NamedTuple):
     return {}
 
   def in_words(self, program: Program) -> str:
-    """Which part of the model starts with what."""
-    return f"its {program.task.pretrained} starts with {self.folder}"
+    """Which parts of the model start with what, and of models of images and texts the others."""
+    said = f"its {program.task.pretrained} starts with {self.folder}"
+    if not isinstance(self.encoder, BEiT3):
+      return said
+    taken = dict.fromkeys(path[0] for path in self.heads(program))
+    drawn = [name for name in program.state.params if name not in {program.task.pretrained, *taken}]
+    said += f", and so do {', '.join(taken)}" if taken else ""
+    return said + (f"; drawn are {', '.join(drawn)}" if drawn else "")
+
+  def heads(self, program: Program) -> list[tuple[str, ...]]:
+    """The paths of a head's arrays that are taken as they are.
+
+    They are those of the same name and shape, where both are models of images and texts for the
+    same task. What an answer's number means is taken to be the same where there are as many.
+    """
+    if not isinstance(self.encoder, BEiT3) or type(self.model) is not type(program.model):
+      return []
+    side = self.encoder.patch_size * math.isqrt(self.encoder.num_patches)
+    image = jnp.zeros((1, *[2] * isinstance(self.model, ReasoningBEiT3), side, side, 3))
+    tokens_BT = jnp.zeros((1, self.encoder.max_text_length), jnp.int32)
+    theirs = jax.eval_shape(self.model.init, jax.random.key(0), image, tokens_BT)["params"]
+    theirs = traverse_util.flatten_dict(dict(theirs))
+    ours = traverse_util.flatten_dict(dict(program.state.params))
+    return [
+      path
+      for path, leaf in ours.items()
+      if path[0] != program.task.pretrained and path in theirs and theirs[path].shape == leaf.shape
+    ]
 
   def refuse_others(self, program: Program, tokenizer: Mapping[str, Any]) -> None:
     """Raises ConfigError, naming the field, unless the run's encoder computes what this one does.
@@ -189,6 +218,12 @@ class Start(NamedTuple):
         f" {theirs.patch_size}, not {ours.patch_size}"
       )
     self._refuse_another_stack(ours.encoder, theirs.encoder)
+    if ours.encoder.recipe.final_norm and not theirs.encoder.recipe.final_norm:
+      raise ConfigError(
+        f"the encoder of init_from={self.folder} has no norm behind its last layer (final_norm), as"
+        f" those of visual_question_answering, and config.task={config.task!r} has one: start with"
+        " a run of masked_data or of another task of images and texts"
+      )
     is_scaled = float(ours.encoder.recipe.embedding.scale) != 1
     if is_scaled and ours.scale_patches != theirs.scale_patches:
       raise ConfigError(
@@ -219,7 +254,9 @@ class Start(NamedTuple):
         f"config.{_FIELDS.get(name, 'recipe')} does not agree with init_from={self.folder}{what}:"
         f" it must be {its!r:.80}, not {mine!r:.80}"
       )
-    if theirs.longest is None and theirs.position_offset != ours.position_offset:
+    # All other kinds go by tables, whose rows are chosen, or by distances.
+    of_numbers = "sinusoidal" in theirs.position_kinds
+    if of_numbers and theirs.position_offset != ours.position_offset:
       raise ConfigError(f"the positions of init_from={self.folder} begin at another number")
 
   def _refuse_other_patches(self, config: TrainConfig, ours: VisionEncoder) -> None:
@@ -307,7 +344,7 @@ class Start(NamedTuple):
     return side, side
 
   def into(self, state: TrainState, program: Program) -> TrainState:
-    """The state with this model's encoder, laid out as it was; all else stays as it was drawn.
+    """The state with this model's encoder and `heads`, laid out as it was; all else is as drawn.
 
     Raises:
       ConfigError: the encoder has other parameters.
@@ -316,6 +353,8 @@ class Start(NamedTuple):
     wanted = traverse_util.flatten_dict(dict(program.state.params[name]))
     prefix = () if self.encoder is self.model else ("encoder",)
     whole = sharding.replicated(program.mesh)
+    drawn = traverse_util.flatten_dict(dict(state.params))
+    heads = {path: drawn[path] for path in self.heads(program)}
 
     def place(abstract):
       """Where a source's arrays are read to: to their place, where the run has such an array.
@@ -333,6 +372,7 @@ class Start(NamedTuple):
       for path, leaf in flat.items():
         own = path[len(prefix) :]
         mine = wanted.get(own) if path[: len(prefix)] == prefix else None
+        mine = heads.get(path, mine)
         same = mine is not None and mine.shape == leaf.shape
         # Every host interpolates these, or finds that they stay.
         same = same and own not in (_INNER_POSITIONS, _PATCH_BIASES, _VISION_POSITIONS)
@@ -368,7 +408,7 @@ class Start(NamedTuple):
         )
     places = {path: leaf.sharding for path, leaf in wanted.items()}
     params = {
-      **state.params,
+      **traverse_util.unflatten_dict(drawn | {path: flat[path] for path in heads}),
       name: traverse_util.unflatten_dict(jax.jit(cut, out_shardings=places)(taken)),
     }
     if state.ema_params is None:
@@ -376,26 +416,6 @@ class Start(NamedTuple):
     # As in `program.init_state`: one buffer cannot be donated twice.
     copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
     return dataclasses.replace(state, params=params, ema_params=copy(params))
-
-
-def resized_positions(
-  table_PD: np.ndarray, old: tuple[int, int], new: tuple[int, int]
-) -> np.ndarray:
-  """A table of learned positions of patches, read row by row, for another grid of them.
-
-  Bicubic, channel by channel, each grid spread over the same image, and the kernel not widened
-  where there are fewer patches; the same table for the same grid.
-
-  Args:
-    table_PD: [hw, D] without a class token's row.
-    old, new: (h, w), patches on an image's sides.
-
-  Reference: An Image is Worth 16x16 Words, arXiv 2010.11929, section 3.2.
-  """
-  width = table_PD.shape[-1]
-  image_HWD = table_PD.reshape(*old, width)
-  resized = jax.image.resize(image_HWD, (*new, width), "bicubic", antialias=False)
-  return np.asarray(resized).reshape(-1, width)
 
 
 def resized_biases(table_RN: np.ndarray, old: tuple[int, int], new: tuple[int, int]) -> np.ndarray:
@@ -541,7 +561,9 @@ def _encoder(config: TrainConfig) -> Start:
   folder, data = config.init_from, config.data
   if saved.holds_model(folder):
     with config_errors():
-      return Start(folder, runs.load(folder).model, None, "")
+      start = Start(folder, runs.load(folder).model, None, "")
+    _refuse_other_inputs(config, start)
+    return start
   record = runs.read_record(folder)
   if record is None or not runs.last_step(folder):
     raise ConfigError(
@@ -564,12 +586,29 @@ def _encoder(config: TrainConfig) -> Start:
   if config.task in (tasks_reading("data.normalization") or ()):
     _refuse_other_pixels(folder, record.config.data.normalization, data.normalization)
   kept = ""
-  if data.tokenizer != "byte":
-    name = text.CHARACTERS_FILE if data.tokenizer == "char" else text.TOKENIZER_FILE
-    kept = data.tokenizer_file or str(pathlib.Path(runs.data_in(folder)) / name)
+  if data.tokenizer in text.KEPT:
+    own = pathlib.Path(runs.data_in(folder)) / text.KEPT[data.tokenizer].file
+    kept = data.tokenizer_file or str(own)
   with config_errors():
     model = runs.model_of(record)
   return Start(folder, model, record.data.get("tokenizer"), kept)
+
+
+def _refuse_other_inputs(config: TrainConfig, start: Start) -> None:
+  """Raises ConfigError unless a run reads images and texts as a converted model has.
+
+  All models of images that are converted are BEiT-3's.
+  """
+  data = config.data
+  if config.task in (tasks_reading("data.normalization") or ()):
+    _refuse_other_pixels(start.folder, "half", data.normalization)
+  reads_both = config.task in (tasks_reading("model.fusion_layers") or ())
+  if reads_both and isinstance(start.encoder, BEiT3) and data.tokenizer != "xlmr":
+    raise ConfigError(
+      f"config.data.tokenizer={data.tokenizer!r} has other tokens than the converted BEiT-3 of"
+      f" init_from={start.folder}: set data.tokenizer='xlmr', and data.tokenizer_file to the"
+      " beit3.spm that is released beside it"
+    )
 
 
 def _refuse_other_pixels(folder: str, theirs: str, ours: str) -> None:

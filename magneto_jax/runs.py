@@ -439,8 +439,6 @@ def load_tokenizer(workdir: str | pathlib.Path) -> tokenizers.Tokenizer:
   record = held_record(workdir)
   if record.config.data.tokenizer == "byte":
     return tokenizers.ByteTokenizer()
-  is_char = record.config.data.tokenizer == "char"
-  kind = tokenizers.CharTokenizer if is_char else tokenizers.SentencePieceTokenizer
-  path = data_in(workdir) / (text.CHARACTERS_FILE if is_char else text.TOKENIZER_FILE)
+  kept = text.KEPT[record.config.data.tokenizer]
   with config_errors():
-    return kind.load(path, record.data.get("tokenizer", {}))
+    return kept.kind.load(data_in(workdir) / kept.file, record.data.get("tokenizer", {}))

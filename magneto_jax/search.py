@@ -109,7 +109,10 @@ def run(args, texts: Sequence[str], run_task_file) -> list[dict[str, Any]]:
     for query, of_query in zip(queries, found, strict=True)
   ]
   for query, of_query in zip(queries, found, strict=True):
-    print(f"{query.given}\n" + "".join(f"  {x.score:7.4f}  {x.item}\n" for x in of_query), end="")
+    told = f"{query.given}\n" + "".join(f"  {x.score:7.4f}  {x.item}\n" for x in of_query)
+    # Names of files are the bytes that they were.
+    sys.stdout.buffer.write(told.encode(errors="surrogateescape"))
+  sys.stdout.buffer.flush()
   if args.output:
     described = {"workdir": args.workdir, "searched": args.images or args.texts, "found": results}
     files.write_durably(args.output, (json.dumps(described, indent=2) + "\n").encode())
@@ -130,16 +133,21 @@ def refuse(args, queries: Sequence[Query]) -> None:
     raise ConfigError(
       "--texts=FILE is searched by --image=FILE, as texts are not learned to be near texts"
     )
-  for query in queries:
+  for text in (query.given for query in queries if query.kind == "text"):
     try:
-      query.given.encode()
+      text.encode()
     except UnicodeEncodeError:
-      raise ConfigError(f"{query.given!r} is not valid text") from None
-    if query.kind == "text" and not query.given.strip():
+      raise ConfigError(f"{text!r} is not valid text") from None
+    if not text.strip():
       raise ConfigError("a text to search for is empty")
   for name in ("output", "picture"):
-    if args[name].value and pathlib.Path(args[name].value).is_dir():
-      raise ConfigError(f"--{name}={args[name].value} is a folder: name a file")
+    if not args[name].value:
+      continue
+    path = pathlib.Path(args[name].value)
+    if path.is_dir():
+      raise ConfigError(f"--{name}={path} is a folder: name a file")
+    if not path.parent.is_dir():
+      raise ConfigError(f"--{name}={path}: there is no folder {path.parent}: make it first")
 
 
 def open_embedder(workdir: str, step: int | str | None, rows: int) -> decoding.Embedder:
@@ -247,8 +255,13 @@ def contact_sheet(
     if kind == "images":
       images += [_thumbnail(str(x.place)) for x in of_query[:_IN_A_ROW]]
       captions += [f"{x.score:.3f} {x.item}" for x in of_query[:_IN_A_ROW]]
-    rows.append(reporting.Row(title, images, captions))
+    rows.append(reporting.Row(_drawable(title), images, [*map(_drawable, captions)]))
   return rows
+
+
+def _drawable(words: str) -> str:
+  """Words in which bytes of a file's name that are no text have a sign."""
+  return words.encode(errors="surrogateescape").decode(errors="replace")
 
 
 def _thumbnail(path: str) -> np.ndarray:

@@ -45,10 +45,10 @@ def dry_run(config: TrainConfig, workdir: str | os.PathLike) -> None:
     job = _prepared(config, runs.data_in(workdir if earlier else scratch), earlier, None, start)
     if earlier:
       runs.refuse_if_different(workdir, earlier, job.record)
-    _print(console, jobs.overview(job))
+    reporting.say(console, jobs.overview(job))
     console.print(reporting.parameter_table(job.program.state.params))
     with contextlib.closing(job.batches):
-      _print(console, jobs.first_batch(job))
+      reporting.say(console, jobs.first_batch(job))
 
 
 def _prepared(
@@ -135,7 +135,9 @@ def _train(
     earlier = runs.rewind(workdir, held, config, rewind_to, spike)
   start = runs.last_step(workdir)
   if rewind_to is not None and earlier is held:
-    _print(console, [f"note: the run was taken back to step {rewind_to} already, and goes on"])
+    reporting.say(
+      console, [f"note: the run was taken back to step {rewind_to} already, and goes on"]
+    )
   if start > config.steps:
     raise ConfigError(
       f"{workdir} is at step {start} already: set steps to more than {start}, or use another"
@@ -144,8 +146,10 @@ def _train(
   config = runs.with_batches_left_out(config, earlier, start)
   summary = runs.read_summary(workdir)
   if start == config.steps and summary and summary.get("steps") == start:
-    _print(console, [f"{workdir} is finished: to go on, set steps to more than {config.steps}"])
-    _print(console, _closing(summary, workdir))
+    reporting.say(
+      console, [f"{workdir} is finished: to go on, set steps to more than {config.steps}"]
+    )
+    reporting.say(console, _closing(summary, workdir))
     return summary
 
   source = None if start else pretrained.find(config)
@@ -157,7 +161,7 @@ def _train(
     kept = config.keep_checkpoints + config.keep_best
     distributed.on_first(lambda: refuse_if_no_room(directory, parts, kept))
   notes = jobs.schedule_notes(config, earlier and earlier.config)
-  _print(console, [*jobs.overview(job), *notes])
+  reporting.say(console, [*jobs.overview(job), *notes])
 
   loop = _Loop(job, workdir, notice, console, source)
   with loop.opened(start):
@@ -168,7 +172,7 @@ def _train(
       workdir, title=jobs.title(config), loss_name=job.program.task.loss_name
     )
     runs.write_summary(workdir, summary)
-  _print(console, [*loop.diagnosis, *_closing(summary, workdir)])
+  reporting.say(console, [*loop.diagnosis, *_closing(summary, workdir)])
   return summary
 
 
@@ -236,17 +240,17 @@ class _Loop:
           program.state.parts(),
           self.job.batches,
           fall_back=config.on_damage == "fallback",
-          say=lambda line: _print(self.console, [line]),
+          say=lambda line: reporting.say(self.console, [line]),
         )
         self.state = TrainState.from_parts(parts)
         self.watch.restore(self.checkpointer.config(start).get("watch", {}))
-        _print(self.console, [f"resumed at step {start:,}"])
+        reporting.say(self.console, [f"resumed at step {start:,}"])
       else:
         self.state = program.init(self.parameter_key)
         self.checkpointer.prepare(self.state.parts())
         if self.source is not None:
           self.state = self.source.into(self.state, program)
-          _print(self.console, [self.source.in_words(program)])
+          reporting.say(self.console, [self.source.in_words(program)])
         self.console.print(reporting.parameter_table(self.state.params))
       self.start = self.saved = start
       if self.is_first:
@@ -528,12 +532,6 @@ class _Loop:
 def _console() -> rich.console.Console:
   """Of several processes the first prints."""
   return reporting.make_console(quiet=not distributed.is_first())
-
-
-def _print(console: rich.console.Console, lines: list[str]) -> None:
-  """Plain lines: nothing in them is read as markup, cut or coloured."""
-  for line in lines:
-    console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def _closing(summary: dict, workdir: pathlib.Path) -> list[str]:

@@ -137,11 +137,14 @@ def of_task(name: str, data: config_lib.DataConfig | None = None, **fields):
       high = 2 if "mask" in key or spec.dtype == bool else VOCAB
       highest = {"segment_ids": 3, "positions": LENGTH, "label": 10, "other_label": 10}
       highest |= {"places": 16, "wave_lengths": 651, "token_lengths": 4}
+      highest |= dict.fromkeys(("image_places", "pair_image_places"), 16)
+      highest |= dict.fromkeys(("text_places", "pair_text_places"), 6)
       highest |= {"label": 2} if name == "visual_reasoning" else {}
       high = highest.get(key.removeprefix("source_"), high)
       values = rng.integers(0, high, spec.shape)
       if jnp.issubdtype(spec.dtype, jnp.floating):
-        values = rng.normal(size=spec.shape) if "image" in key else rng.integers(0, 2, spec.shape)
+        is_pixels = "image" in key and not key.endswith("weights")
+        values = rng.normal(size=spec.shape) if is_pixels else rng.integers(0, 2, spec.shape)
       batch[key] = values.astype(spec.dtype)
       if key == "waves":  # Not of 16 bits, of which a spectrogram is in float32.
         batch[key] = rng.normal(0, 0.1, spec.shape)

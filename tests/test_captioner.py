@@ -118,6 +118,8 @@ def test_a_captioner_writes_texts_whatever_the_rows():
     assert [t.score for t in ranked] == sorted((t.score for t in ranked), reverse=True)
   ((best, _),) = caption([IMAGES[0]], prefix="ab")
   assert best.text.startswith("ab")
+  ((other, _),) = caption([IMAGES[0]], prefix=" ab\n")
+  assert other == best
 
 
 def test_a_mask_is_no_text():

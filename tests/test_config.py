@@ -151,7 +151,7 @@ def test_every_number_has_a_range_on_both_sides():
     ("data.augment.rand_augment_std", 0.1, r"_std is not read without data.augment.rand_augment:"),
     ("data.augment.mix_rate", 0.5, r"mix_rate is not read without data.augment.mixup or data.augm"),
     ("data.augment.cutmix_share", 0.1, r"share is not read without data.augment.mixup and data.a"),
-    ("data.eval_crop", 0.0, r"config.data.eval_crop=0.0 must be above 0.0"),
+    ("data.eval_crop", -0.1, r"config.data.eval_crop=-0.1 must be at least 0.0"),
     ("data.normalization", "imagenette", r"must be one of half, imagenet; did you mean imagenet"),
     ("data.image_key", "x", r"data.image_key is not read with config.task='causal_lm', only with"),
     ("data.label_scale", 0.0, r"config.data.label_scale=0.0 must be above 0.0"),
@@ -184,6 +184,11 @@ def test_every_number_has_a_range_on_both_sides():
       "data.tokenizer",
       "char",
       r"'char' is not read with config.task='causal_lm', only with 'speec",
+    ),
+    (
+      "data.tokenizer",
+      "xlmr",
+      r"tokenizer='xlmr' is not read with config.task='causal_lm', only with 'masked_data'",
     ),
     (
       "data.name",

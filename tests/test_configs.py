@@ -386,20 +386,24 @@ def test_beit_3_is_pre_trained_as_in_the_papers(variant, expected):
 # BEiT-3's released code (beit3/get_started): epochs in batches of its data.
 TUNED = {
   "optimizer.eps": 1e-8,
+  "optimizer.b1": 0.9,
   "optimizer.b2": 0.999,
   "optimizer.clip_norm": 0.0,
   "optimizer.weight_decay": 0.05,
+  "optimizer.decay_mask": "beit",
+  "optimizer.schedule": "cosine",
   "optimizer.layer_decay": 1.0,
   "optimizer.head_rate": 1.0,
   "data.augment.crop_scale": 0.5,
   "data.augment.flip": 0.5,
   "data.augment.color_jitter": 0.0,
   "data.augment.rand_augment": 0,
+  "data.eval_crop": 0.0,
   "data.seq_length": 64,
   "label_smoothing": 0.0,
 }
 RANDOM = {"data.augment.rand_augment": 2, "data.augment.rand_augment_magnitude": 7.0}
-RANDOM |= {"data.augment.rand_augment_set": "beit3"}
+RANDOM |= {"data.augment.rand_augment_set": "beit3", "data.augment.rand_augment_std": 0.0}
 # (samples of an epoch, batch, epochs, warm-up, pixels), what differs, and by size the peak and what
 # else goes by it.
 TUNINGS = {
@@ -415,7 +419,8 @@ TUNINGS = {
     (566_747, 256, 10, 1, 480),
     RANDOM
     | {"model.drop_path": 0.1, "label_smoothing": 0.1, "data.mask_rate": 0.7}
-    | {"data.seq_length": 32, "beam.size": 3, "beam.length_penalty": 0.6},
+    | {"data.seq_length": 32, "beam.size": 3, "beam.length_penalty": 0.6}
+    | {"beam.penalty": "with_bos"},
     {"base": (4e-5, {}), "large": (8e-6, {})},
   ),
   "vqa": (

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import types
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -338,13 +339,18 @@ class Looking:
     return [[decoding.Translation(f"{image.mean():.0f}\nbright", -0.5)] for image in images]
 
 
+@dataclasses.dataclass(frozen=True)
 class Judging:
   """An answerer that tells the question, and of what it was asked."""
 
-  rows, images = 1, 1
+  images: int = 1
+  see: Callable = lambda image: image[:2]
+  rows: int = 1
 
   def __call__(self, asked, question):
-    sizes = [len(x) if self.images > 1 else x.shape for x in asked]
+    # Large images are not held.
+    assert len(asked) == 1
+    sizes = [[y.shape[0] for y in x] if self.images > 1 else x.shape for x in asked]
     return [[decoding.Translation(f"{question} {size}", 0.25)] for size in sizes]
 
 
@@ -377,7 +383,8 @@ def test_an_image_in_is_a_line_out(drawn, monkeypatch):
   told = looked_at(monkeypatch, write, paths, looking, see, scores=True)
   b, a = paths
   assert told == (f"-0.5000\t{b}\t100 bright\n-0.5000\t{a}\t50 bright\n", "")
-  assert looking.given == [2]
+  # Each is let go before the next is read.
+  assert looking.given == [1, 1]
   for name, message in (("bad", "bad.png cannot be read"), ("gone", "gone.png: there is no such")):
     given = [paths[0], str(drawn / f"{name}.png"), paths[1]]
     told, error = looked_at(monkeypatch, write, given, Looking(), see)
@@ -388,11 +395,11 @@ def test_a_question_is_answered_about_each_image_or_each_two(drawn, monkeypatch)
   paths = [str(drawn / f"{name}.png") for name in "abc"]
   write, judging = generate._answer_about_images, Judging()
   told = looked_at(monkeypatch, write, paths, judging, question="what?", scores=True)
-  assert told == ("".join(f"0.2500\t{path}\twhat? (4, 6, 3)\n" for path in paths), "")
-  judging.images = 2
+  assert told == ("".join(f"0.2500\t{path}\twhat? (2, 6, 3)\n" for path in paths), "")
+  judging = Judging(images=2)
   a, b, c = paths
   told = looked_at(monkeypatch, write, [a, b, c, a], judging, question="both?")
-  assert told == (f"{a}\t{b}\tboth? 2\n{c}\t{a}\tboth? 2\n", "")
+  assert told == (f"{a}\t{b}\tboth? [2, 2]\n{c}\t{a}\tboth? [2, 2]\n", "")
   told = looked_at(monkeypatch, write, paths, judging, question="both?")
   assert told == ("", told[1]) and "3 images are given, and the model compares two" in told[1]
 

@@ -152,6 +152,25 @@ def test_every_knob_can_be_turned_and_saves_what_it_says():
   }
 
 
+def test_what_a_task_refuses_is_not_named_and_a_table_that_is_read_alone_gives_no_logits():
+  """A contrastive batch is not cut; its texts' tokens are not answered over their vocabulary."""
+  small = {"task": "image_text_retrieval", "batch_size": 32, "mesh": {"fsdp": 2}}
+  small["model"] = {"layers": 1, "width": 32, "positions": "learned", "image_size": 32}
+  config = from_config_dict(small | {"data": {"tokenizer": "byte", "seq_length": 16}})
+  task = TASKS[config.task]
+  bytes_of = {}
+  for vocabulary in (260, 5000):
+    model = task.build_model(config, {"vocab_size": vocabulary, "token_correlation": 0.01})
+    init = lambda key, model=model: model.init(key, *task.dummy_inputs(config))["params"]
+    params = jax.eval_shape(init, jax.random.key(0))
+    sizes = memory.Sizes(params, task.batch_spec(config), 16, length=task.length(config))
+    bytes_of[vocabulary] = memory.estimate(config, sizes)
+  # Weights, two moments and the gradient, a half on each device.
+  assert bytes_of[5000] - bytes_of[260] == (5000 - 260) * 32 * 4 * 4 // 2
+  named = {field for knob in memory.knobs(config, sizes) for field in knob.changes}
+  assert {"model.remat", "batch_size"} <= named and not {"accumulation", "vocab_chunk"} & named
+
+
 def test_the_last_row_of_a_device_is_shared():
   """Before that, parts of a batch save as much; and of 3 heads none can be given to two devices."""
   few = {"batch_size": 8, "mesh.data": 4, "mesh.tensor": 2}

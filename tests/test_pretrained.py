@@ -16,9 +16,17 @@ import pytest
 from magneto_jax import distributed, pretrained, program, runs, sharding
 from magneto_jax.checkpoints import Checkpointer
 from magneto_jax.config import ConfigError, TrainConfig, from_config_dict
-from magneto_jax.convert import saved
+from magneto_jax.convert import beit3, saved
 from magneto_jax.data.tokenizers import ByteTokenizer
-from magneto_jax.models import BEiT3, CaptioningBEiT3, Encoder, MaskedLM, RetrievalBEiT3
+from magneto_jax.models import (
+  AnsweringBEiT3,
+  BEiT3,
+  CaptioningBEiT3,
+  Encoder,
+  MaskedLM,
+  ReasoningBEiT3,
+  RetrievalBEiT3,
+)
 from magneto_jax.tasks import TASKS, text_classification
 from magneto_jax.theory.recipes import RECIPES
 from magneto_jax.theory.records import Architecture
@@ -334,22 +342,6 @@ def test_tables_of_another_grid_are_interpolated(tmp_path):
   np.testing.assert_array_equal(resized[1:], wanted)
 
 
-def test_positions_of_another_grid_lie_where_the_patches_do():
-  """A table that is linear in the patches' places stays so, but for the rim; the same is the same.
-
-  Twice as many patches a side lie a quarter of a patch beside the old ones.
-  """
-  y, x = np.indices((14, 14), dtype=np.float32) + 0.5
-  table = np.stack([y / 14, x / 14, 0 * x + 3], axis=-1).reshape(-1, 3)
-  np.testing.assert_array_equal(pretrained.resized_positions(table, (14, 14), (14, 14)), table)
-  found = pretrained.resized_positions(table, (14, 14), (24, 24)).reshape(24, 24, 3)
-  y, x = (np.indices((24, 24), dtype=np.float32) + 0.5) / 24
-  inner = (slice(4, -4), slice(4, -4))
-  wanted = np.stack([y, x, 0 * x + 3], axis=-1)
-  np.testing.assert_allclose(found[inner], wanted[inner], atol=1e-5)  # float32
-  assert pretrained.resized_positions(table, (14, 14), (7, 7)).shape == (49, 3)
-
-
 @pytest.mark.parametrize(("old", "new"), [(14, 24), (24, 14), (2, 5), (5, 2), (3, 4)])
 def test_biases_of_another_grid_are_beits(old, new):
   """Offsets stretch by a geometric series: a plane over what they become stays one."""
@@ -548,10 +540,8 @@ def run_of_pairs(**fields):
   )
 
 
-def test_an_encoder_of_images_and_texts_is_taken_on_another_grid(tmp_path):
-  """Of a released model's layout: two rows before positions, a larger vocabulary, longer texts."""
-  params = captioner(tmp_path / "model", vocab_size=19, length=7, offset=2)
-  run = run_of_pairs(side=3)
+def begun(run):
+  """The same with its state before the first step, which nothing is lowered for."""
   init = functools.partial(
     program.init_state,
     model=run.model,
@@ -561,19 +551,108 @@ def test_an_encoder_of_images_and_texts_is_taken_on_another_grid(tmp_path):
   )
   run.state = common.compiled(init)(jax.random.key(0))
   run.mesh = sharding.make_mesh({}, jax.devices()[:1])
+  return run
+
+
+def test_of_the_same_task_a_head_is_taken_as_far_as_it_fits(tmp_path):
+  """Of a question answerer with other answers all but the last matrix; and it is said."""
+  model = AnsweringBEiT3(encoder=pairs_encoder(), answers=3)
+  params = reference.random_params(model, *pairs_of(model.encoder))
+  saved.save(tmp_path / "model", model, {"params": params})
+  start = pretrained.Start(str(tmp_path / "model"), model, None, "")
+  run = run_of_pairs()
+  run.model = model.clone(answers=2)
+  found = start.into(begun(run).state, run).params
+  for name in ("encoder", "pooler_norm", "pooler_dense", "head_dense", "head_norm"):
+    jax.tree.map(np.testing.assert_array_equal, found[name], params[name])
+  jax.tree.map(np.testing.assert_array_equal, found["head_out"], run.state.params["head_out"])
+  taken, drawn = start.in_words(run).split("; drawn are ")
+  assert drawn == "head_out" and taken.startswith(f"its encoder starts with {start.folder}, and so")
+  assert {*taken.rpartition("so do ")[2].split(", ")} == found.keys() - {"encoder", "head_out"}
+
+
+def test_of_retrieval_projections_and_temperature_are_taken_and_of_another_task_nothing():
+  run = run_of_pairs(side=3)
+  params = reference.random_params(run.model, *pairs_of(run.model.encoder))
+  run.state = types.SimpleNamespace(params=params)
+  source = RetrievalBEiT3(encoder=pairs_encoder())
+  start = pretrained.Start("there", source, None, "")
+  assert {path[0] for path in start.heads(run)} == params.keys() - {"encoder"}
+  assert "drawn" not in start.in_words(run)
+  other = start._replace(model=ReasoningBEiT3(encoder=source.encoder))
+  assert other.heads(run) == []
+  assert "; drawn are " in other.in_words(run) and "logit_scale" in other.in_words(run)
+  # Of two images the head reads both.
+  run.model = other.model.clone(encoder=run.model.encoder)
+  images, tokens = pairs_of(run.model.encoder)
+  run.state.params = reference.random_params(run.model, np.stack([images] * 2, 1), tokens)
+  assert {path[0] for path in other.heads(run)} == run.state.params.keys() - {"encoder"}
+  # A question answerer's has arrays of the same names and shapes, and another task.
+  answering = AnsweringBEiT3(encoder=source.encoder, answers=2)
+  assert start._replace(model=answering).heads(run) == []
+
+
+def test_an_encoder_of_images_and_texts_is_taken_on_another_grid(tmp_path):
+  """Of a released model's layout: two rows before positions, a larger vocabulary, longer texts."""
+  params = captioner(tmp_path / "model", vocab_size=19, length=7, offset=2)
+  run = begun(run_of_pairs(side=3))
   start = pretrained.Start(str(tmp_path / "model"), runs.load(tmp_path / "model").model, None, "")
   start.refuse_others(run, {})
   state = start.into(run.state, run)
   for head in ("image_head", "text_head", "logit_scale"):
     jax.tree.map(np.testing.assert_array_equal, state.params[head], run.state.params[head])
   table = params["position_embeddings_vision"]["embedding"]
-  resized = pretrained.resized_positions(table[3:], (2, 2), (3, 3))
+  # What a conversion to this size has.
+  released = beit3.to_beit3(start.encoder, {"params": params})
+  given = beit3.config_of(start.encoder)
+  converted = beit3.from_beit3(released, given, image_size=6)[1]["params"]
+  resized = converted["position_embeddings_vision"]["embedding"][3:]
   expected = params | {
     "text_embedding": {"embedding": params["text_embedding"]["embedding"][:11]},
     "position_embeddings_text": {"embedding": params["position_embeddings_text"]["embedding"][2:7]},
     "position_embeddings_vision": {"embedding": np.concatenate([table[2:3], resized])},
   }
   jax.tree.map(np.testing.assert_array_equal, state.params["encoder"], expected)
+
+
+@pytest.mark.parametrize(
+  "fields, message",
+  [
+    ({"tokenizer": "sentencepiece"}, "'sentencepiece' has other tokens .* set data.tokenizer='xl"),
+    ({"tokenizer": "byte"}, "data.tokenizer='byte' has other tokens than the converted BEiT-3 of"),
+    ({"normalization": "imagenet"}, "='imagenet' is not that of .*: set data.normalization='half"),
+    ({}, None),
+  ],
+)
+@pytest.mark.parametrize("task", ["image_text_retrieval", "image_captioning"])
+def test_a_released_model_reads_its_own_tokens_and_pixels(task, fields, message, tmp_path):
+  captioner(tmp_path / "model")
+  config = from_config_dict(
+    {
+      "task": task,
+      "init_from": str(tmp_path / "model"),
+      "data": {"name": "embedded/emoji/en", "tokenizer": "xlmr"} | fields,
+      "model": {"image_size": 32, "patch_size": 8},
+    }
+  )
+  if message is None:
+    assert pretrained.find(config).tokenizer is None
+    return
+  with pytest.raises(ConfigError, match=message) as error:
+    pretrained.find(config)
+  assert "\n" not in str(error.value)
+
+
+def test_positions_that_nothing_reads_may_begin_anywhere():
+  """As in a converted BEiT-3, whose stack counts from 2 and has no positions; sinusoids have."""
+  run, theirs = run_of_pairs(), pairs_encoder()
+  moved = theirs.clone(encoder=theirs.encoder.clone(position_offset=2))
+  pretrained.Start("there", moved, None, "").refuse_others(run, {})
+  sinusoids = theirs.encoder.clone(positions="sinusoidal")
+  run.model = RetrievalBEiT3(encoder=theirs.clone(encoder=sinusoids))
+  moved = theirs.clone(encoder=sinusoids.clone(position_offset=2))
+  with pytest.raises(ConfigError, match="positions of init_from=there begin at another number"):
+    pretrained.Start("there", moved, None, "").refuse_others(run, {})
 
 
 OTHER_PAIRS = {
@@ -593,6 +672,21 @@ def test_another_encoder_of_images_and_texts_is_refused_with_its_field(case):
   with pytest.raises(ConfigError, match=message) as error:
     start.refuse_others(run_of_pairs(), {})
   assert "init_from=there" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_encoder_without_the_final_norm_starts_none_with_it():
+  """A question answerer's; the other way round the norm is left out."""
+  whole = pairs_encoder()
+  bare = dataclasses.replace(whole.encoder.recipe, final_norm=False)
+  answering = AnsweringBEiT3(
+    encoder=whole.clone(encoder=whole.encoder.clone(recipe=bare)), answers=2
+  )
+  run = run_of_pairs()
+  with pytest.raises(ConfigError, match=r"init_from=there has no norm .*\(final_norm\).* masked_d"):
+    pretrained.Start("there", answering, None, "").refuse_others(run, {})
+  run.model = answering
+  for source in (answering, RetrievalBEiT3(encoder=whole)):
+    pretrained.Start("there", source, None, "").refuse_others(run, {})
 
 
 def test_a_run_of_images_and_texts_starts_with_no_other_encoder():

@@ -1,6 +1,7 @@
 """The command that searches images and texts: what it finds, tells, leaves out and refuses."""
 
 import json
+import os
 import types
 
 import numpy as np
@@ -101,6 +102,19 @@ def test_texts_and_examples_find_the_nearest_images(folder, searched, capsys, tm
     assert drawn.format == "PNG" and drawn.width > 300
 
 
+def test_names_of_files_are_whatever_bytes_they_are(folder, searched, tmp_path, capfdbinary):
+  """Found and searched by, printed as they are, and in JSON and in the picture."""
+  name = os.fsdecode(b"\xff.png")
+  os.rename(folder / "a.png", folder / name)
+  output, picture = tmp_path / "found.json", tmp_path / "found.png"
+  asked = {"images": str(folder), "image": [str(folder / name)], "top": 1}
+  (found,) = searched([], output=str(output), picture=str(picture), **asked)
+  assert [x["image"] for x in found["results"]] == [name]
+  query, result = capfdbinary.readouterr().out.splitlines()
+  assert query.endswith(b"/\xff.png") and result.split() == [b"1.0000", b"\xff.png"]
+  assert json.loads(output.read_text())["found"] == [found] and picture.exists()
+
+
 def test_an_image_finds_texts_of_a_file(folder, searched, tmp_path, capsys):
   lines = tmp_path / "texts.txt"
   lines.write_text("\ufeffa green one\n\n  red things \r\nblue\n", encoding="utf-8")
@@ -127,6 +141,8 @@ def test_equal_scores_keep_their_order():
     (["\udcff"], {"images": "F"}, "is not valid text"),
     (["red"], {"images": "nowhere"}, "--images=nowhere is no folder that is there"),
     (["red"], {"images": "F", "output": "."}, "--output=. is a folder: name a file"),
+    (["red"], {"images": "F", "output": "no/x"}, "--output=no/x: there is no folder no: make it"),
+    (["red"], {"images": "F", "picture": "no/x"}, "--picture=no/x: there is no folder no: make"),
     (["red"], {"images": "F", "image": ["none.png"]}, "none.png: there is no such file"),
     (["red"], {"images": "F", "image": ["."]}, ". is a folder: name a file"),
     (["red"], {"images": "F", "image": ["F/broken.png"]}, "broken.png cannot be read"),

@@ -4,11 +4,14 @@ import json
 import math
 
 import jax
+import matplotlib.image
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 
 from benchmarks.stability import (
   files,
+  glance,
   gradients,
   page,
   propagation,
@@ -169,3 +172,19 @@ def test_pictures_can_be_drawn_anew(tmp_path):
   found = page.results_of()
   page.write({"gradients": found["gradients"]}, tmp_path)
   assert (tmp_path / "stability-gradients.png").exists()
+
+
+def test_the_readmes_picture_fits_light_and_dark_pages(tmp_path, monkeypatch):
+  """Of two parts' results; its ground is the page's, and its ink can be read on it."""
+  found = page.results_of()
+  for module in (update, propagation):
+    monkeypatch.setattr(module, "draw", lambda results, path: None)
+  page.write({part: found[part] for part in glance.PARTS}, tmp_path)
+  for theme, colours in glance.THEMES.items():
+    drawn = matplotlib.image.imread(tmp_path / f"depth-{theme}.png")[..., :3]
+    ground, ink = (np.array(to_rgb(colours[name])) for name in ("page", "ink"))
+    assert np.abs(drawn[[0, 0, -1, -1], [0, -1, 0, -1]] - ground).max() < 0.01
+    assert np.abs(ground - ink).min() > 0.7
+    assert (np.abs(drawn - ink).max(-1) < 0.02).sum() > 2000
+    there = matplotlib.image.imread(files.DOCS / f"depth-{theme}.png")
+    assert there.shape[:2] == drawn.shape[:2]

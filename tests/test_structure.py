@@ -59,6 +59,7 @@ LEVELS = {
   "plan": 8,
   "evaluate": 8,
   "search": 8,
+  "__main__": 8,
   "convert.__main__": 8,
 }
 

@@ -57,6 +57,17 @@ def test_all_tasks_have_both_starts_of_the_same_seeds_and_rates(tmp_path, monkey
   assert "pre-training: 200 s more" in capsys.readouterr().out
 
 
+def test_a_best_rate_at_the_edge_of_those_tried_is_told():
+  row = lambda start, rate, mean: {"start": start, "learning_rate": rate, "f1": {"mean": mean}}
+  inner = [row("a", 1e-3, 3.0), row("a", 2e-3, 1.0), row("a", 5e-4, 2.0)]
+  upper = [row("b", 5e-4, 1.0), row("b", 2e-3, 3.0), row("b", 1e-3, 2.0)]
+  lower, alone = [row("c", 5e-4, 2.0), row("c", 1e-3, 1.0)], [row("d", 1e-3, 1.0)]
+  assert starts.at_the_edge(inner + upper + lower + alone, "f1") == [
+    "the best rate of b, 0.002, is the largest that was tried: try more",
+    "the best rate of c, 0.0005, is the least that was tried: try more",
+  ]
+
+
 @pytest.mark.parametrize(
   ("changes", "options", "message"),
   [

@@ -28,6 +28,7 @@ from flax import linen as nn
 from magneto_jax.convert import layout, torchscale
 from magneto_jax.convert.files import ConversionError, check_finite
 from magneto_jax.convert.reader import Reader
+from magneto_jax.layers.patches import resized_positions
 from magneto_jax.models.beit3 import BEiT3
 from magneto_jax.models.vision import VisionEncoder
 from magneto_jax.models.vision_language import (
@@ -290,27 +291,5 @@ def _resized(table: np.ndarray, image_size: int, patch_size: int) -> np.ndarray:
     )
   if new * patch_size != image_size or new < 1:
     raise ConversionError(f"{image_size=} must be a multiple of the patch size {patch_size}")
-  grid = np.asarray(patches, np.float32).reshape(old, old, -1)
-  weights = _bicubic(old, new)
-  grid = np.einsum("yi,xj,ijd->yxd", weights, weights, grid, dtype=np.float32)
-  return np.concatenate([np.asarray(table[:_BEFORE], np.float32), grid.reshape(new * new, -1)])
-
-
-def _bicubic(old: int, new: int, a: float = -0.75) -> np.ndarray:
-  """Weights [new, old] of bicubic interpolation along one axis, as PyTorch's `interpolate` has it.
-
-  Pixel centres lie at half integers (align_corners=False), nothing is smoothed when shrinking, and
-  beyond the edge the last row repeats. The kernel is Keys's (1981) with a = -0.75, where
-  `jax.image.resize` has -0.5.
-  """
-  if old == new:
-    return np.eye(old, dtype=np.float32)
-  centres = (np.arange(new) + 0.5) * old / new - 0.5
-  weights = np.zeros((new, old))
-  for row, centre in enumerate(centres):
-    for tap in range(math.floor(centre) - 1, math.floor(centre) + 3):
-      t = abs(centre - tap)
-      near = (a + 2) * t**3 - (a + 3) * t**2 + 1
-      far = a * (t**3 - 5 * t**2 + 8 * t - 4)
-      weights[row, min(max(tap, 0), old - 1)] += near if t <= 1 else far if t < 2 else 0.0
-  return weights.astype(np.float32)
+  before, patches = (np.asarray(rows, np.float32) for rows in (table[:_BEFORE], patches))
+  return np.concatenate([before, resized_positions(patches, (old, old), (new, new))])

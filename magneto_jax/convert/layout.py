@@ -70,7 +70,7 @@ def _convolution(ours: tuple[int, ...]):
 def _forms(path: Path, shape: tuple[int, ...]):
   """(their shape, to_torch, to_ours) of one parameter of one layer."""
   leaf = path[-1]
-  if not shape:
+  if leaf == "logit_scale":  # Without an axis, which fairseq's scalars have.
     return _reshaped((), ())
   if leaf == "kernel" and "projection" in path:
     return _convolution(shape)

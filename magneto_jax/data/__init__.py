@@ -19,6 +19,7 @@ from magneto_jax.data.tokenizers import (
   CharTokenizer,
   SentencePieceTokenizer,
   Tokenizer,
+  XLMRTokenizer,
 )
 
 __all__ = (
@@ -46,6 +47,7 @@ __all__ = (
   "TokenStream",
   "Tokenizer",
   "View",
+  "XLMRTokenizer",
   "eval_batches",
   "load_captions",
   "load_documents",

@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import pathlib
-import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import resources
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ import numpy as np
 from absl import logging
 
 from magneto_jax.data import documents, image_files, images, text_files, tfds_text
+from magneto_jax.data.text import plain
 
 # By the name of the embedded emoji with texts: the languages of these.
 EMOJI_LANGUAGES: Mapping[str, tuple[str, ...]] = {
@@ -30,6 +30,8 @@ EMOJI_LANGUAGES: Mapping[str, tuple[str, ...]] = {
   "embedded/emoji/en+de": ("en", "de"),
 }
 _EMOJI = "embedded/emoji"
+# How many digests there are: SHA-256.
+_DIGESTS = 2**256
 
 
 class Options(NamedTuple):
@@ -78,11 +80,6 @@ class Captioned:
   identity: Mapping[str, Any]
 
 
-def plain(words: str) -> str:
-  """A text in Unicode's form NFC, with single spaces in it and none around it."""
-  return " ".join(unicodedata.normalize("NFC", words).split())
-
-
 def read_captioned(
   name: str, options: Options, bad: documents.BadRecords, *, apart: bool = True
 ) -> tuple[Captioned, Captioned]:
@@ -114,6 +111,13 @@ def read_captioned(
   if apart and train.identity == validation.identity:
     raise ValueError(f"{name}: training and validation data are the same: {dict(train.identity)}")
   return train, validation
+
+
+def nothing() -> Captioned:
+  """No images and no texts, as a part of what reads none."""
+  identity = {"texts": 0}
+  pictures = images.Images(0, functools.partial(_of_path, ()), identity)
+  return Captioned(pictures, (), np.zeros(0, np.int32), str, (), (), identity)
 
 
 def _of_split(name: str, split: str, options: Options, bad: documents.BadRecords) -> Captioned:
@@ -210,7 +214,7 @@ def emoji(name: str, split: str, *, keywords: bool = False) -> Captioned:
     keywords=tuple(
       tuple(" ".join((row.names[lang], *row.keywords[lang])) for lang in languages) for row in rows
     ),
-    digests=tuple(f"{_EMOJI}:{row.line}" for row in rows),
+    digests=pictures.digests,
     identity={
       "source": name,
       "split": split,
@@ -278,8 +282,9 @@ def read_lines(
   Args:
     options: of which are read
       train_files, validation_files, test_files: paths of files, or patterns of them;
-      validation_fraction: without validation_files, the share of the lines' first images that is
-        held out: those whose bytes' digests are the smallest, one at least.
+      validation_fraction: x; without validation_files about which share of the lines' first images
+        is held out: those whose bytes' digests, as numbers, are below x 2^256, in every file; one
+        at least, and one at least is left.
     bad: counts what is left out: lines that are no such objects, whose images are missing or
       broken, or whose `id` another line has.
     read: what of a line is read.
@@ -418,9 +423,14 @@ def _checked(lines: Sequence[Line], bad: documents.BadRecords) -> list[Line]:
 
 
 def _held_out(lines: Sequence[Line], fraction: float) -> tuple[list[Line], list[Line]]:
-  """Training and held-out lines: those of an image are in one part."""
+  """Training and held-out lines: those of an image are in one part.
+
+  A digest tells by itself in which one, whatever else the files hold: so that an image that is held
+  out of one file is not trained on in another. Only where a part would be empty the next is taken.
+  """
   digests = sorted({line.digests[0] for line in lines})
-  out = {*digests[: min(len(digests) - 1, max(1, round(fraction * len(digests))))]}
+  below = sum(int(digest, 16) < fraction * _DIGESTS for digest in digests)
+  out = {*digests[: min(len(digests) - 1, max(1, below))]}
   parts: tuple[list[Line], list[Line]] = [], []
   for line in lines:
     parts[line.digests[0] in out].append(line)

@@ -87,21 +87,28 @@ class Texts(NamedTuple):
     tokens: int32, of all texts one after the other.
     offsets: [texts + 1], where each begins, and the end.
     seq_length: T, tokens of a row with its padding.
+    pad_id: what the padding is.
   """
 
   tokens: np.ndarray
   offsets: np.ndarray
   seq_length: int
+  pad_id: int
 
   def __len__(self) -> int:
     return len(self.offsets) - 1
 
   def row(self, index: int) -> Sample:
-    """text: int32 [T], padded behind; mask: bool [T], True for what is no padding."""
+    """Its tokens; see `padded`."""
     ids = self.tokens[self.offsets[index] : self.offsets[index + 1]]
-    filled = np.full(self.seq_length, tokenizers.PAD_ID, np.int32)
-    filled[: len(ids)] = ids
-    return {"text": filled, "mask": np.arange(self.seq_length) < len(ids)}
+    return padded(ids, self.seq_length, self.pad_id)
+
+
+def padded(ids: Sequence[int], seq_length: int, pad_id: int) -> Sample:
+  """text: int32 [T], padded behind; mask: bool [T], True for what is no padding."""
+  filled = np.full(seq_length, pad_id, np.int32)
+  filled[: len(ids)] = ids
+  return {"text": filled, "mask": np.arange(seq_length) < len(ids)}
 
 
 class Rows(Sequence):
@@ -205,7 +212,8 @@ class Tokens(NamedTuple):
   """How texts become tokens.
 
   Attributes:
-    tokenizer, vocab_size, tokenizer_file: see `text.load_text`; the tokenizer may be "char", too.
+    tokenizer, vocab_size, tokenizer_file: see `text.load_text`; the tokenizer may be "char" or
+      "xlmr", too.
     seq_length: T; at most T - 2 tokens of a text are kept.
     too_long: what is done with a longer one: "refuse", "skip", or "truncate": its end is cut off.
   """
@@ -260,8 +268,9 @@ def encode(
     ValueError: a value is out of range, the rows are not the expected ones, a text is too long and
       may neither be skipped nor cut, or no row is left.
   """
-  if how.tokenizer not in text.SPEECH_TOKENIZERS:
-    raise ValueError(f"tokenizer={how.tokenizer!r} must be one of {sorted(text.SPEECH_TOKENIZERS)}")
+  if how.tokenizer not in text.PICTURE_TOKENIZERS:
+    known = sorted(text.PICTURE_TOKENIZERS)
+    raise ValueError(f"tokenizer={how.tokenizer!r} must be one of {known}")
   if how.too_long not in TOO_LONG:
     raise ValueError(f"too_long={how.too_long!r} must be one of {', '.join(TOO_LONG)}")
   if how.seq_length < 3:
@@ -269,7 +278,7 @@ def encode(
       f"seq_length={how.seq_length} has no room for a token between start and end: set 3 or more"
     )
   refuse_others([part.identity for part in held], expected)
-  made = text.SPEECH_TOKENIZERS[how.tokenizer](
+  made = text.PICTURE_TOKENIZERS[how.tokenizer](
     _training_texts(held[0], also),
     pathlib.Path(workdir),
     how.vocab_size,
@@ -314,7 +323,8 @@ def marked(ids: Sequence[np.ndarray], tokenizer: tokenizers.Tokenizer, seq_lengt
   bos, eos = tokenizer.bos_id, tokenizer.eos_id
   marked = [np.array([bos, *own[: seq_length - 2], eos], np.int32) for own in ids]
   offsets = np.cumsum([0, *map(len, marked)])
-  return Texts(np.concatenate(marked), offsets, seq_length)
+  tokens = np.concatenate([np.zeros(0, np.int32), *marked])
+  return Texts(tokens, offsets, seq_length, tokenizer.pad_id)
 
 
 def _fitting(
@@ -353,12 +363,12 @@ def _tell_unknown(
   others = [i for i, words in enumerate(validation) if not known.issuperset(words)]
   if others:
     foreign = sorted(set().union(*(validation[i] for i in others)) - known)
-    is_char = isinstance(tokenizer, tokenizers.CharTokenizer)
+    read = {tokenizers.CharTokenizer: "as unknown", tokenizers.XLMRTokenizer: "as its model does"}
     logging.warning(
       "%d of %d validation texts have characters that no training text has, and that are read %s:"
       " %s, first %s",
       *(len(others), len(validation)),
-      "as unknown" if is_char else "as bytes of which little is learned",
+      read.get(type(tokenizer), "as bytes of which little is learned"),
       *(" ".join(map(repr, foreign[:20])), where(others[0])),
     )
   return len(others)
@@ -379,12 +389,13 @@ class CaptionData:
       other if they do in the source.
     tokenizer: of all texts. The id V = `tokenizer.vocab_size` is the mask's.
     keywords: of each validation image, by its `image_id`, what a caption's words are held against;
-      see `scores.keyword_f1`.
+      see `scores.keyword_f1`; train_keywords: likewise of the training images.
     augment: that of the view.
     too_long: how many training and validation texts have more tokens than there is room for.
     cut: whether these are cut off, and not left out.
     unknown: how many validation texts have characters that no training text has.
     shared: how many validation images are training images too; None: not known (TFDS).
+    repeated: how many validation texts are training texts too.
     bad_records: what was left out: file, line in it, and what is wrong.
     identity: see `text.TextData`.
     mix: nothing.
@@ -395,11 +406,13 @@ class CaptionData:
   rows: Rows
   tokenizer: tokenizers.Tokenizer
   keywords: tuple[tuple[str, ...], ...]
+  train_keywords: tuple[tuple[str, ...], ...]
   augment: Callable[[Sample, np.random.Generator], Sample]
   too_long: tuple[int, int]
   cut: bool
   unknown: int
   shared: int | None
+  repeated: int
   bad_records: tuple[str, ...]
   identity: Mapping[str, Any]
   mix: None = None
@@ -418,12 +431,20 @@ class CaptionData:
       for which, rows in (("training", self.train), ("validation", self.rows))
     ]
     words = f"{' and '.join(parts)}, {self.tokenizer.vocab_size:,} in the vocabulary"
-    return words + told(self)
+    return words + self.caveats()
+
+  def caveats(self) -> str:
+    """What a person may not expect of them, to be put behind a description."""
+    words = told(self)
+    if self.repeated:
+      words += f"; {self.repeated:,} of the validation texts are training texts too"
+    return words
 
   def show(self, sample: Mapping[str, np.ndarray]) -> str:
     """A sample's size and its text."""
     height, width, _ = sample["image"].shape
-    return f"{height} x {width} pixels: {words_of(self.tokenizer, sample['text'])!r:.200}"
+    words = masking.words_of(self.tokenizer, sample["text"], specials=False)
+    return f"{height} x {width} pixels: {words!r:.200}"
 
 
 def told(data: Any) -> str:
@@ -437,19 +458,6 @@ def told(data: Any) -> str:
   if data.shared:
     words += f"; {data.shared:,} of the validation images are training images too"
   return words
-
-
-def words_of(tokenizer: tokenizers.Tokenizer, ids: np.ndarray) -> str:
-  """The text of ids up to their padding, `[mask]` where a token is hidden."""
-  parts, plain = [], []
-  for token in [*map(int, ids), None]:
-    if token is not None and token < tokenizer.vocab_size:
-      plain.append(token)
-      continue
-    parts.append(tokenizer.decode(plain))
-    parts.append("" if token is None else "[mask]")
-    plain = []
-  return "".join(parts)
 
 
 def load_captions(
@@ -478,8 +486,8 @@ def load_captions(
 
   Returns:
     The data. A validation text with characters that no training text has, of another script
-    perhaps, is read all the same: in bytes ("byte", "sentencepiece") or as unknown ("char"); how
-    many there are is told, and the first is named.
+    perhaps, is read all the same: in bytes ("byte", "sentencepiece"), as unknown ("char") or as its
+    model does ("xlmr"); how many there are is told, and the first is named.
 
   Raises:
     FileNotFoundError: data or tokenizer are not on disk.
@@ -515,17 +523,20 @@ def of_encoded(
 ) -> CaptionData:
   """The data of rows, and of the sources that they are of."""
   digests = [of.digests for of in found]
+  trained = {*encoded.train.texts}
   return CaptionData(
     train=encoded.train,
     validation=encoded.validation,
     rows=encoded.validation,
     tokenizer=encoded.tokenizer,
     keywords=found[1].keywords,
+    train_keywords=found[0].keywords,
     augment=view.training,
     too_long=encoded.too_long,
     cut=cut,
     unknown=encoded.unknown,
     shared=caption_sources.shared_images(*digests) if all(digests) else None,
+    repeated=sum(words in trained for words in encoded.validation.texts),
     bad_records=tuple(bad.found),
     identity={**encoded.identity, **({"left_out": len(bad.found)} if bad.found else {})},
   )
@@ -564,8 +575,20 @@ class TextMasks(NamedTuple):
     return self.vocab_size
 
   def count(self, length: int) -> int:
-    """k of n tokens; 0 of fewer than two."""
-    return min(max(math.floor(length * self.rate + 0.5), 1), length - 1) if length > 1 else 0
+    """k of n tokens; see `hidden_of`."""
+    return hidden_of(self.rate, length)
+
+  def frequencies(self, plain_V: np.ndarray) -> np.ndarray:
+    """How often each of V + 1 ids is read where texts have ids with the frequencies `plain_V`.
+
+    As if the share `rate` of all tokens was hidden, none of them a start.
+    """
+    hidden_V = plain_V.copy()
+    hidden_V[tokenizers.BOS_ID] = 0
+    hidden_V *= self.rate / max(hidden_V.sum(), np.finfo(float).tiny)
+    read_V = plain_V - hidden_V * (1 - self.keep)
+    read_V[_FIRST_RANDOM:] += self.rate * self.random / (len(plain_V) - _FIRST_RANDOM)
+    return np.append(read_V, self.rate * (1 - self.keep - self.random))
 
   def draw(
     self, text_T: np.ndarray, mask_T: np.ndarray, rng: np.random.Generator
@@ -597,6 +620,11 @@ class TextMasks(NamedTuple):
     """The sample with `inputs`, `targets` and `weights` [T], see `draw`; its `text` stays whole."""
     inputs_T, targets_T, weights_T = self.draw(sample["text"], sample["mask"], rng)
     return sample | {"inputs": inputs_T, "targets": targets_T, "weights": weights_T}
+
+
+def hidden_of(rate: float, length: int) -> int:
+  """k = clamp(floor(n rate + 1/2), 1, n - 1) of n tokens, never less of more; 0 of one or none."""
+  return min(max(math.floor(length * rate + 0.5), 1), length - 1) if length > 1 else 0
 
 
 class MaskedView(NamedTuple):

@@ -15,7 +15,7 @@ import numpy as np
 
 from magneto_jax.data.caption_sources import Emoji, emoji_table
 
-VERSION = 1  # of the templates and the drawing; raise it when others are generated
+VERSION = 2  # of the templates and the drawing; raise it when others are generated
 # Of a keyword that is asked for: so many training images have it, at least.
 _LEAST_IMAGES = 8
 
@@ -72,10 +72,12 @@ def questions(split: str, language: str) -> list[Generated]:
   """Questions on single emoji.
 
   group: "is this an animal or a plant?", of every emoji's own group, and as often of each group
-    with an emoji of another.
+    with an emoji of another, of every emoji once as far as that can be.
   which: "what is this?", of as many emoji of each group as the smallest has.
   keyword: "does it show this: heart?", of every keyword that at least eight training emoji have,
-    for every emoji that has it, and as many that have not, nor have it in their names.
+    for every emoji that has it, and as many that have not, nor have it in their names: of every
+    emoji as many as it has of the first kind, as far as that can be. Else what an emoji shows would
+    tell how many keywords it has, and so the answer.
   """
   rows = emoji_table(split)
   of_groups = _by_group(rows)
@@ -87,21 +89,30 @@ def questions(split: str, language: str) -> list[Generated]:
     question = asked[kind].format(filled)
     found.extend(Generated(question, f"{kind} {language}", (int(i),), answer) for i in images)
 
-  for group, own in of_groups.items():
-    draw = _generator(split, language, "group", group)
-    others = [i for i in range(len(rows)) if rows[i].group != group]
-    ask("group", GROUPS[group][language], own, yes)
-    ask("group", GROUPS[group][language], draw.choice(others, len(own), replace=False), no)
+  everyone = range(len(rows))
+  of_group = {
+    group: (own, [i for i in everyone if rows[i].group != group])
+    for group, own in of_groups.items()
+  }
+  draw = _generator(split, language, "group")
+  for group, images in _matched(of_group, draw).items():
+    ask("group", GROUPS[group][language], of_groups[group], yes)
+    ask("group", GROUPS[group][language], images, no)
   least = min(map(len, of_groups.values()))
   for group, own in of_groups.items():
     draw = _generator(split, language, "which", group)
     ask("which", "", draw.choice(own, least, replace=False), GROUPS[group][language])
-  for word in _keywords(language):
-    draw = _generator(split, language, "keyword", word)
-    own = [i for i, row in enumerate(rows) if word in row.keywords[language]]
-    others = [i for i, row in enumerate(rows) if not _has(row, word, language)]
-    ask("keyword", word, own, yes)
-    ask("keyword", word, draw.choice(others, len(own), replace=False), no)
+  of_word = {
+    word: (
+      [i for i in everyone if word in rows[i].keywords[language]],
+      [i for i in everyone if not _has(rows[i], word, language)],
+    )
+    for word in _keywords(language)
+  }
+  draw = _generator(split, language, "keyword")
+  for word, images in _matched(of_word, draw).items():
+    ask("keyword", word, of_word[word][0], yes)
+    ask("keyword", word, images, no)
   return found
 
 
@@ -140,6 +151,28 @@ def statements(split: str, language: str) -> list[Generated]:
           statement = template.format(GROUPS[group][language])
           found.append(Generated(statement, f"{kind} {language}", images, answer))
   return found
+
+
+def _matched(
+  asked: Mapping[str, tuple[Sequence[int], Sequence[int]]], draw: np.random.Generator
+) -> dict[str, list[int]]:
+  """Of which images each question is asked that no answers, so that an image tells no answer.
+
+  As many a question as yes answers; and each image as often as it has a yes, as far as there are
+  such. The questions that need most choose first, of the images that are most wanting.
+
+  Args:
+    asked: by question the images that yes is right of, and those that no is right of.
+    draw: of images that are as wanting.
+  """
+  wanting = collections.Counter(image for of, _ in asked.values() for image in of)
+  found: dict[str, list[int]] = {}
+  for question in sorted(asked, key=lambda question: (-len(asked[question][0]), question)):
+    of, others = asked[question]
+    order = sorted(draw.permutation(others).tolist(), key=lambda image: -wanting[image])
+    found[question] = order[: len(of)]
+    wanting.subtract(found[question])
+  return {question: found[question] for question in asked}
 
 
 def _by_group(rows: Sequence[Emoji]) -> dict[str, list[int]]:

@@ -50,12 +50,14 @@ class Images(Sequence):
       is none; BadRecord if it cannot be read.
     identity: JSON-able values that name the content exactly.
     labels: [size], the classes, where they are known without reading; else None.
+    digests: of each image one of its content, or none where that is not known without reading.
   """
 
   size: int
   read: Callable[[int], tuple[np.ndarray, int]]
   identity: Mapping[str, Any]
   labels: np.ndarray | None = None
+  digests: tuple[str, ...] = ()
 
   def __len__(self) -> int:
     return self.size
@@ -153,7 +155,8 @@ class Spatial:
 
   Attributes:
     image_size: S.
-    eval_crop: the evaluation's central square has this share of the short side.
+    eval_crop: the evaluation's central square has this share of the short side; 0: the evaluation
+      sees all of the image, squeezed into a square.
     crop_scale, flip, color_jitter, rand_augment...: see `config.AugmentConfig`.
     fill: what comes into the image where RandAugment moves it.
   """
@@ -204,7 +207,9 @@ class Spatial:
     return image
 
   def evaluation(self, image: np.ndarray) -> np.ndarray:
-    """The central square."""
+    """The central square, or all of it."""
+    if not self.eval_crop:
+      return augmentation.resize(image, self.image_size, self.image_size)
     return augmentation.central_square(image, self.image_size, self.eval_crop)
 
 
@@ -419,7 +424,9 @@ def embedded(name: str, split: str) -> Images:
     "images": len(images),
     "sha256": hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest(),
   }
-  return Images(len(images), functools.partial(_of_arrays, images, labels), identity, labels)
+  digests = tuple(f"{name}/{split}:{number}" for number in range(len(images)))
+  read = functools.partial(_of_arrays, images, labels)
+  return Images(len(images), read, identity, labels, digests)
 
 
 def _of_arrays(images: np.ndarray, labels: np.ndarray, index: int) -> tuple[np.ndarray, int]:
@@ -439,8 +446,8 @@ def _of_files(files: Sequence[image_files.File], classes: Sequence[str]) -> Imag
     "classes": list(classes),
     "sha256": hashed.hexdigest(),
   }
-  paths = [file.path for file in files]
-  return Images(len(files), functools.partial(_of_paths, paths, labels), identity, labels)
+  paths, digests = [file.path for file in files], tuple(file.digest for file in files)
+  return Images(len(files), functools.partial(_of_paths, paths, labels), identity, labels, digests)
 
 
 def _of_paths(paths: Sequence[str], labels: np.ndarray, index: int) -> tuple[np.ndarray, int]:

@@ -152,17 +152,23 @@ class MaskedText(text.TextData):
 
 
 def words_of(
-  tokenizer: tokenizers.Tokenizer, ids: np.ndarray, instead: dict[int, str] | None = None
+  tokenizer: tokenizers.Tokenizer,
+  ids: np.ndarray,
+  instead: dict[int, str] | None = None,
+  *,
+  specials: bool = True,
 ) -> str:
-  """The text of ids, with marks for special ids.
+  """The text of ids, with marks for special ids and `[mask]` where one is hidden.
 
   Args:
     tokenizer: of V ids; V is the mask's.
     ids: in [0, V].
     instead: by index, what stands there in place of the id's own text.
+    specials: whether padding, start, end and unknown have marks; else they are as the tokenizer
+      decodes them, the first three as nothing.
   """
   instead = {} if instead is None else instead
-  marks = dict(enumerate(_MARKS)) | {tokenizer.vocab_size: "[mask]"}
+  marks = {tokenizer.vocab_size: "[mask]"} | (dict(enumerate(_MARKS)) if specials else {})
   parts, plain = [], []
   for i, token in enumerate([*map(int, ids), None]):
     mark = instead.get(i, marks.get(token))

@@ -10,7 +10,7 @@ import collections
 import dataclasses
 import itertools
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +22,7 @@ from magneto_jax.data import (
   documents,
   emoji_questions,
   images,
+  masking,
   tokenizers,
 )
 from magneto_jax.data.caption_sources import EMOJI_LANGUAGES, Line, Options
@@ -38,7 +39,11 @@ _LEAST_ANSWERS = 9
 
 
 def soft_scores(answers: Iterable[str]) -> dict[str, float]:
-  """VQA's soft scores of annotators' answers: .3, .6, .9 and 1 for one, two, three and four."""
+  """VQA's soft scores of annotators' answers: .3, .6, .9 and 1 for one, two, three and four.
+
+  Those of ten annotators, however many there are: VQA's rule has no score for a single one, and
+  BEiT-3 and others score VQAv2 by this table.
+  """
   return {
     answer: _SCORES[min(times, len(_SCORES) - 1)]
     for answer, times in collections.Counter(answers).items()
@@ -55,6 +60,7 @@ class Asked(NamedTuple):
     answers: scores by answer; of a statement {"true": 1.0} or {"false": 1.0}.
     majority: the answer that counts for how common it is: the commonest, of several the first.
     where: where it lies, in words.
+    shown: what its image is of, where that is known.
   """
 
   words: str
@@ -63,6 +69,7 @@ class Asked(NamedTuple):
   answers: Mapping[str, float]
   majority: str
   where: str
+  shown: str = ""
 
 
 class Part(NamedTuple):
@@ -123,7 +130,20 @@ def _of_line(line: Line, numbers: Mapping[str, int]) -> Asked:
   return Asked(words, kind, own, answers, majority, f"{line.path}: line {line.number}")
 
 
+def _tell_few_annotators(lines: Sequence[Line]) -> None:
+  """Warns where answers of annotators never agree as often as a score of 1 needs."""
+  listed = [line for line in lines if isinstance(line.content[1], list)]
+  most = max((max(map(line.content[1].count, line.content[1])) for line in listed), default=4)
+  if most < len(_SCORES) - 1:
+    logging.warning(
+      "%s: line %d and all others with a list of answers have at most %d equal ones, which score"
+      " %.1f, as of ten annotators: write an answer that is sure as a text, which scores 1",
+      *(listed[0].path, listed[0].number, most, _SCORES[most]),
+    )
+
+
 def _of_lines(lines: Sequence[Line]) -> Part:
+  _tell_few_annotators(lines)
   pictures, numbers, digests = caption_sources.images_of(lines)
   identity = {
     "source": "pairs_jsonl",
@@ -139,11 +159,12 @@ def _of_emoji(
   """Generated questions or statements on the embedded emoji."""
   held = caption_sources.emoji(name, split)
   generated = [made for language in EMOJI_LANGUAGES[name] for made in generate(split, language)]
-  asked = []
+  asked, table = [], caption_sources.emoji_table(split)
   for made in generated:
     answer = made.answer if isinstance(made.answer, str) else str(made.answer).lower()
     where = f"the question {made.text!r} generated of {name}/{split}"
-    asked.append(Asked(made.text, made.kind, made.images, {answer: 1.0}, answer, where))
+    shown = " ".join(table[image].subgroup for image in made.images)
+    asked.append(Asked(made.text, made.kind, made.images, {answer: 1.0}, answer, where, shown))
   identity = {
     "source": f"{name}, generated",
     "split": split,
@@ -243,6 +264,7 @@ class QuestionData:
     tokenizer: of the questions.
     answers: all A that are known, in their order; of statements "false" and "true".
     kinds: of the training and of the validation rows what kind each is; see `majority`.
+    shown: likewise what its images are of, the emoji's subgroups; "" where that is not known.
     generated: whether nobody asked them.
     unanswerable: how many training questions have none of the answers, and are left out; and how
       many validation questions, which stay and cannot be answered right.
@@ -254,6 +276,7 @@ class QuestionData:
   tokenizer: tokenizers.Tokenizer
   answers: tuple[str, ...]
   kinds: tuple[tuple[str, ...], tuple[str, ...]]
+  shown: tuple[tuple[str, ...], tuple[str, ...]]
   generated: bool
   unanswerable: tuple[int, int]
   augment: Callable[[Sample, np.random.Generator], Sample]
@@ -283,16 +306,37 @@ class QuestionData:
     in their order; of a kind that training has not, that of all training questions. "" names all,
     which are also a kind where questions have none.
     """
-    sums: dict[str, np.ndarray] = collections.defaultdict(lambda: np.zeros(len(self.answers)))
-    whole = np.zeros(len(self.answers))
-    for index, kind in enumerate(self.kinds[0]):
-      scores = self.scores(self.train, index)
-      sums[kind] += scores
-      whole += scores
+    return self._commonest(lambda part, row: (self.kinds[part][row], None))
+
+  def majority_of_the_image(self) -> dict[str, float]:
+    """What can be scored without reading the question, by who knows what the image is of.
+
+    Likewise with the answer that has the largest sum in training among questions of the kind on
+    images of the same subgroup; of a subgroup of which training has none, that of the kind. Nothing
+    where subgroups are not known.
+    """
+    if not all(map(all, self.shown)):
+      return {}
+    kind_of = lambda part, row: self.kinds[part][row]
+    return self._commonest(
+      lambda part, row: ((kind_of(part, row), self.shown[part][row]), kind_of(part, row), None)
+    )
+
+  def _commonest(self, groups: Callable[[int, int], Sequence[Hashable]]) -> dict[str, float]:
+    """Scores, by kind, of the best answer of the first of a row's groups that training has.
+
+    Args:
+      groups: of a part, 0 or 1, and a row of it: what it belongs to, the most particular first.
+    """
+    sums: dict[Hashable, np.ndarray] = {}
+    for row in range(len(self.train)):
+      scores = self.scores(self.train, row)
+      for group in groups(0, row):
+        sums[group] = sums.get(group, 0) + scores
     met: dict[str, list[float]] = collections.defaultdict(list)
-    for index, kind in enumerate(self.kinds[1]):
-      best = int(np.argmax(sums[kind] if kind in sums else whole))
-      score = float(self.scores(self.validation, index)[best])
+    for row, kind in enumerate(self.kinds[1]):
+      best = int(np.argmax(sums[next(group for group in groups(1, row) if group in sums)]))
+      score = float(self.scores(self.validation, row)[best])
       for name in {kind, ""}:
         met[name].append(score)
     return {name: float(np.mean(found)) for name, found in sorted(met.items())}
@@ -317,7 +361,7 @@ class QuestionData:
 
   def show(self, sample: Mapping[str, np.ndarray]) -> str:
     """A sample's question, and its best answer."""
-    words = captions.words_of(self.tokenizer, sample["text"])
+    words = masking.words_of(self.tokenizer, sample["text"], specials=False)
     if self.is_of_two:
       return f"{words!r:.200}: {self.answers[int(sample['label'])]}"
     best = int(np.argmax(sample["targets"]))
@@ -359,8 +403,9 @@ def load_questions(
     view: what is seen of images.
     name: a name in `caption_sources.EMOJI_LANGUAGES`, of which questions are generated
       (`emoji_questions`), or `pairs_jsonl`: lines of an `image`, a `question`, and an `answer`: a
-      text, which scores 1, or a list of annotators' answers, which score as `soft_scores` says;
-      perhaps of a `type`, of which a majority is taken. Answers are in small letters.
+      text, which scores 1, or a list of annotators' answers, which score as `soft_scores` says, a
+      list of one answer 0.3 (a warning tells of lists without four equal ones); perhaps of a
+      `type`, of which a majority is taken. Answers are in small letters.
     least_answers: of how many training questions an answer is that of the majority of annotators,
       so that it is known; 0: 9 of one's own, 1 of generated ones.
     skip_bad, expected: see `captions.load_captions`.
@@ -462,15 +507,17 @@ def _encoded(
     for part, own in zip(parts, values, strict=True)
   ]
   encoded = captions.encode(held, view, tokens, workdir=workdir, bad=bad, expected=expected)
+  of_rows = lambda name: tuple(
+    tuple(getattr(part.asked[i], name) for i in kept)
+    for part, kept in zip(parts, encoded.kept, strict=True)
+  )
   return QuestionData(
     train=encoded.train,
     validation=encoded.validation,
     tokenizer=encoded.tokenizer,
     answers=_LABELS,
-    kinds=tuple(
-      tuple(part.asked[i].kind for i in kept)
-      for part, kept in zip(parts, encoded.kept, strict=True)
-    ),
+    kinds=of_rows("kind"),
+    shown=of_rows("shown"),
     generated=False,
     unanswerable=(0, 0),
     augment=view.training,

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import os
 import pathlib
-import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -299,7 +298,7 @@ def load_speech(
 
 def plain(words: str, text_case: str) -> str:
   """A text of which nothing differs that nobody can hear, as it is learned and judged."""
-  return " ".join(unicodedata.normalize("NFC", TEXT_CASES[text_case](words)).split())
+  return text.plain(TEXT_CASES[text_case](words))
 
 
 def _fitting(

@@ -4,8 +4,9 @@ import dataclasses
 import json
 import os
 import pathlib
+import unicodedata
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,6 +14,11 @@ from magneto_jax.data import documents, files, packing, sources, tokenizers
 
 TOKENIZER_FILE = "tokenizer.model"
 CHARACTERS_FILE = "characters.json"
+
+
+def plain(words: str) -> str:
+  """A text in Unicode's form NFC, with single spaces in it and none around it."""
+  return " ".join(unicodedata.normalize("NFC", words).split())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,8 +171,23 @@ def changed_part(
   return None
 
 
+class Kept(NamedTuple):
+  """A tokenizer that a run keeps: its class, and its file's name."""
+
+  kind: type
+  file: str
+
+
+# By the name of the tokenizer; of bytes there is nothing to keep.
+KEPT = {
+  "sentencepiece": Kept(tokenizers.SentencePieceTokenizer, TOKENIZER_FILE),
+  "xlmr": Kept(tokenizers.XLMRTokenizer, TOKENIZER_FILE),
+  "char": Kept(tokenizers.CharTokenizer, CHARACTERS_FILE),
+}
+
+
 def _kept(
-  kind: type[tokenizers.SentencePieceTokenizer] | type[tokenizers.CharTokenizer],
+  kind: type,
   kept: pathlib.Path,
   tokenizer_file: str,
   expected: Mapping[str, Any],
@@ -177,6 +198,17 @@ def _kept(
     given = kind.load(tokenizer_file)
     if given.identity != loaded.identity:
       raise ValueError(f"{tokenizer_file=} is not the one that this run was started with")
+  return loaded
+
+
+def _given(
+  kind: type[tokenizers.SentencePieceTokenizer] | type[tokenizers.XLMRTokenizer],
+  tokenizer_file: str,
+  kept: pathlib.Path,
+) -> tokenizers.Tokenizer:
+  """The user's model, of which the run keeps a copy."""
+  loaded = kind.load(tokenizer_file)
+  files.write_durably(kept, loaded.model)
   return loaded
 
 
@@ -207,10 +239,8 @@ def _sentencepiece(
   if expected is not None and model.exists():
     return _kept(tokenizers.SentencePieceTokenizer, model, tokenizer_file, expected)
   if tokenizer_file:
-    loaded = tokenizers.SentencePieceTokenizer.load(tokenizer_file)
-    files.write_durably(model, loaded.model)
     note.unlink(missing_ok=True)
-    return loaded
+    return _given(tokenizers.SentencePieceTokenizer, tokenizer_file, model)
   trained_on = {"documents": dict(train.identity), "vocab_size": vocab_size}
   if not model.exists():
     # The note goes first: a model without one would be of unknown origin.
@@ -223,6 +253,27 @@ def _sentencepiece(
       " it as it is"
     )
   return tokenizers.SentencePieceTokenizer.load(model)
+
+
+def _xlmr(
+  train: documents.Documents,
+  workdir: pathlib.Path,
+  vocab_size: int,
+  tokenizer_file: str,
+  expected: Mapping[str, Any] | None,
+  bad: documents.BadRecords,
+) -> tokenizers.Tokenizer:
+  """The user's model, of which the run keeps a copy."""
+  del train, vocab_size, bad  # Nothing is trained.
+  kept = workdir / TOKENIZER_FILE
+  if expected is not None and kept.exists():
+    return _kept(tokenizers.XLMRTokenizer, kept, tokenizer_file, expected)
+  if not tokenizer_file:
+    raise ValueError(
+      "tokenizer='xlmr' is not trained here: set data.tokenizer_file to a sentencepiece model of"
+      " its kind, such as the beit3.spm that is released beside BEiT-3's checkpoints"
+    )
+  return _given(tokenizers.XLMRTokenizer, tokenizer_file, kept)
 
 
 def _char(
@@ -254,3 +305,5 @@ def _char(
 TOKENIZERS = {"byte": _byte, "sentencepiece": _sentencepiece}
 # Of texts that are recognised or written, which need not be given back exactly.
 SPEECH_TOKENIZERS = {**TOKENIZERS, "char": _char}
+# Of texts with images, which a released model may have been trained on.
+PICTURE_TOKENIZERS = {**SPEECH_TOKENIZERS, "xlmr": _xlmr}

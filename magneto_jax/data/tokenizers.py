@@ -1,4 +1,4 @@
-"""Text to ids and back: bytes, sentencepiece trained on the text at hand, or its characters."""
+"""Text to ids and back: bytes, characters, sentencepiece of the text at hand, or XLM-R's."""
 
 import hashlib
 import io
@@ -17,6 +17,8 @@ from magneto_jax.data import documents, files
 
 PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
 SPECIALS = 4  # how many ids are special: those below it
+# Where the sentencepiece models of XLM-R's kind have their own marks.
+_XLMR_IDS = {"pad": -1, "bos": 1, "eos": 2, "unk": 0}
 _MOST_BYTES = 2**30  # of a model, more than a protocol buffer of a million pieces
 _SPACE = "\u2581"  # what sentencepiece writes for a space
 
@@ -32,8 +34,9 @@ class Tokenizer(Protocol):
 
   Attributes:
     vocab_size: number of ids, specials included.
-    pad_id, bos_id, eos_id, unk_id: always 0, 1, 2, 3. No text is encoded with the first three of
-      them, so that a model may mean something else by 0, as CTC's and a transducer's blank.
+    pad_id, bos_id, eos_id, unk_id: 0, 1, 2, 3; of `XLMRTokenizer` 1, 0, 2, 3. No text is encoded
+      with the first three of them, so that a model may mean something else by 0, as CTC's and a
+      transducer's blank.
     identity: JSON-able values that name the mapping from text to ids exactly.
   """
 
@@ -101,17 +104,13 @@ class SentencePieceTokenizer:
     Raises:
       ValueError: not a sentencepiece model, or not one with our special ids and byte pieces.
     """
-    try:
-      self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    except RuntimeError:
-      raise ValueError(f"{name} is not a sentencepiece model ({len(model)} bytes)") from None
-    p = self._processor
-    ids = {"pad": p.pad_id(), "bos": p.bos_id(), "eos": p.eos_id(), "unk": p.unk_id()}
-    wanted = {"pad": PAD_ID, "bos": BOS_ID, "eos": EOS_ID, "unk": UNK_ID}
+    self._processor = p = _processor(model, name)
+    ids, wanted = _ids(p), {"pad": PAD_ID, "bos": BOS_ID, "eos": EOS_ID, "unk": UNK_ID}
     if ids != wanted or not p.is_byte(p.piece_to_id("<0xE2>")):
       raise ValueError(
         f"{name} has the ids {ids}; a tokenizer for this library has {wanted} and is trained "
         "with byte_fallback=true"
+        + ("; tokenizer='xlmr' reads this one as XLM-R and BEiT-3 do" if ids == _XLMR_IDS else "")
       )
     self.model = model
     self._space_ids = [p.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
@@ -128,14 +127,7 @@ class SentencePieceTokenizer:
 
     Unless it has the identity `expected`, if that is given, it is a ValueError before it is parsed.
     """
-    path = pathlib.Path(path)
-    if not path.exists():
-      raise FileNotFoundError(f"tokenizer_file: {path} does not exist")
-    if not path.is_file() or path.stat().st_size > _MOST_BYTES:
-      raise ValueError(f"tokenizer_file: {path} is not a sentencepiece model")
-    model = path.read_bytes()
-    _refuse_other(path, _digest(model), expected)
-    return cls(model, str(path))
+    return cls(_model_of(path, expected), str(path))
 
   @classmethod
   def train(
@@ -228,6 +220,56 @@ class SentencePieceTokenizer:
     return self._processor.decode(_without_specials(ids, self.vocab_size))
 
 
+class XLMRTokenizer:
+  """A sentencepiece model with fairseq's ids, as XLM-R and the released BEiT-3 read texts.
+
+    id = 3 of the unknown piece, k + 1 of any other piece k of the model,
+
+  behind <s> 0, <pad> 1, </s> 2 and <unk> 3. With n pieces, the model's own three marks among them,
+  which lie at 0 (<unk>), 1 (<s>) and 2 (</s>), there are n + 1 ids, and the mask's, which no text
+  is encoded with, is the one behind them, n + 1: 64,001 of BEiT-3's 64,000 pieces. It is never
+  trained here. Texts are normalised as the model says, and not always given back exactly.
+
+  Reference: XLM-R, arXiv 1911.02116, and its code in fairseq; BEiT-3's released code, `beit3.spm`.
+  """
+
+  bos_id, pad_id, eos_id, unk_id = 0, 1, EOS_ID, UNK_ID
+
+  def __init__(self, model: bytes, name: str = "model"):
+    """Wraps the bytes of a sentencepiece model; `name` is what errors call it.
+
+    Raises:
+      ValueError: not a sentencepiece model, or its own marks lie elsewhere.
+    """
+    self._processor = _processor(model, name)
+    ids = _ids(self._processor)
+    if ids != _XLMR_IDS:
+      raise ValueError(f"{name} has the ids {ids}; one of XLM-R's kind has {_XLMR_IDS}")
+    self.model = model
+    self.vocab_size = self._processor.get_piece_size() + 1
+    self.identity = {"kind": "xlmr", "vocab_size": self.vocab_size, "sha256": _digest(model)}
+
+  @classmethod
+  def load(cls, path: str | os.PathLike[str], expected: Any = None) -> "XLMRTokenizer":
+    """Reads a model file; see `SentencePieceTokenizer.load`."""
+    return cls(_model_of(path, expected), str(path))
+
+  def encode(self, text: str) -> np.ndarray:
+    """See `Tokenizer.encode`; what has no piece is `unk_id`."""
+    (ids,) = self.encode_all([text])
+    return ids
+
+  def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+    """See `Tokenizer.encode_all`."""
+    unknown = _XLMR_IDS["unk"]
+    pieces = (np.asarray(own, np.int32) for own in self._processor.encode(list(texts)))
+    return [np.where(own == unknown, UNK_ID, own + 1).astype(np.int32) for own in pieces]
+
+  def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+    """See `Tokenizer.decode`."""
+    return self._processor.decode([i - 1 for i in _without_specials(ids, self.vocab_size)])
+
+
 class CharTokenizer:
   """One id a character of the text that it was made of, `4 + place in their order`.
 
@@ -295,6 +337,31 @@ class CharTokenizer:
     """See `Tokenizer.decode`."""
     kept = _without_specials(ids, self.vocab_size)
     return "".join(self.characters[i - SPECIALS] for i in kept)
+
+
+def _processor(model: bytes, name: str) -> sentencepiece.SentencePieceProcessor:
+  """What reads a serialised model; ValueError, which calls it so, if it is none."""
+  try:
+    return sentencepiece.SentencePieceProcessor(model_proto=model)
+  except RuntimeError:
+    raise ValueError(f"{name} is not a sentencepiece model ({len(model)} bytes)") from None
+
+
+def _ids(p: sentencepiece.SentencePieceProcessor) -> dict[str, int]:
+  """Where a model has its own marks; -1 for none."""
+  return {"pad": p.pad_id(), "bos": p.bos_id(), "eos": p.eos_id(), "unk": p.unk_id()}
+
+
+def _model_of(path: str | os.PathLike[str], expected: Any) -> bytes:
+  """The bytes of a model file; an error unless it has the identity `expected`, if that is given."""
+  path = pathlib.Path(path)
+  if not path.exists():
+    raise FileNotFoundError(f"tokenizer_file: {path} does not exist")
+  if not path.is_file() or path.stat().st_size > _MOST_BYTES:
+    raise ValueError(f"tokenizer_file: {path} is not a sentencepiece model")
+  model = path.read_bytes()
+  _refuse_other(path, _digest(model), expected)
+  return model
 
 
 def _refuse_other(path: pathlib.Path, digest: str, expected: Any) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from magneto_jax import sharding
 from magneto_jax.data.captions import marked
+from magneto_jax.data.text import plain
 from magneto_jax.data.tokenizers import Tokenizer
 from magneto_jax.decoding.translator import Translation, divisible
 from magneto_jax.models.vision_language import AnsweringBEiT3, ReasoningBEiT3
@@ -56,13 +57,13 @@ class Answerer:
 
     Args:
       images: uint8 [H, W, 3] each, or pairs of such.
-      question: or statement.
+      question: or statement, which is made `plain`, as those are that were learned.
 
     Raises:
       ValueError: the question is too long.
       FloatingPointError: if the model's scores are not finite.
     """
-    ids = self.tokenizer.encode(question)
+    ids = self.tokenizer.encode(plain(question))
     if len(ids) > self.longest - 2:
       raise ValueError(
         f"the question has {len(ids)} tokens, and the model reads {self.longest - 2}: make it"
@@ -77,7 +78,7 @@ class Answerer:
     for begin in range(0, len(images), rows):
       part = [self._seen(image) for image in images[begin : begin + rows]]
       filled = np.stack(part + part[:1] * (rows - len(part)))
-      p_BA = _probabilities(self.model, self.variables, filled, tokens_BT, mask_BT)
+      p_BA = probabilities(self.model, self.variables, filled, tokens_BT, mask_BT)
       found += list(np.asarray(p_BA)[: len(part)])
     if not np.isfinite(found).all():
       raise FloatingPointError("the model's scores are not numbers")
@@ -92,7 +93,16 @@ class Answerer:
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _probabilities(model, variables, images, tokens_BT, mask_BT) -> jax.Array:
+def probabilities(
+  model: AnsweringBEiT3 | ReasoningBEiT3, variables, images, tokens_BT, mask_BT
+) -> jax.Array:
+  """Of every answer, [B, A], in float32 or wider; see `Answerer`.
+
+  Args:
+    model: its variables are `variables`.
+    images: [B, S, S, 3] as the model reads them, or [B, 2, S, S, 3] of two.
+    tokens_BT: questions between bos and eos; mask_BT: False for their padding.
+  """
   images = sharding.constrain(images, "batch", *[None] * (images.ndim - 1))
   tokens_BT, mask_BT = (sharding.constrain(x, "batch", None) for x in (tokens_BT, mask_BT))
   scores_BA = model.apply(variables, images, tokens_BT, mask_BT=mask_BT)

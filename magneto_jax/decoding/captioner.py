@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from magneto_jax.data.text import plain
 from magneto_jax.data.tokenizers import Tokenizer
 from magneto_jax.decoding.beam import beam_search
 from magneto_jax.decoding.translator import Translation, divisible
@@ -50,14 +51,15 @@ class Captioner:
 
     Args:
       images: [H, W, C] each, floats, scaled as the model was trained.
-      prefix: what all captions begin with; the score is of what is written behind it.
+      prefix: what all captions begin with, made `plain`, as captions are that were learned; the
+        score is of what is written behind it.
 
     Raises:
       ValueError: the prefix and `most` tokens behind it are more than the model can hold, or the
         images are not of one size.
       FloatingPointError: if the model's scores are not finite.
     """
-    prompt = [self.tokenizer.bos_id, *map(int, self.tokenizer.encode(prefix))]
+    prompt = [self.tokenizer.bos_id, *map(int, self.tokenizer.encode(plain(prefix)))]
     rows, found = divisible(self.rows), []
     for start in range(0, len(images), rows):
       some = list(images[start : start + rows])

@@ -11,6 +11,7 @@ import numpy as np
 
 from magneto_jax import sharding
 from magneto_jax.data.captions import marked
+from magneto_jax.data.text import plain
 from magneto_jax.data.tokenizers import Tokenizer
 from magneto_jax.decoding.translator import divisible
 from magneto_jax.models.vision_language import RetrievalBEiT3
@@ -20,7 +21,8 @@ from magneto_jax.models.vision_language import RetrievalBEiT3
 class Embedder:
   """Makes vectors of length 1 of any number of images and texts, with a program for each kind.
 
-  The product of two is their cosine. What a vector is does not depend on the others.
+  The product of two is their cosine. What a vector is does not depend on the others. One that is
+  not finite is told as a FloatingPointError.
 
   Attributes:
     model: its variables are `variables`; tokenizer: of the texts.
@@ -53,14 +55,14 @@ class Embedder:
     """[N, E], float32, of texts.
 
     Args:
-      texts: any number.
+      texts: any number, in any spelling of those that were learned: they are made `plain`.
       places: what errors call each; by default the text itself.
       cut: whether the end of one that is too long is cut off.
 
     Raises:
       ValueError: one is too long, and may not be cut.
     """
-    tokens = self.tokenizer.encode_all(texts)
+    tokens = self.tokenizer.encode_all([plain(words) for words in texts])
     for index, ids in enumerate(tokens):
       if len(ids) > self.longest - 2 and not cut:
         what = places[index] if places else repr(texts[index])[:80]
@@ -88,7 +90,10 @@ class Embedder:
     if not found:
       width = self.model.features or self.model.encoder.encoder.width
       return np.zeros((0, width), np.float32)
-    return np.concatenate(found)
+    features_NE = np.concatenate(found)
+    if not np.isfinite(features_NE).all():
+      raise FloatingPointError("the model's features are not numbers")
+    return features_NE
 
 
 @functools.partial(jax.jit, static_argnames="model")

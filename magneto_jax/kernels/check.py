@@ -16,13 +16,12 @@ from collections.abc import Sequence
 
 import jax
 
-from magneto_jax.kernels import attention, conformance, platforms, self_check
-from magneto_jax.kernels.command_line import Parser
+from magneto_jax.kernels import attention, command_line, conformance, platforms, self_check
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
   """Returns the exit status."""
-  parser = Parser(
+  parser = command_line.Parser(
     prog="python -m magneto_jax.kernels.check",
     description="Runs the conformance suite of attention on this device.",
   )
@@ -105,4 +104,4 @@ def _run(case: conformance.Case, name: str) -> conformance.Outcome:
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  sys.exit(command_line.run(main))

@@ -10,15 +10,15 @@ import itertools
 import json
 import pathlib
 import statistics
+import sys
 import time
 from collections.abc import Iterable, Sequence
 
 import jax
 
-from magneto_jax.kernels import attention_gpu, platforms, tune_gpu
+from magneto_jax.kernels import attention_gpu, command_line, platforms, tune_gpu
 from magneto_jax.kernels.attention import IMPLEMENTATIONS, choose, dot_product_attention
 from magneto_jax.kernels.bias import RelativeBias
-from magneto_jax.kernels.command_line import Parser
 
 _DTYPES = ("bfloat16", "float16", "float32")
 # The sides of a block that are tried, by implementation: those of the forward pass.
@@ -36,7 +36,9 @@ def _positive(text: str) -> int:
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-  parser = Parser(prog="python -m magneto_jax.kernels.tune", description=__doc__.splitlines()[0])
+  parser = command_line.Parser(
+    prog="python -m magneto_jax.kernels.tune", description=__doc__.splitlines()[0]
+  )
   for flag, default in (("batch", 1), ("length", 2048), ("heads", 8), ("head-dim", 64)):
     parser.add_argument(f"--{flag}", type=_positive, default=default, help=f"default: {default}")
   parser.add_argument("--kv-heads", type=_positive, help="default: as many as heads")
@@ -253,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = {
       "device": device,
       "jax": jax.__version__,
-      "arguments": {k: v for k, v in vars(args).items() if k != "output"},
+      "arguments": {k: v for k, v in vars(args).items() if k not in ("output", "debug")},
       "milliseconds": {_expression(record): times[record] for record in ranked},
       "fastest": _expression(ranked[0]),
       "refused": refused,
@@ -262,4 +264,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-  main()
+  sys.exit(command_line.run(main))

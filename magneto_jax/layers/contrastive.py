@@ -18,7 +18,8 @@ def contrastive_loss(
 
   of features f of images and g of texts of the same rows. All other rows are wrong answers, of the
   whole batch, on whichever devices these lie; also those that are other texts of the same image.
-  The loss of a batch is the mean of both. In float32 or wider.
+  The loss of a batch is the mean of both. It is not the mean of its parts' losses, which compare
+  fewer rows, so that a batch cannot be accumulated. In float32 or wider.
 
   Args:
     images_BE, texts_BE: features, of length 1 if products are to be cosines.
@@ -39,7 +40,10 @@ def contrastive_loss(
   wide = jnp.promote_types(jnp.result_type(images_BE, texts_BE), jnp.float32)
   # Each device compares its images with all texts.
   texts_BE = sharding.constrain(texts_BE, None, None)
-  z_BB = jnp.einsum("be,ce->bc", images_BE, texts_BE, preferred_element_type=wide)
+  # A TPU would round features to bfloat16, and cosines of near pairs differ by less than that.
+  z_BB = jnp.einsum(
+    "be,ce->bc", images_BE, texts_BE, precision="highest", preferred_element_type=wide
+  )
   z_BB = sharding.constrain(z_BB * jnp.asarray(scale, wide), "batch", None)
   own_B = jnp.diagonal(z_BB)
   texts_BB = images_BB = z_BB

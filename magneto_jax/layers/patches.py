@@ -1,7 +1,10 @@
 """Images as sequences of patches."""
 
+import math
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from magneto_jax.layers.initializers import DenseInit
@@ -74,3 +77,40 @@ class PatchEmbedding(nn.Module):
       first_B1D = jnp.broadcast_to(token_D.astype(x_BPD.dtype), (batch, 1, self.width))
       x_BPD = jnp.concatenate([first_B1D, x_BPD], axis=1)
     return x_BPD
+
+
+def resized_positions(
+  table_PD: np.ndarray, old: tuple[int, int], new: tuple[int, int]
+) -> np.ndarray:
+  """A table of learned positions of patches, read row by row, for another grid of them.
+
+  Bicubic, channel by channel, each grid spread over the same image, and the kernel not widened
+  where there are fewer patches; the same table for the same grid. As the released code of ViT's
+  heirs, BEiT-3's among them, has it from PyTorch's `interpolate`: pixels' centres lie at half
+  integers (align_corners=False), beyond the edge the last row repeats, and Keys's kernel (1981) is
+  that of a = -0.75, where `jax.image.resize` has -0.5.
+
+  Args:
+    table_PD: [hw, D] without a class token's row.
+    old, new: (h, w), patches on an image's sides.
+
+  Reference: An Image is Worth 16x16 Words, arXiv 2010.11929, section 3.2; BEiT-3's released code.
+  """
+  if tuple(old) == tuple(new):
+    return table_PD
+  image_HWD = table_PD.reshape(*old, -1)
+  down, right = (_bicubic(side, to) for side, to in zip(old, new, strict=True))
+  resized = np.einsum("yi,xj,ijd->yxd", down, right, image_HWD, optimize=True)
+  return resized.reshape(-1, table_PD.shape[-1]).astype(table_PD.dtype)
+
+
+def _bicubic(old: int, new: int, a: float = -0.75) -> np.ndarray:
+  """Weights [new, old] of bicubic interpolation along one axis."""
+  weights = np.zeros((new, old))
+  for row, centre in enumerate((np.arange(new) + 0.5) * old / new - 0.5):
+    for tap in range(math.floor(centre) - 1, math.floor(centre) + 3):
+      t = abs(centre - tap)
+      near = (a + 2) * t**3 - (a + 3) * t**2 + 1
+      far = a * (t**3 - 5 * t**2 + 8 * t - 4)
+      weights[row, min(max(tap, 0), old - 1)] += near if t <= 1 else far if t < 2 else 0.0
+  return weights

@@ -169,10 +169,11 @@ class RetrievalBEiT3(nn.Module, kw_only=True):
   Attributes:
     encoder: a `BEiT3`, with its final norm.
     features: E; D by default.
-    scale_max: the largest scale that exp(s) may be, 100 in CLIP; None, as in BEiT-3: any. Beyond
-      it s still learns, as if it were there.
+    scale_max: the largest scale, min(exp(s), scale_max), 100 in CLIP; None, as in BEiT-3: any.
 
   Reference: BEiT-3, arXiv 2208.10442, section 3.1.5; CLIP, arXiv 2103.00020, section 2.5.
+  Differs: CLIP cuts s itself after each step, so that a later gradient can lower it; here s beyond
+  the largest has no gradient, and stays where the last step has brought it.
   """
 
   encoder: BEiT3
@@ -210,7 +211,7 @@ class RetrievalBEiT3(nn.Module, kw_only=True):
       texts_BE = self._features("text_head", h_BTD, recipe)
     s = self.param("logit_scale", nn.initializers.constant(math.log(_SCALE)), ())
     if self.scale_max is not None:
-      s += jax.lax.stop_gradient(jnp.minimum(s, math.log(self.scale_max)) - s)
+      s = jnp.minimum(s, math.log(self.scale_max))
     return Features(images_BE, texts_BE, jnp.exp(s))
 
   def _features(self, name: str, h_BTD: jax.Array, recipe: records.Stack | None) -> jax.Array:

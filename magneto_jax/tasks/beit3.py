@@ -1,9 +1,5 @@
 """What the tasks of images and texts share: from a config to its BEiT-3."""
 
-from typing import Any
-
-import numpy as np
-
 from magneto_jax.config import ConfigError, TrainConfig
 from magneto_jax.models.beit3 import BEiT3
 from magneto_jax.models.encoder import Encoder
@@ -70,21 +66,11 @@ def encoder(config: TrainConfig, facts: Facts) -> BEiT3:
   )
 
 
-def facts(data: Any) -> Facts:
-  """What a model must know of its data, which have `train.tokens` and a `tokenizer`.
+def planned_facts(config: TrainConfig) -> Facts:
+  """What a model must know of its data, without them; see `common.planned_facts`.
 
   vocab_size: V + 1, the tokenizer's ids and the mask's, which all models of images and texts have,
     so that one can start with another.
-  token_correlation: sum_k p_k^2 of the frequencies of the training texts' tokens, marks included;
-    without texts 1 / V, as if all were as frequent.
   """
-  vocab_size = data.tokenizer.vocab_size
-  counts = np.bincount(data.train.tokens[: common.COUNTED_TOKENS])
-  same = float(np.sum((counts / counts.sum()) ** 2)) if len(counts) else 1 / vocab_size
-  return {"vocab_size": vocab_size + 1, "token_correlation": same}
-
-
-def planned_facts(config: TrainConfig) -> Facts:
-  """Likewise without the data; see `common.planned_facts`."""
   known = common.planned_facts(config)
   return {**known, "vocab_size": known["vocab_size"] + 1}

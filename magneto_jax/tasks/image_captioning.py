@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 
 from magneto_jax import sharding
 from magneto_jax.config import TrainConfig
+from magneto_jax.data import baselines as trivial
 from magneto_jax.data import captions, scores
 from magneto_jax.data.tokenizers import Tokenizer
 from magneto_jax.decoding import Captioner
@@ -34,6 +35,8 @@ from magneto_jax.tasks.task import Batch, Facts, Task, Totals, mean_nats, weight
 
 # Images whose captions a sample shows.
 _SHOWN = 4
+# About how many other images a caption is held against.
+_TURNS = 16
 
 
 def load_data(
@@ -127,12 +130,22 @@ def judge(
 ) -> tuple[dict[str, float], int]:
   """Keyword F1, chrF and BLEU of captions of the validation images, and of how many images.
 
-  Of all, or of the first `config.beam.judged`.
+  Of all, or of the first `config.beam.judged`. `keyword_f1_of_other_images` is what the same
+  captions score against the keywords of images that they are not of: what they say of any.
   """
   images = with_texts(data)[: config.beam.judged or None]
   with sharding.use_mesh(mesh):
     found = written(config, model, variables, data, images)
-  return scores_of(found, data, images), len(images)
+  others = [scores.keyword_f1(found, held) for held in _of_others(data, images)]
+  mean = {"keyword_f1_of_other_images": float(np.mean(others))} if others else {}
+  return scores_of(found, data, images) | mean, len(images)
+
+
+def _of_others(data: captions.CaptionData, images: Sequence[int]) -> list[list[tuple[str, ...]]]:
+  """Keywords of other images in place of each image's, in some ways: none is ever its own."""
+  step = max(1, len(images) // _TURNS)
+  turned = (np.roll(images, by) for by in range(1, len(images), step))
+  return [[data.keywords[i] for i in turn] for turn in turned]
 
 
 def scores_of(
@@ -145,14 +158,16 @@ def scores_of(
 
 
 def baselines(data: captions.CaptionData) -> dict[str, dict[str, float]]:
-  """What the commonest training caption scores as the caption of every validation image.
+  """What constant captions, chosen on the training data, score of every validation image.
 
-  Of equally common ones the first.
+  See `data.baselines.constant_captions`.
   """
-  ((commonest, _),) = collections.Counter(data.train.texts).most_common(1)
-  images = with_texts(data)
-  found = scores_of([commonest] * len(images), data, images)
-  return {name: {"commonest_caption": value} for name, value in found.items()}
+  images, scored = with_texts(data), collections.defaultdict(dict)
+  chosen = trivial.constant_captions(data.train.texts, data.train_keywords)
+  for name, caption in chosen.items():
+    for metric, value in scores_of([caption] * len(images), data, images).items():
+      scored[metric][name] = value
+  return dict(scored)
 
 
 def sample(

@@ -82,11 +82,6 @@ def vision_encoder(config: TrainConfig, facts: Facts, **options: Any) -> VisionE
 
 def build_model(config: TrainConfig, facts: Facts) -> ImageClassifier:
   """The config's encoder with a head over the data's classes; dropout is the encoder's."""
-  if config.vocab_chunk:
-    raise ConfigError(
-      f"config.vocab_chunk={config.vocab_chunk} is not read with config.task={config.task!r}:"
-      " leave it at 0"
-    )
   return ImageClassifier(
     encoder=vision_encoder(config, facts),
     classes=facts["classes"],

@@ -7,7 +7,8 @@ not to match, also another text of the same image. It is measured by recall at 1
 ways, over the whole validation set: one feature an image, all of its texts.
 
 A contrastive loss is of a batch as a whole, so that parts of one (`accumulation`) would have
-another loss: they are refused.
+another loss: they are refused (`config`), as are evaluations of a part of the validation set, which
+would find more among fewer.
 
 Reference: BEiT-3, arXiv 2208.10442, section 3.1.5, and its released code; CLIP, arXiv 2103.00020.
 """
@@ -21,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from magneto_jax.config import ConfigError, TrainConfig
+from magneto_jax.config import TrainConfig
 from magneto_jax.data import captions, scores
 from magneto_jax.data.tokenizers import Tokenizer
 from magneto_jax.decoding import Embedder
@@ -33,6 +34,10 @@ from magneto_jax.tasks import beit3, common, vision_language
 from magneto_jax.tasks.task import Batch, Facts, Task, Totals
 
 TOP = (1, 5, 10)
+_WAYS = {
+  "image_recall_at_k": "text to image: texts whose image is among the k nearest",
+  "text_recall_at_k": "image to text: images of which a text is among the k nearest",
+}
 # Of a picture: how many queries, how many are found for each, and among how many images.
 _QUERIES, _FOUND, _AMONG = 4, 8, 256
 
@@ -46,17 +51,7 @@ def load_data(
 
 
 def build_model(config: TrainConfig, facts: Facts) -> RetrievalBEiT3:
-  """The config's encoder with a projection a modality.
-
-  Raises:
-    ConfigError: the batch is to be cut, of which the loss is one of the whole.
-  """
-  vision_language.refuse(config, "vocab_chunk", "label_smoothing")
-  if config.accumulation != 1:
-    raise ConfigError(
-      f"config.accumulation={config.accumulation} cuts the batch whose pairs a contrastive loss"
-      " compares: set accumulation=1; for memory, model.remat or more devices help"
-    )
+  """The config's encoder with a projection a modality."""
   return RetrievalBEiT3(
     encoder=beit3.encoder(config, facts), scale_max=config.model.scale_max or None
   )
@@ -240,6 +235,7 @@ TASK = Task(
   measure=measure,
   sample=sample,
   picture=picture,
+  signatures=lambda config: dict(_WAYS),
   embedder=embedder,
   loss_name="loss_nats_per_pair",
   best=("mean_recall", True),

@@ -63,11 +63,10 @@ def build_model(config: TrainConfig, facts: Facts) -> ImageTokenizer:
   """Two stacks of the config's sizes, and its codes."""
   common.refuse_window(config)
   # Codes follow the weights as they are, not as they are on average.
-  for name in ("vocab_chunk", "label_smoothing", "ema"):
-    if value := getattr(config, name):
-      raise ConfigError(
-        f"config.{name}={value} is not read with config.task={config.task!r}: leave it at 0"
-      )
+  if config.ema:
+    raise ConfigError(
+      f"config.ema={config.ema} is not read with config.task={config.task!r}: leave it at 0"
+    )
   if config.data.normalization != "half":
     raise ConfigError(
       f"config.data.normalization={config.data.normalization!r} is not read with"

@@ -29,7 +29,7 @@ import optax
 
 from magneto_jax import sharding
 from magneto_jax.config import ConfigError, TrainConfig
-from magneto_jax.data import augmentation, captions, masked_pairs, masking
+from magneto_jax.data import augmentation, captions, masked_pairs, masking, tokenizers
 from magneto_jax.models.image_tokenizer import Frozen
 from magneto_jax.models.vision_language import MaskedBEiT3, Parts
 from magneto_jax.reporting import Row
@@ -44,14 +44,16 @@ class _Names(NamedTuple):
 
   Attributes:
     read: pixels, or tokens, as they are read.
-    hidden: not 0 for the patches, or tokens, that are to be answered.
-    mask: of a text, True for what is no padding.
+    mask: of an image, True for what is hidden; of a text, True for what is no padding.
+    places: which patches, or tokens, are to be answered.
+    weights: 1 for each of these places, 0 for what fills them up.
     targets: of a text, what stood there.
   """
 
   read: str
-  hidden: str
-  mask: str = ""
+  mask: str
+  places: str
+  weights: str
   targets: str = ""
 
   @property
@@ -59,17 +61,21 @@ class _Names(NamedTuple):
     return not self.targets
 
 
+def _names(part: str, mask: str, targets: str = "") -> _Names:
+  return _Names(part, mask, f"{part}_places", f"{part}_weights", targets)
+
+
 PARTS = {
-  "pair_image": _Names("pair_image", "pair_masked"),
-  "pair_text": _Names("pair_text", "pair_weights", "pair_mask", "pair_targets"),
-  "image": _Names("image", "image_masked"),
-  "text": _Names("text", "text_weights", "text_mask", "text_targets"),
+  "pair_image": _names("pair_image", "pair_masked"),
+  "pair_text": _names("pair_text", "pair_mask", "pair_targets"),
+  "image": _names("image", "image_masked"),
+  "text": _names("text", "text_mask", "text_targets"),
 }
 # What goes through the model together.
 _KINDS = (("pair_image", "pair_text"), ("image",), ("text",))
 _PAIR = _KINDS[0]
-# In place of a target, for what can be seen.
-_SEEN = -1
+# In place of a target, where nothing is asked for.
+_NOTHING = -1
 
 
 def _kinds(batch: Batch) -> list[tuple[str, ...]]:
@@ -117,6 +123,20 @@ def load_data(
 # ---------------------------------------------------------------------------------------------
 
 
+def facts(data: masked_pairs.MaskedPairData) -> Facts:
+  """What the model must know of its data.
+
+  vocab_size: V + 1, the tokenizer's ids and the mask's.
+  token_correlation: sum_k p_k^2 of the frequencies of what is read in a row's texts, masks among
+    it; without texts 1 / V, as if all were as frequent.
+  """
+  read_V = data.frequencies()
+  return {
+    "vocab_size": len(read_V),
+    "token_correlation": float(np.sum(read_V**2)) or 1 / data.tokenizer.vocab_size,
+  }
+
+
 def build_model(config: TrainConfig, facts: Facts) -> MaskedBEiT3:
   """The config's multiway encoder with heads for patches and texts, and the tokenizer."""
   if not config.model.tied_embeddings:
@@ -132,14 +152,17 @@ def build_model(config: TrainConfig, facts: Facts) -> MaskedBEiT3:
   )
 
 
-def _call(kind: Iterable[str], batch: Batch) -> dict[str, jax.Array]:
-  """The keywords of the model's call on the parts of a kind."""
+def _call(kind: Iterable[str], batch: Batch, *, everywhere: bool = False) -> dict[str, jax.Array]:
+  """The keywords of the model's call on the parts of a kind, which scores places or everything."""
   call = {}
   for names in map(PARTS.get, kind):
+    read, mask, places = (_rows(batch[name]) for name in (names.read, names.mask, names.places))
     if names.is_image:
-      call |= {"images_BHWC": _rows(batch[names.read]), "masked_BP": _rows(batch[names.hidden])}
+      call |= {"images_BHWC": read, "masked_BP": mask}
     else:
-      call |= {"tokens_BT": _rows(batch[names.read]), "mask_BT": _rows(batch[names.mask])}
+      call |= {"tokens_BT": read, "mask_BT": mask}
+    if not everywhere:
+      call["image_places_BK" if names.is_image else "text_places_BK"] = places
   return call
 
 
@@ -160,12 +183,12 @@ def inputs(batch: Batch) -> tuple[tuple, dict[str, Any]]:
 
 
 def _by_part(batch: Batch, outputs: Iterable[Parts]) -> dict[str, jax.Array]:
-  """What the model's calls on a batch gave, by part of the loss: [B, n, ...], n samples a row."""
+  """What the model's calls on a batch gave, by part of the loss: [B, n, K, ...], n a row."""
   found = {}
   for kind, output in zip(_kinds(batch), outputs, strict=True):
     for part in kind:
       value = output.image if PARTS[part].is_image else output.text
-      found[part] = value.reshape(*batch[PARTS[part].hidden].shape[:2], *value.shape[1:])
+      found[part] = value.reshape(*batch[PARTS[part].weights].shape, *value.shape[2:])
   return found
 
 
@@ -181,7 +204,7 @@ def weigh(model: MaskedBEiT3, batch: Batch) -> Batch:
   `weights` [B] of the rows are one together.
   """
   del model
-  hidden = {part: batch[PARTS[part].hidden] for part in _parts(batch)}
+  hidden = {part: batch[PARTS[part].weights] for part in _parts(batch)}
   rows = len(next(iter(hidden.values())))
   shares = {f"{part}_share": 1 / jnp.maximum(jnp.sum(x), 1) for part, x in hidden.items()}
   spread = lambda value: jnp.full(rows, value, jnp.float32)
@@ -191,7 +214,7 @@ def weigh(model: MaskedBEiT3, batch: Batch) -> Batch:
 def parts(outputs: Iterable[Parts], batch: Batch) -> dict[str, jax.Array]:
   """Each part's sum, of a batch that has been weighed."""
   return {
-    part: jnp.sum(nats * batch[PARTS[part].hidden] * batch[f"{part}_share"][:, None, None])
+    part: jnp.sum(nats * batch[PARTS[part].weights] * batch[f"{part}_share"][:, None, None])
     for part, nats in _by_part(batch, outputs).items()
   }
 
@@ -215,49 +238,80 @@ def observed(batch: Batch) -> Batch:
 def measure(model: MaskedBEiT3, variables, batch: Batch) -> dict[str, jax.Array]:
   """Of each part sums over what is hidden, and what it was.
 
-  Sums are `<part>_nats`, `<part>_weight` and `<part>_correct`, how many the model puts first; of
-  pairs also `<part>_correct_alone`, where the model is not given the other part. `<part>_targets`
-  [B, n, P] or [B, n, T] is -1 for what can be seen. Holds the logits of all patches and tokens,
-  whatever `vocab_chunk`.
+  Sums are `<part>_nats` and `<part>_weight`; and, of what is hidden without the ends of texts,
+  `<part>_asked`, how much that is, and `<part>_correct`, how much of it the model puts first. Of
+  pairs also `<part>_correct_alone`, where the model is not given the other part, and
+  `<part>_correct_beside_another`, where it is given another pair's. `<part>_targets` [B, n, K] is
+  what was asked for, -1 where nothing was, at `<part>_places`.
   """
   kinds, found = _kinds(batch), {}
-  single = [part for part in _PAIR if _PAIR in kinds]
-  asked = [_call(kind, batch) for kind in (*kinds, *((part,) for part in single))]
+  asked = [_call(kind, batch) for kind in kinds]
+  if _PAIR in kinds:
+    others = _beside_another(batch)
+    asked += [*(_call((part,), batch) for part in _PAIR), _call(_PAIR, others)]
   outputs = model.apply(variables, *asked, method="each")
-  by_part = _by_part(batch, outputs[: len(kinds)])
-  for part, logits in by_part.items():
-    names, hidden = PARTS[part], batch[PARTS[part].hidden] > 0
-    if names.is_image:
-      targets = model.apply(variables, _rows(batch[names.read]), method="tokens")
-      targets = targets.reshape(hidden.shape)
-    else:
-      targets = batch[names.targets]
+  for part, logits in _by_part(batch, outputs[: len(kinds)]).items():
+    names = PARTS[part]
+    targets, is_asked = _asked(model, variables, part, batch)
     nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-    answers = {"correct": logits}
-    if part in single:
-      alone = outputs[len(kinds) + single.index(part)]
-      answers["correct_alone"] = alone.image if names.is_image else alone.text
+    answers = {"correct": (logits, targets, is_asked)}
+    if part in _PAIR:
+      of = lambda output, names=names: output.image if names.is_image else output.text
+      alone, beside = outputs[len(kinds) + _PAIR.index(part)], outputs[-1]
+      answers["correct_alone"] = (of(alone), targets, is_asked)
+      answers["correct_beside_another"] = (of(beside), *_asked(model, variables, part, others))
     # A row that fills up the last batch has a text without tokens, which costs nothing finite.
+    hidden = batch[names.weights] > 0
     found |= {
       f"{part}_nats": jnp.sum(jnp.where(hidden, nats, 0)),
       f"{part}_weight": jnp.sum(hidden),
-      f"{part}_targets": jnp.where(hidden, targets, _SEEN),
-      **{
-        f"{part}_{name}": _count_right(scores, targets, hidden) for name, scores in answers.items()
-      },
+      f"{part}_asked": jnp.sum(is_asked),
+      f"{part}_targets": jnp.where(is_asked, targets, _NOTHING),
+      names.places: batch[names.places],
+      **{f"{part}_{name}": _count_right(*answer) for name, answer in answers.items()},
     }
-  total = lambda name: sum(found[f"{part}_{name}"] for part in by_part)
+  total = lambda name: sum(found[f"{part}_{name}"] for part in _parts(batch))
   return found | {"loss": total("nats"), "weight": total("weight")}
 
 
-def _count_right(logits: jax.Array, targets: jax.Array, hidden: jax.Array) -> jax.Array:
-  """How many of the hidden targets come first of all tokens."""
+def _asked(model: MaskedBEiT3, variables, part: str, batch: Batch) -> tuple[jax.Array, jax.Array]:
+  """[B, n, K] what stood at a part's places, and which of them accuracies are of.
+
+  Where a text ends can be seen by its padding, so that its end is no question.
+  """
+  names = PARTS[part]
+  places, hidden = batch[names.places], batch[names.weights] > 0
+  if names.is_image:
+    tokens = model.apply(variables, _rows(batch[names.read]), method="tokens")
+    tokens = tokens.reshape(*places.shape[:2], -1)
+    return jnp.take_along_axis(tokens, places, axis=-1), hidden
+  targets = jnp.take_along_axis(batch[names.targets], places, axis=-1)
+  return targets, hidden & (targets != tokenizers.EOS_ID)
+
+
+def _beside_another(batch: Batch) -> Batch:
+  """The batch's pairs, each text with the image of another one.
+
+  The image of the pair that lies half of the batch's pairs ahead, with what of it is hidden: what
+  follows a pair often is of the same image. What fills up the last rows stays where it is.
+  """
+  is_pair = jnp.any(batch["pair_mask"], axis=-1).reshape(-1)
+  count, places = jnp.maximum(jnp.sum(is_pair), 1), jnp.arange(is_pair.size)
+  ahead = jnp.where(is_pair, (places + count // 2) % count, places)
+  of_images = PARTS["pair_image"]
+  moved = (of_images.read, of_images.mask, of_images.places, of_images.weights)
+  turned = lambda x: jnp.take(_rows(x), ahead, axis=0).reshape(x.shape)
+  return batch | {name: turned(batch[name]) for name in moved}
+
+
+def _count_right(logits: jax.Array, targets: jax.Array, is_asked: jax.Array) -> jax.Array:
+  """How many of the targets that are asked for come first of all tokens."""
   answers = jnp.argmax(logits, axis=-1).reshape(targets.shape)
-  return jnp.sum((answers == targets) & hidden)
+  return jnp.sum((answers == targets) & is_asked)
 
 
-# What stays of a pair where a part of it is not given.
-_WITHOUT = {"pair_image": "text", "pair_text": "image"}
+# The other part of a pair.
+_OTHER = {"pair_image": "text", "pair_text": "image"}
 
 
 def metrics(totals: Totals, data: masked_pairs.MaskedPairData, *, whole: bool) -> dict[str, float]:
@@ -267,9 +321,13 @@ def metrics(totals: Totals, data: masked_pairs.MaskedPairData, *, whole: bool) -
 
   loss_nats_of_all_parts: the sum of the parts' means.
   <part>_nats: mean -log p of its hidden patches or tokens.
-  <part>_accuracy: share of them that the model puts first.
+  <part>_accuracy: share of them that the model puts first; of tokens without the ends of texts,
+    which padding gives away, here and in all that follows.
   <part>_accuracy_without_text, .._without_image: of pairs, the same of the very same patches or
-    tokens where the model is not given the other part: what it helps.
+    tokens where the model is not given the other part.
+  <part>_accuracy_with_another_text, .._with_another_image: likewise where it is given that of
+    another pair: an input like those it was trained on, so that the difference is what text or
+    image tell.
   <part>_commonest_token: share of them that are the commonest of them: what always answering that
     one scores.
   <part>_commonest_token_of_the_place: of patches, the same, of each place of the grid its own.
@@ -282,28 +340,34 @@ def metrics(totals: Totals, data: masked_pairs.MaskedPairData, *, whole: bool) -
   for part, names in PARTS.items():
     if not totals.get(f"{part}_weight"):
       continue
-    share = lambda name, part=part: float(totals[f"{part}_{name}"] / totals[f"{part}_weight"])
     targets = totals[f"{part}_targets"]
-    means.append(share("nats"))
-    found |= {f"{part}_nats": means[-1], f"{part}_accuracy": share("correct")}
-    if f"{part}_correct_alone" in totals:
-      found[f"{part}_accuracy_without_{_WITHOUT[part]}"] = share("correct_alone")
-    hidden = targets[targets != _SEEN]
-    found[f"{part}_commonest_token"] = float(image_tokenizer.shares_of(hidden).max())
+    means.append(float(totals[f"{part}_nats"] / totals[f"{part}_weight"]))
+    found[f"{part}_nats"] = means[-1]
+    asked = targets[targets != _NOTHING]
+    if not asked.size:
+      continue
+    share = lambda name, part=part: float(totals[f"{part}_{name}"] / totals[f"{part}_asked"])
+    found[f"{part}_accuracy"] = share("correct")
+    if part in _PAIR:
+      other = _OTHER[part]
+      found[f"{part}_accuracy_without_{other}"] = share("correct_alone")
+      found[f"{part}_accuracy_with_another_{other}"] = share("correct_beside_another")
+    found[f"{part}_commonest_token"] = float(image_tokenizer.shares_of(asked).max())
     if names.is_image:
-      patches.append(hidden)
-      found[f"{part}_commonest_token_of_the_place"] = _of_the_place(targets)
+      patches.append(asked)
+      places = totals[names.places][targets != _NOTHING]
+      found[f"{part}_commonest_token_of_the_place"] = _of_the_place(asked, places)
   if patches:
     shares = image_tokenizer.shares_of(np.concatenate(patches))
     found["codebook_perplexity"] = image_tokenizer.perplexity(shares)
   return {"loss_nats_of_all_parts": sum(means), **found}
 
 
-def _of_the_place(targets: np.ndarray) -> float:
-  """Share of the hidden patches that are the commonest of those at their place of the grid."""
-  hidden = [place[place != _SEEN] for place in targets.reshape(-1, targets.shape[-1]).T]
-  commonest = sum(int(np.bincount(place).max()) for place in hidden if len(place))
-  return commonest / sum(map(len, hidden))
+def _of_the_place(targets: np.ndarray, places: np.ndarray) -> float:
+  """Share of hidden patches that are the commonest of those at their place of the grid."""
+  times = np.zeros((places.max() + 1, targets.max() + 1), np.int64)
+  np.add.at(times, (places, targets), 1)
+  return float(times.max(axis=1).sum() / targets.size)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -323,10 +387,9 @@ def answered(model: MaskedBEiT3, variables, batch: Batch) -> dict[str, jax.Array
       and `tokens`.
   """
   batch = {name: x[:, :1] for name, x in observed(batch).items()}
-  pair = _call(_PAIR, batch)
-  both, image, text = model.apply(
-    variables, pair, *(_call([part], batch) for part in _PAIR), method="each"
-  )
+  calls = [_call(kind, batch, everywhere=True) for kind in (_PAIR, *((part,) for part in _PAIR))]
+  both, image, text = model.apply(variables, *calls, method="each")
+  pair = calls[0]
   tokens_BP = model.apply(variables, pair["images_BHWC"], method="tokens")
   first = lambda logits: jnp.argmax(logits, axis=-1)
   fill = lambda answers: jnp.where(pair["masked_BP"], first(answers.image), tokens_BP)
@@ -368,7 +431,7 @@ def _shown(model: MaskedBEiT3, variables, data: masked_pairs.MaskedPairData) -> 
   for i in range(len(indices)):
     length = np.count_nonzero(batch[names.mask][i, 0])
     read, targets = (batch[name][i, 0, :length] for name in (names.read, names.targets))
-    places = np.flatnonzero(batch[names.hidden][i, 0])
+    places = batch[names.places][i, 0][batch[names.weights][i, 0] > 0]
     whole = read.copy()
     whole[places] = targets[places]
     # Marks that everybody can see are not told.
@@ -428,19 +491,31 @@ def picture(
 
 
 def flops(config: TrainConfig, facts: Facts) -> int:
-  """FLOPs of one step, every patch and token scored; see `theory.flops`."""
+  """FLOPs of one step, with the places that hold no target; see `theory.flops`."""
   model, rows = config.model, config.batch_size
   composition = dataclasses.asdict(config.data.composition)
   return theory_flops.masked_data_step_flops(
     **{kind: rows * count for kind, count in composition.items()},
     vocab_size=facts["vocab_size"],
     image_vocab_size=model.image_vocab_size,
+    image_places=_places(config, "image"),
+    text_places=_places(config, "text"),
+    pair_text_places=_places(config, "pair_text"),
     patches=common.patches(config),
     patch_pixels=common.CHANNELS * model.patch_size**2,
     seq_length=config.data.seq_length,
     encoding=image_tokenizer.encoding_products(masked_image.tokenizer(config, facts)[0]),
     **common.sizes(model),
   )
+
+
+def _places(config: TrainConfig, part: str) -> int:
+  """How many patches, or tokens at most, are hidden of a sample's part."""
+  if PARTS[part].is_image:
+    return masked_image.masks(config).count
+  data = config.data
+  rate = data.pair_text_mask_rate if part == "pair_text" else data.text_mask_rate
+  return captions.hidden_of(rate, data.seq_length)
 
 
 def length(config: TrainConfig) -> int:
@@ -460,18 +535,21 @@ def batch_spec(config: TrainConfig) -> dict[str, jax.ShapeDtypeStruct]:
 
   pair_image, image: pixels [n, H, W, C]. pair_masked, image_masked: True for hidden patches [n, P].
   pair_text, text: tokens as they are read [n, T]. pair_mask, text_mask: True for what is no
-  padding. pair_targets, text_targets: what stood there. pair_weights, text_weights: 1 for what is
-  to be answered.
+  padding. pair_targets, text_targets: what stood there. <part>_places [n, K]: what is to be
+  answered; <part>_weights: 1 for each, 0 for what fills them up.
   """
   pixels, tokens = common.image_spec(config).shape[1:], (config.data.seq_length,)
   kinds = {"pair": "pairs", "image": "images", "text": "texts"}
   spec = {}
   for part, names in PARTS.items():
     count = getattr(config.data.composition, kinds[part.partition("_")[0]])
-    shapes = {names.read: (pixels, jnp.float32), names.hidden: ((common.patches(config),), bool)}
-    if not names.is_image:
-      shapes = {names.read: (tokens, jnp.int32), names.hidden: (tokens, jnp.float32)}
-      shapes |= {names.mask: (tokens, bool), names.targets: (tokens, jnp.int32)}
+    places = (_places(config, part),)
+    shapes = {names.places: (places, jnp.int32), names.weights: (places, jnp.float32)}
+    if names.is_image:
+      shapes |= {names.read: (pixels, jnp.float32), names.mask: ((common.patches(config),), bool)}
+    else:
+      shapes |= {names.read: (tokens, jnp.int32), names.mask: (tokens, bool)}
+      shapes |= {names.targets: (tokens, jnp.int32)}
     for name, (shape, dtype) in shapes.items() if count else ():
       spec[name] = jax.ShapeDtypeStruct((config.batch_size, count, *shape), dtype)
   return spec
@@ -496,7 +574,7 @@ def describe(config: TrainConfig, facts: Facts) -> list[str]:
 
 TASK = Task(
   load_data=load_data,
-  facts=beit3.facts,
+  facts=facts,
   describe=describe,
   build_model=build_model,
   dummy_inputs=dummy_inputs,

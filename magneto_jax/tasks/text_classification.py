@@ -78,11 +78,6 @@ def planned_facts(config: TrainConfig) -> Facts:
 def build_model(config: TrainConfig, facts: Facts) -> TextClassifier:
   """The config's encoder over the data's vocabulary, with the head; dropout is the encoder's."""
   common.refuse_window(config)
-  for name in ("vocab_chunk", "label_smoothing"):
-    if value := getattr(config, name):
-      raise ConfigError(
-        f"config.{name}={value} is not read with config.task={config.task!r}: leave it at 0"
-      )
   return TextClassifier(
     encoder=Encoder(
       recipe=recipe(config, facts), vocab_size=facts["vocab_size"], **common.backbone(config)

@@ -2,21 +2,22 @@
 
 The model is the multiway encoder of `tasks.beit3` with a head of the task's. A text is its tokens
 between bos and eos. A run may start with the encoder of another one, of masked data modelling or of
-another of these tasks, or of a released model (`init_from`); positions of patches are interpolated
-where an image has another number of them.
+another of these tasks, or of a released model (`init_from`), but of question answering, whose
+encoder has no final norm, with its own kind alone; positions of patches are interpolated where an
+image has another number of them.
 
 Reference: BEiT-3 (Image as a Foreign Language), arXiv 2208.10442, and its released code.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from magneto_jax.config import ConfigError, TrainConfig
-from magneto_jax.data import augmentation, captions
+from magneto_jax.config import TrainConfig
+from magneto_jax.data import augmentation, captions, questions
 from magneto_jax.tasks import beit3, common
 from magneto_jax.tasks.task import Batch, Facts
 from magneto_jax.theory import flops as theory_flops
@@ -26,15 +27,6 @@ from magneto_jax.theory import records
 def length(config: TrainConfig) -> int:
   """How many tokens a pair is: class token, patches and text."""
   return 1 + common.patches(config) + config.data.seq_length
-
-
-def refuse(config: TrainConfig, *names: str) -> None:
-  """Raises ConfigError if one of these fields, which a task does not read, is set."""
-  for name in names:
-    if value := getattr(config, name):
-      raise ConfigError(
-        f"config.{name}={value} is not read with config.task={config.task!r}: leave it at 0"
-      )
 
 
 def describe(config: TrainConfig, facts: Facts) -> list[str]:
@@ -121,6 +113,53 @@ def dummy_inputs(config: TrainConfig) -> tuple:
 def pair_inputs(batch: Batch) -> tuple[tuple, dict[str, Any]]:
   """A model's arguments: images, texts, and which tokens of these are not padding."""
   return (batch["image"], batch["text"]), {"mask_BT": batch["mask"]}
+
+
+# ---------------------------------------------------------------------------------------------
+# Answers
+# ---------------------------------------------------------------------------------------------
+
+
+def by_kind(right_N: np.ndarray, data: questions.QuestionData) -> dict[str, float]:
+  """How right answers are in the mean: `accuracy`, and of each kind that has a name its own.
+
+  Args:
+    right_N: of the validation questions, or statements, that were read, the first, in [0, 1].
+    data: which say what kind each is of.
+  """
+  kinds_N = np.array(data.kinds[1][: len(right_N)])
+  found = {"accuracy": float(np.mean(right_N))}
+  for kind in _named(kinds_N):
+    found[_of_kind(kind)] = float(np.mean(right_N[kinds_N == kind]))
+  return found
+
+
+def trivial_answers(data: questions.QuestionData) -> dict[str, dict[str, float]]:
+  """What answers score, by `by_kind`'s names, that need not be about image and question both.
+
+  majority_of_the_type: that which is the commonest of the type in training.
+  subgroup_of_the_image: of the emoji, that which is the commonest of the type and of images of the
+    same of Unicode's subgroups, for a reader of images, perfect so far, that reads no question; of
+    two images there is none, as pairs of subgroups hardly recur.
+  """
+  trivial = {"majority_of_the_type": data.majority()}
+  if not data.is_of_two and (of_images := data.majority_of_the_image()):
+    trivial["subgroup_of_the_image"] = of_images
+  kinds = {"accuracy": ""} | {_of_kind(k): k for k in _named(trivial["majority_of_the_type"])}
+  return {
+    metric: {name: scored[kind] for name, scored in trivial.items()}
+    for metric, kind in kinds.items()
+  }
+
+
+def _named(kinds: Iterable[str]) -> list[str]:
+  """The kinds that have a name, each once."""
+  return sorted({str(kind) for kind in kinds} - {""})
+
+
+def _of_kind(kind: str) -> str:
+  """The accuracy of a kind, as a metric's name."""
+  return "accuracy_" + "_".join(kind.split())
 
 
 # ---------------------------------------------------------------------------------------------

@@ -10,23 +10,24 @@ Reference: BEiT-3, arXiv 2208.10442, section 3.1.1, and its released code; VQA, 
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from magneto_jax import sharding
 from magneto_jax.config import TrainConfig
-from magneto_jax.data import augmentation, captions, questions
+from magneto_jax.data import augmentation, masking, questions
 from magneto_jax.data.tokenizers import Tokenizer
 from magneto_jax.decoding import Answerer
+from magneto_jax.decoding.answerer import probabilities
 from magneto_jax.layers.cross_entropy import binary_cross_entropy
 from magneto_jax.models import AnsweringBEiT3
 from magneto_jax.reporting import Row
 from magneto_jax.tasks import beit3, common, vision_language
 from magneto_jax.tasks.task import Batch, Facts, Task, Totals, weighted_sums
+from magneto_jax.theory import records
 
 # Of the generated questions, by the name of the data; and VQAv2's.
 ANSWERS = {"embedded/emoji/en": 10, "embedded/emoji/de": 10, "embedded/emoji/en+de": 20}
@@ -55,11 +56,15 @@ def planned_facts(config: TrainConfig) -> Facts:
 
 def build_model(config: TrainConfig, facts: Facts) -> AnsweringBEiT3:
   """The config's encoder, without its final norm, with a head over the known answers."""
-  vision_language.refuse(config, "vocab_chunk", "label_smoothing")
   pairs = beit3.encoder(config, facts)
   bare = dataclasses.replace(pairs.encoder.recipe, final_norm=False)
   encoder = pairs.clone(encoder=pairs.encoder.clone(recipe=bare))
   return AnsweringBEiT3(encoder=encoder, answers=facts["answers"])
+
+
+def describe(config: TrainConfig, facts: Facts) -> list[str]:
+  """The recipe of the encoder, as it is here."""
+  return records.describe(build_model(config, facts).encoder.encoder.recipe)
 
 
 def inputs(batch: Batch) -> tuple[tuple, dict[str, Any]]:
@@ -79,31 +84,9 @@ def measure(model: AnsweringBEiT3, variables, batch: Batch) -> dict[str, jax.Arr
 
 
 def metrics(totals: Totals, data: questions.QuestionData, *, whole: bool) -> dict[str, float]:
-  """The mean loss, the accuracy, and that of each type of question that was read."""
-  right_N = totals["right"]
-  kinds_N = np.array(data.kinds[1][: len(right_N)])
-  return {
-    "loss_nats_per_question": totals["loss"] / totals["weight"],
-    "accuracy": float(np.mean(right_N)),
-    **{_of_kind(kind): float(np.mean(right_N[kinds_N == kind])) for kind in _kinds(kinds_N)},
-  }
-
-
-def baselines(data: questions.QuestionData) -> dict[str, dict[str, float]]:
-  """What the answer scores that is the commonest of each type of question in training."""
-  scored = data.majority()
-  named = {"accuracy": scored[""]} | {_of_kind(kind): scored[kind] for kind in _kinds(scored)}
-  return {metric: {"majority_of_the_type": value} for metric, value in named.items()}
-
-
-def _kinds(names: Iterable[str]) -> list[str]:
-  """The types that have a name, each once."""
-  return sorted({str(name) for name in names} - {""})
-
-
-def _of_kind(kind: str) -> str:
-  """The accuracy of a type, as a metric's name."""
-  return "accuracy_" + "_".join(kind.split())
+  """The mean loss, the accuracy, and that of each type of question."""
+  loss = totals["loss"] / totals["weight"]
+  return {"loss_nats_per_question": loss, **vision_language.by_kind(totals["right"], data)}
 
 
 def answerer(
@@ -119,16 +102,11 @@ def picture(
 ) -> list[Row]:
   """Validation images with their questions, what the model answers, and what is right."""
   _, batch = common.shown(data.validation)
-
-  @jax.jit
-  def answer(variables, batch):
-    args, kwargs = vision_language.pair_inputs(batch)
-    return sharding.replicate(jnp.argmax(model.apply(variables, *args, **kwargs), axis=-1))
-
-  answers_B = np.asarray(answer(variables, batch))
+  p_BA = probabilities(model, variables, batch["image"], batch["text"], batch["mask"])
+  answers_B = np.argmax(p_BA, axis=-1)
   told = []
   for b, found in enumerate(answers_B):
-    question = captions.words_of(data.tokenizer, batch["text"][b])
+    question = masking.words_of(data.tokenizer, batch["text"][b], specials=False)
     right = data.answers[int(batch["targets"][b].argmax())]
     wrong = "" if batch["targets"][b, found] > 0 else f", which is wrong: {right}"
     told.append(f"{question} {data.answers[int(found)]}{wrong}")
@@ -159,14 +137,14 @@ def flops(config: TrainConfig, facts: Facts) -> int:
 TASK = Task(
   load_data=load_data,
   facts=facts,
-  describe=vision_language.describe,
+  describe=describe,
   build_model=build_model,
   dummy_inputs=vision_language.dummy_inputs,
   architecture=beit3.architecture,
   inputs=inputs,
   score=weighted_sums,
   metrics=metrics,
-  baselines=baselines,
+  baselines=vision_language.trivial_answers,
   flops=flops,
   planned_facts=planned_facts,
   batch_spec=batch_spec,

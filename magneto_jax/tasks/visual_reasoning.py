@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from magneto_jax import sharding
 from magneto_jax.config import TrainConfig
 from magneto_jax.data import augmentation, questions
 from magneto_jax.data.tokenizers import Tokenizer
 from magneto_jax.decoding import Answerer
+from magneto_jax.decoding.answerer import probabilities
 from magneto_jax.models import ReasoningBEiT3
 from magneto_jax.reporting import Row
 from magneto_jax.tasks import beit3, common, vision_language
@@ -38,7 +38,6 @@ def load_data(
 
 def build_model(config: TrainConfig, facts: Facts) -> ReasoningBEiT3:
   """The config's encoder with a head on two pairs."""
-  vision_language.refuse(config, "vocab_chunk", "label_smoothing")
   return ReasoningBEiT3(encoder=beit3.encoder(config, facts), classes=len(ANSWERS))
 
 
@@ -60,16 +59,10 @@ def measure(model: ReasoningBEiT3, variables, batch: Batch) -> dict[str, jax.Arr
 
 
 def metrics(totals: Totals, data: questions.QuestionData, *, whole: bool) -> dict[str, float]:
-  """The mean loss, and the share of statements that are judged right."""
-  return {
-    "loss_nats_per_sample": totals["loss"] / totals["weight"],
-    "accuracy": float(np.mean(totals["answers"] == totals["labels"])),
-  }
-
-
-def baselines(data: questions.QuestionData) -> dict[str, dict[str, float]]:
-  """What the label scores that is the commoner one of each kind of statement in training."""
-  return {"accuracy": {"majority_of_the_type": data.majority()[""]}}
+  """The mean loss, and the share of statements that are judged right, of all and by kind."""
+  right_N = totals["answers"] == totals["labels"]
+  loss = totals["loss"] / totals["weight"]
+  return {"loss_nats_per_sample": loss, **vision_language.by_kind(right_N, data)}
 
 
 def answerer(
@@ -85,7 +78,8 @@ def picture(
 ) -> list[Row]:
   """Validation samples: both images, the statement, and what the model says of it."""
   _, batch = common.shown(data.validation)
-  answers_B = _answers(model, variables, batch)
+  p_BC = probabilities(model, variables, batch["images"], batch["text"], batch["mask"])
+  answers_B = np.argmax(p_BC, axis=-1)
   rows = []
   for b, answer in enumerate(answers_B):
     label = int(batch["label"][b])
@@ -94,18 +88,6 @@ def picture(
     statement = data.show({name: batch[name][b] for name in batch})
     rows.append(Row(statement, shown, [f"answered {told}", ""]))
   return rows
-
-
-def _answers(model: ReasoningBEiT3, variables, batch: Batch) -> np.ndarray:
-  """The likelier label of each sample."""
-
-  @jax.jit
-  def answer(variables, batch):
-    args, kwargs = inputs(batch)
-    del kwargs["targets"]
-    return sharding.replicate(jnp.argmax(model.apply(variables, *args, **kwargs), axis=-1))
-
-  return np.asarray(answer(variables, batch))
 
 
 def batch_spec(config: TrainConfig) -> dict[str, jax.ShapeDtypeStruct]:
@@ -139,7 +121,7 @@ TASK = Task(
   inputs=inputs,
   score=weighted_sums,
   metrics=metrics,
-  baselines=baselines,
+  baselines=vision_language.trivial_answers,
   flops=flops,
   planned_facts=vision_language.planned_facts,
   batch_spec=batch_spec,

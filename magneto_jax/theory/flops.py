@@ -68,6 +68,9 @@ def masked_data_step_flops(
   texts: int,
   vocab_size: int,
   image_vocab_size: int,
+  image_places: int,
+  text_places: int,
+  pair_text_places: int,
   patches: int,
   patch_pixels: int,
   seq_length: int,
@@ -76,20 +79,23 @@ def masked_data_step_flops(
   encoding: int = 0,
   **sizes,
 ) -> int:
-  """FLOPs of one step of masked data modelling, every patch and token scored.
+  """FLOPs of one step of masked data modelling.
 
   Args:
     pairs, images, texts: how many pairs, images alone and texts alone a step has.
+    image_places, text_places, pair_text_places: of how many patches of an image, tokens of a text
+      alone and tokens of a pair's text scores are made.
     patches: an image's; a class token stands before them.
     patch_pixels: numbers that a patch is made of, p^2 times the channels.
     encoding: multiplications by which a tokenizer that rests gives an image its tokens.
     **sizes: and the others: see `train_step_flops`. An expert a modality costs what one costs.
   """
   stack = lambda length: stack_products(layers=layers, width=width, length=length, **sizes)
-  seen, read = pairs + images, pairs + texts
+  seen = pairs + images
   trained = pairs * stack(1 + patches + seq_length)
   trained += images * stack(1 + patches) + texts * stack(seq_length)
-  trained += seen * patches * width * image_vocab_size + read * seq_length * width * vocab_size
+  scored = pairs * pair_text_places + texts * text_places
+  trained += seen * image_places * width * image_vocab_size + scored * width * vocab_size
   # Pixels need no gradient: two products, not three; the tokenizer needs none at all.
   return 6 * trained + seen * (4 * patches * patch_pixels * width + 2 * encoding)
 

@@ -442,6 +442,18 @@ def test_without_augmentation_training_sees_what_an_evaluation_sees():
   assert (evaluated["label"], evaluated["other_label"], evaluated["share"]) == (2, 2, 1)
 
 
+def test_an_evaluation_may_see_all_of_an_image():
+  """Its left and right ends, which the central square leaves out; training, too, without a crop."""
+  raw = {"image": np.zeros((20, 60, 3), np.uint8), "label": np.int32(2)}
+  raw["image"][:, :10], raw["image"][:, 50:] = 250, 150
+  view_of = lambda crop: view(AugmentConfig(), eval_crop=crop).spatial
+  squeezed, square = (view_of(crop).evaluation(raw["image"]) for crop in (0.0, 1.0))
+  assert squeezed.shape == square.shape == (16, 16, 3) and square.max() == 0
+  np.testing.assert_array_equal(squeezed[:, [0, -1]].mean((0, 2)), [250, 150])
+  assert squeezed[:, 6:10].max() == 0
+  np.testing.assert_array_equal(view_of(0.0).training(raw["image"], RNG(0)), squeezed)
+
+
 def test_training_draws_from_the_generator_alone():
   raw = {"image": picture(30, 40), "label": np.int32(2)}
   made = view(ALL)

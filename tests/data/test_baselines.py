@@ -4,8 +4,10 @@ import collections
 import lzma
 import math
 
+import numpy as np
 import pytest
 
+from magneto_jax.data import baselines, scores
 from magneto_jax.data.baselines import bits_per_byte
 from magneto_jax.data.sources import load_documents
 
@@ -38,3 +40,30 @@ def test_baselines_of_the_embedded_text():
     "bigram": 3.69,
     "xz": 2.65,
   }
+
+
+TEXTS = ("a red heart", "red", "the sun, hot", "a moon", "red")
+KEYWORDS = (("red heart love", "rot Herz"), ("red circle",), ("sun", "hot sun sky"), ("moon sky",))
+
+
+def test_what_a_constant_caption_scores_is_what_the_scores_say():
+  """Of each caption as that of every image, by the corpus scores themselves."""
+  f1 = [scores.keyword_f1([text] * len(KEYWORDS), KEYWORDS) for text in TEXTS]
+  np.testing.assert_allclose(baselines.keyword_f1_of_constants(TEXTS, KEYWORDS), f1)
+  # Of texts with letters twice, shorter than the longest n-grams, and with nothing in common.
+  captions = (*TEXTS, "aaaa", "x", "sun")
+  chrf = [scores.corpus_scores([text] * len(TEXTS), TEXTS)["chrf"] for text in captions]
+  np.testing.assert_allclose(baselines.chrf_of_constants(captions, TEXTS), chrf)
+  assert min(chrf) == 0 and max(chrf) > 20
+
+
+def test_constant_captions_are_the_best_of_training():
+  found = baselines.constant_captions(TEXTS, KEYWORDS)
+  f1 = lambda text: scores.keyword_f1([text] * len(KEYWORDS), KEYWORDS)
+  assert found["commonest_caption"] == "red"
+  assert f1(found["best_caption_by_keyword_f1"]) == max(map(f1, TEXTS))
+  by_chrf = lambda text: scores.corpus_scores([text] * len(TEXTS), TEXTS)["chrf"]
+  assert by_chrf(found["best_caption_by_chrf"]) == max(map(by_chrf, TEXTS))
+  # In two images each; others in one.
+  words = found["commonest_keywords"].split(", ")
+  assert {*words[:2]} == {"red", "sky"} and f1(found["commonest_keywords"]) >= f1("red, sky")

@@ -3,6 +3,7 @@
 import collections
 import csv
 import dataclasses
+import hashlib
 import inspect
 import io
 import json
@@ -14,8 +15,10 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from magneto_jax.config import DataConfig, tasks_reading
-from magneto_jax.data import caption_sources, captions, images, pipelines
+from configs import beit3
+from magneto_jax.config import DataConfig, from_config_dict, tasks_reading
+from magneto_jax.data import caption_sources, captions, documents, images, masking, pipelines
+from tests import pieces
 from tests.pictures import png, row, view, write
 
 FOLDER = pathlib.Path(images.__file__).parent / "embedded" / "emoji"
@@ -137,13 +140,39 @@ def test_an_image_may_have_several_texts_and_names(own, tmp_path):
 
 def test_without_other_files_images_are_held_out_by_their_bytes(own, tmp_path):
   rows = [row(i % 10, f"text {i}") for i in range(40)]
-  data = own(rows, validation_fraction=0.3)
-  assert len(data.rows.pictures) == 3 and len(data.train.pictures) == 7
-  assert sorted(data.train.texts + data.rows.texts) == sorted(x["text"] for x in rows)
-  kept = [{int(text.split()[1]) % 10 for text in part.texts} for part in (data.train, data.rows)]
-  assert not kept[0] & kept[1]
-  again = own(rows[::-1], validation_fraction=0.3)
-  assert {*again.rows.texts} == {*data.rows.texts}
+  digest = lambda i: int(hashlib.sha256((tmp_path / f"{i}.png").read_bytes()).hexdigest(), 16)
+  numbers = lambda texts: {int(text.split()[1]) % 10 for text in texts}
+  for fraction in (0.3, 0.6):
+    data = own(rows, validation_fraction=fraction)
+    assert sorted(data.train.texts + data.rows.texts) == sorted(x["text"] for x in rows)
+    out = {i for i in range(10) if digest(i) / 2**256 < fraction}
+    assert 0 < len(out) < 10
+    assert numbers(data.rows.texts) == out and not numbers(data.train.texts) & out
+    # Whatever else a file holds.
+    part = own(rows[3:9], validation_fraction=fraction)
+    assert numbers(part.rows.texts) == out & {*range(3, 9)} != out
+  # A part that would be empty has one image.
+  for fraction, held in ((1e-9, 1), (1 - 1e-9, 9)):
+    assert len(own(rows, validation_fraction=fraction).rows.pictures) == held
+
+
+def test_validation_texts_that_are_training_texts_are_told(own):
+  """Counted as often as they come, also where their spaces differ."""
+  others = [row(1, "a  cat"), row(2, "a cat", "a cow"), row(3, "A dog")]
+  data = own([row(0, "a cat", "a dog")], others)
+  assert data.repeated == 2
+  assert data.describe().endswith("; 2 of the validation texts are training texts too")
+  assert "texts are" not in own([row(0, "a cat")], [row(1, "a cow")]).describe()
+
+
+@pytest.mark.parametrize("split, repeated", [("validation", 37), ("test", 44)])
+def test_of_the_emoji_lists_of_keywords_are_met_again_and_no_names(split, repeated, tmp_path):
+  """As docs/vision_language.md has it."""
+  name = "embedded/emoji/en+de"
+  options = {"seq_length": 400, "validation_split": split}
+  data = load(tmp_path, name, keywords=True, **options)
+  assert (data.repeated, len(data.rows)) == (repeated, 618)
+  assert load(tmp_path, name, **options).repeated == 0
 
 
 LINES = {
@@ -265,6 +294,23 @@ def test_a_validation_text_in_another_script_is_told(tokenizer, own, caplog, tmp
     assert (data.validation[1]["text"] == 3).sum() == 10
 
 
+def test_a_released_tokenizer_gives_its_marks_and_is_kept(own, tmp_path):
+  """XLM-R's: bos 0, padding 1, eos 2. A run goes on with its copy; none is trained."""
+  rows = [row(i, "a black cat") for i in range(3)]
+  options = {"tokenizer": "xlmr", "seq_length": 24}
+  with pytest.raises(ValueError, match="'xlmr' is not trained here: set data.tokenizer_file to"):
+    own(rows, rows[:1], **options)
+  spm = pieces.train(tmp_path / "released.spm")
+  data = own(rows, rows[:1], **options, tokenizer_file=str(spm))
+  sample, count = data.validation[0], len(data.tokenizer.encode("a black cat"))
+  assert sample["text"][0] == 0 and sample["text"][count + 1] == 2
+  assert sample["mask"].sum() == count + 2 and set(sample["text"][count + 2 :].tolist()) == {1}
+  assert "'a black cat'" in data.show(sample)
+  spm.unlink()
+  again = own(rows, rows[:1], **options, expected=json.loads(json.dumps(data.identity)))
+  assert again.identity == data.identity and again.identity["tokenizer"]["kind"] == "xlmr"
+
+
 def test_values_out_of_range_are_refused(own):
   rows = [row(0, "a")], [row(1, "b")]
   for options, message in (
@@ -346,6 +392,24 @@ def test_tfds_captions_are_read_without_tensorflow(prepared, tmp_path):
   assert len(both.train) == 8
   single = load(tmp_path, "tiny_captions", **prepared | {"text_key": "image/filename"})
   assert sorted(single.train.texts) == ["0.png", "1.png", "2.png"]
+
+
+@pytest.mark.parametrize("variant", sorted(beit3.VARIANTS))
+def test_each_config_reads_what_its_data_set_holds(variant, prepared):
+  """Of coco_captions, by its layout; what is one's own has its usual splits, and what is embedded
+  is there."""
+  config = from_config_dict(beit3.get_config(variant))
+  fields = caption_sources.Options._fields
+  given = {name: getattr(config.data, name) for name in fields if not name.endswith("_files")}
+  if config.data.name == "pairs_jsonl":
+    assert given["validation_split"] == "validation"
+    return
+  is_coco = config.data.name == "coco_captions/2014"
+  assert is_coco or config.data.name.startswith("embedded/emoji/")
+  options = caption_sources.Options(**given | {"data_dir": prepared["data_dir"]})
+  name = "tiny_captions" if is_coco else config.data.name
+  parts = caption_sources.read_captioned(name, options, documents.BadRecords())
+  assert [len(part.texts) for part in parts] == [6, 4] or not is_coco
 
 
 def test_bad_tfds_captions_are_named(prepared, tmp_path):
@@ -498,7 +562,7 @@ def test_masks_are_drawn_anew_in_training_and_fixed_in_validation(tmp_path):
   sample = data.validation[5]
   assert (sample["text"] == plain.validation[5]["text"]).all()
   assert sample["weights"].shape == sample["targets"].shape == sample["inputs"].shape == (48,)
-  assert captions.words_of(data.tokenizer, sample["inputs"]).count("[mask]") >= 10
+  assert masking.words_of(data.tokenizer, sample["inputs"]).count("[mask]") >= 10
   assert data.identity != plain.identity and data.rows is plain.validation
   assert data.references() == plain.references() and data.describe() == plain.describe()
   (batch,) = pipelines.eval_batches(data.validation, 200)

@@ -251,6 +251,8 @@ def test_words_of_masked_tokens(loaded):
   ids = [1, *loaded.tokenizer.encode("\u00e9t\u00e9"), 260, *loaded.tokenizer.encode("x"), 2, 0]
   assert data.words(np.array(ids)) == "[bos]\u00e9t\u00e9[mask]x[eos][pad]"
   assert data.words(ids, {0: "", 6: "<a|b>"}) == "\u00e9t\u00e9<a|b>x[eos][pad]"
+  bare = masking.words_of(data.tokenizer, np.array(ids), specials=False)
+  assert bare == "\u00e9t\u00e9[mask]x"
   sample = data.augment(data.train[0], np.random.default_rng(0))
   assert data.show(sample).startswith("starts with '") and "[mask]" in data.show(sample)
 

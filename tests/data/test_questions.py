@@ -2,6 +2,7 @@
 
 import collections
 import csv
+import dataclasses
 import inspect
 import json
 import pathlib
@@ -97,6 +98,42 @@ def test_a_question_tells_nothing_of_its_answer(split, language):
     for text, times in answers.items():
       assert len(times) == (8 if text in ("what is this?", "was ist das?") else 2), text
       assert len({*times.values()}) == 1, text
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("split", SPLITS)
+def test_an_image_tells_nothing_of_yes_or_no(split, language):
+  """Of each emoji yes and no are as frequent: exactly of keywords, nearly of groups."""
+  made = emoji_questions.questions(split, language)
+  for kind, most in (("keyword", 0), ("group", 0.05)):
+    own = [question for question in made if question.kind.startswith(kind)]
+    surplus = collections.Counter()
+    for question in own:
+      surplus[question.images[0]] += 1 if question.answer == YES[language] else -1
+    assert sum(map(abs, surplus.values())) <= most * len(own)
+
+
+def test_what_an_image_is_of_answers_no_question_by_itself(own, tmp_path):
+  """But what it is; of one's own images it is not known."""
+  for split in ("validation", "test"):
+    data = load(tmp_path, name="embedded/emoji/en", validation_split=split)
+    found = data.majority_of_the_image()
+    assert found.keys() == data.majority().keys() and found["which en"] > 0.9
+    assert found["group en"] == pytest.approx(0.5, abs=0.01)
+    assert found["keyword en"] == pytest.approx(0.5, abs=0.02)
+  data = own([ask(0, "?", "a"), ask(1, "?", "b")], [ask(2, "?", "a")], least_answers=1)
+  assert data.majority_of_the_image() == {}
+
+
+def test_the_commonest_answer_of_like_images_is_by_kind_and_subgroup(own):
+  """Where training has no such images, that of the kind."""
+  train = [ask(i, "?", a, type="x") for i, a in enumerate(["no", "yes", "no", "no"])]
+  validation = [ask(5 + i, "?", a, type="x") for i, a in enumerate(["yes", "no", "no"])]
+  data = own(train, validation, least_answers=1)
+  data = dataclasses.replace(data, shown=(("a", "b", "a", "c"), ("b", "a", "d")))
+  assert data.majority_of_the_image() == {"": 1.0, "x": 1.0}
+  data = dataclasses.replace(data, shown=(("a", "b", "a", "c"), ("a", "b", "b")))
+  assert data.majority_of_the_image() == {"": 0.0, "x": 0.0}
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -224,6 +261,20 @@ def test_answers_that_are_common_in_training_are_known(own):
     ValueError, match="0 answers are those of at least 9 training questions .the "
   ):
     own(train, validation)
+
+
+@pytest.mark.parametrize("most", [1, 3, 4])
+def test_lists_that_can_never_be_right_are_told(most, own, caplog):
+  """A text scores 1, and a list of it 0.3, as of one of ten annotators."""
+  train = [ask(0, "?", "no"), ask(1, "?", ["yes"]), ask(2, "?", ["no"] * most + ["yes"])]
+  data = own(train, [ask(6, "?", "no")], least_answers=1)
+  scores = [float(data.train[i]["targets"].max()) for i in range(3)]
+  assert scores == pytest.approx([1, 0.3, {1: 0.3, 3: 0.9, 4: 1.0}[most]])
+  told = [text for text in caplog.messages if "equal ones" in text]
+  assert len(told) == (most < 4)
+  assert not told or (
+    "train.jsonl: line 2 and all others" in told[0] and f"{most} equal" in told[0]
+  )
 
 
 def test_the_majority_is_of_the_kind(own):

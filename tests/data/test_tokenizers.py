@@ -7,6 +7,7 @@ import pytest
 import sentencepiece
 
 from magneto_jax.data import documents, sources, tokenizers
+from tests import pieces
 
 # Characters that sentencepiece normalises, reserves or drops unless told otherwise.
 _HARD = [
@@ -235,6 +236,61 @@ def test_load_refuses_models_with_other_ids_or_without_bytes(tmp_path, options):
   )
   with pytest.raises(ValueError, match=r"other\.model has the ids .*byte_fallback=true"):
     tokenizers.SentencePieceTokenizer.load(f"{prefix}.model")
+
+
+# ---------------------------------------------------------------------------------------------
+# XLM-R's
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def spm(tmp_path_factory):
+  return pieces.train(tmp_path_factory.mktemp("xlmr") / "released.spm")
+
+
+def test_xlmr_ids_are_those_of_fairseqs_dictionary(spm):
+  """Which lists its four marks, the model's pieces but for the model's own marks, and the mask."""
+  made = tokenizers.XLMRTokenizer.load(spm)
+  model = sentencepiece.SentencePieceProcessor(model_file=str(spm))
+  own = [model.id_to_piece(i) for i in range(model.get_piece_size())]
+  assert own[:3] == ["<unk>", "<s>", "</s>"]
+  symbols = ["<s>", "<pad>", "</s>", "<unk>", *own[3:], "<mask>"]
+  texts = [*pieces.WORDS, "a cat's ☃ face", "cat </s> <mask>", "", " a  cat "]
+  for text, found in zip(texts, made.encode_all(texts), strict=True):
+    split = model.encode(text, out_type=str)
+    expected = [symbols.index(p) if p in symbols[4:-1] else 3 for p in split]
+    assert found.dtype == np.int32 and found.tolist() == expected
+    assert made.encode(text).tolist() == expected
+  assert (made.bos_id, made.pad_id, made.eos_id, made.unk_id) == (0, 1, 2, 3)
+  # BEiT-3's: of 64,000 pieces the mask is 64,001.
+  assert symbols.index("<mask>") == made.vocab_size == len(own) + 1
+  assert 3 in made.encode("☃") and not {0, 1, 2} & {*made.encode("<s> <pad> </s>").tolist()}
+
+
+def test_xlmr_gives_texts_back_but_for_what_has_no_piece(spm):
+  made = tokenizers.XLMRTokenizer.load(spm)
+  for text in pieces.WORDS:
+    assert made.decode([made.bos_id, *made.encode(text), made.eos_id, made.pad_id]) == text
+  assert made.decode(made.encode("a ☃ cat")).split() == ["a", "cat"]
+  for bad in (-1, made.vocab_size):
+    with pytest.raises(ValueError, match="ids must lie in"):
+      made.decode([bad])
+
+
+def test_xlmr_is_known_by_its_file_and_no_other_model_is_one(spm, trained, tmp_path):
+  made = tokenizers.XLMRTokenizer.load(spm)
+  assert made.identity["kind"] == "xlmr" and made.identity["vocab_size"] == made.vocab_size
+  assert tokenizers.XLMRTokenizer.load(spm, made.identity).identity == made.identity
+  other = pieces.train(tmp_path / "other.spm", ("other words", "and more of them"))
+  with pytest.raises(ValueError, match="is not the tokenizer that this run was started with"):
+    tokenizers.XLMRTokenizer.load(other, made.identity)
+  (tmp_path / "own.model").write_bytes(trained.model)
+  with pytest.raises(ValueError, match=r"own.model has the ids .*; one of XLM-R's kind has"):
+    tokenizers.XLMRTokenizer.load(tmp_path / "own.model")
+  with pytest.raises(ValueError, match=r"released.spm has the ids .*; tokenizer='xlmr' reads"):
+    tokenizers.SentencePieceTokenizer.load(spm)
+  with pytest.raises(FileNotFoundError, match="none.spm does not exist"):
+    tokenizers.XLMRTokenizer.load(tmp_path / "none.spm")
 
 
 # ---------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import sys
 import jax
 import pytest
 
-from magneto_jax.kernels import attention, check, conformance
+from magneto_jax.kernels import attention, check, command_line, conformance
 from tests.kernels.implementations import Mistaken
 
 SMALL = dict(T=4, S=4, N=2, K=2, H=4)
@@ -47,6 +47,8 @@ def test_quick_is_a_part_and_records_nothing(small, capsys):
   [
     ("--jobs=0", "--jobs=0 must be at least 1"),
     ("--jobs=x", "argument --jobs: invalid int value: 'x'"),
+    ("--implementaton=xla", "--implementaton=xla; did you mean --implementation?"),
+    ("--fast", "unrecognized arguments: --fast; python -m magneto_jax.kernels.check --help lists"),
     ("--implementation=cudnn", "--implementation='cudnn' does not run on a cpu"),
   ],
 )
@@ -57,6 +59,30 @@ def test_bad_flags_get_one_line(flag, error, capsys):
     status = stop.code
   said = capsys.readouterr()
   assert (status, said.out) == (2, "") and error in said.err and said.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+  "error, status, line",
+  [
+    (KeyboardInterrupt(), 130, "interrupted"),
+    (OSError(28, "No space left on device", "t.json"), 2, "No space left on device: 't.json'"),
+    (MemoryError("17 TiB"), 2, "17 TiB; measure a smaller call, of a smaller batch or length"),
+  ],
+)
+def test_what_ends_a_command_is_told_in_a_line(error, status, line, capsys, monkeypatch):
+  """With `--debug` after its traceback."""
+
+  def main():
+    raise error
+
+  assert command_line.run(main) == status
+  said = capsys.readouterr().err
+  assert line in said and said.startswith("error: ") and said.count("\n") == 1
+  monkeypatch.setattr(sys, "argv", ["check", "--debug"])
+  assert command_line.run(main) == status
+  loud = capsys.readouterr().err
+  assert loud.startswith("Traceback") and loud.endswith(said)
+  assert command_line.run(lambda: None) == 0
 
 
 def test_what_refuses_every_case_is_not_recorded(small, monkeypatch, capsys):

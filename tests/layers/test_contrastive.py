@@ -72,6 +72,23 @@ def test_bfloat16_features_cost_float32():
   assert all(nats.dtype == jnp.float32 for nats in contrastive_loss(x, x, 100.0))
 
 
+def test_products_are_not_rounded_on_any_device():
+  """Where the default is less: a program that a TPU would run says that float32 is multiplied."""
+  x = jnp.eye(3)
+  with jax.default_matmul_precision("bfloat16"):
+    program = str(jax.make_jaxpr(jax.grad(lambda x: sum(contrastive_loss(x, x, 1.0))[0]))(x))
+  assert "dot_general" in program and "precision=(Precision.HIGHEST" in program
+  assert "precision=bfloat16" not in program.lower() and "precision=None" not in program
+
+
+def test_parts_of_a_batch_cost_something_else():
+  """So that a batch is not cut."""
+  x, y = np.random.default_rng(0).standard_normal((2, 4, 3)).astype(np.float32)
+  mean = lambda rows: float(jnp.mean(sum(contrastive_loss(x[rows], y[rows], 1.0))))
+  whole, parts = mean(slice(None)), (mean(slice(2)) + mean(slice(2, 4))) / 2
+  assert whole > parts + 0.1
+
+
 def test_features_of_other_shapes_are_refused():
   with pytest.raises(ValueError, match=r"\[3, 2\] and of texts \[2, 2\] must be of one shape"):
     contrastive_loss(np.ones((3, 2)), np.ones((2, 2)), 1.0)

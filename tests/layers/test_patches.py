@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from magneto_jax.layers.initializers import dense_init
-from magneto_jax.layers.patches import PatchEmbedding
+from magneto_jax.layers.patches import PatchEmbedding, resized_positions
 from magneto_jax.theory.records import Init
 from tests import reference
 
@@ -75,3 +75,27 @@ def test_wrong_arguments_raise(options, inputs, message):
   layer = PatchEmbedding(8, **{"patch_size": 2} | options)
   with pytest.raises(ValueError, match=message):
     jax.eval_shape(layer.init, jax.random.key(0), *inputs)
+
+
+def test_positions_are_resized_along_each_side_by_itself():
+  """A product of two lines stays one, of other sides; `tests/convert/test_beit3.py` has torch's."""
+  down, right = np.random.default_rng(0).standard_normal((2, 5))
+  line = lambda x, to: resized_positions(x[:, None], (len(x), 1), (to, 1))[:, 0]
+  table = np.outer(down[:3], right).reshape(-1, 1)
+  found = resized_positions(table, (3, 5), (4, 2))
+  expected = np.outer(line(down[:3], 4), line(right, 2)).reshape(-1, 1)
+  np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
+  assert found.dtype == np.float64
+  assert resized_positions(table.astype(np.float32), (3, 5), (4, 2)).dtype == np.float32
+  np.testing.assert_array_equal(resized_positions(table, (3, 5), (3, 5)), table)
+
+
+def test_a_ramp_of_positions_stays_one_to_a_tenth_of_a_step():
+  """Away from the rim: each grid is spread over the same image. Between two rows the kernel is off
+  by less; a third more rows, and a third fewer."""
+  y, x = np.indices((14, 14)) + 0.5
+  for side in (21, 10):
+    found = resized_positions(np.stack([y, x], -1).reshape(-1, 2), (14, 14), (side, side))
+    wanted = np.moveaxis((np.indices((side, side)) + 0.5) * 14 / side, 0, -1)
+    inner = (slice(4, -4), slice(4, -4))
+    np.testing.assert_allclose(found.reshape(side, side, 2)[inner], wanted[inner], rtol=0, atol=0.1)

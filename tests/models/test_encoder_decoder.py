@@ -402,7 +402,8 @@ def test_bfloat16_model_keeps_float32_parameters_and_logits():
   assert jax.eval_shape(encode, variables, SOURCE).dtype == jnp.bfloat16
   assert jax.eval_shape(model.apply, variables, *INPUTS).dtype == jnp.float32
   caches = decoder(dtype=jnp.bfloat16, num_kv_heads=1).init_state(3, T, S).caches
-  for cache, length in zip(caches[0][0], (T, S), strict=True):
+  block = caches[0][0]
+  for cache, length in ((block.self_attention, T), (block.cross_attention, S)):
     assert (cache.k_LBKSH.dtype, cache.k_LBKSH.shape) == (
       jnp.bfloat16,
       (2, 3, 1, length, WIDTH // HEADS),

@@ -281,15 +281,19 @@ def test_features_are_of_images_and_texts_alone_and_of_length_one():
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
-def test_a_scale_begins_at_clips_and_beyond_the_largest_still_learns():
+def test_a_scale_begins_at_clips_and_ends_at_the_largest():
+  """Below it the slope of exp(s) is exp(s); beyond, where nothing bounds s, there is none."""
   model = RetrievalBEiT3(encoder=beit3(), scale_max=100.0)
   # All else is left out of the program.
   drawn = compiled(lambda: model.init(jax.random.key(0), *PAIR)["params"]["logit_scale"])()
   assert float(drawn) == pytest.approx(2.65926, abs=1e-5)
   params = reference.random_params(model, *PAIR)
   scale = lambda s: model.apply({"params": params | {"logit_scale": s}}, None, TOKENS).scale
-  value, slope = compiled(jax.value_and_grad(scale))(jnp.float32(5.0))
-  assert float(value) == pytest.approx(100.0) and float(slope) == pytest.approx(100.0)
+  found = compiled(jax.value_and_grad(scale))
+  value, slope = found(jnp.float32(5.0))
+  assert float(value) == pytest.approx(100.0) and float(slope) == 0.0
+  value, slope = found(jnp.float32(4.0))
+  assert float(value) == pytest.approx(math.exp(4)) and float(slope) == pytest.approx(math.exp(4))
 
 
 def mlp(params, x):

@@ -178,7 +178,7 @@ def test_fields_reach_the_model_or_are_refused():
   assert (first.class_token, first.relative_grid, first.encoder.max_length) == (True, None, 17)
   assert TASK.length(config_of()) == 17
   for fields, message in (
-    ({"vocab_chunk": 3}, "vocab_chunk=3 is not read"),
+    ({"vocab_chunk": 3}, "config.vocab_chunk is not read"),
     ({"model": {"window": 3}}, "model.window=3 is of earlier tokens"),
   ):
     with pytest.raises(ConfigError, match=message):

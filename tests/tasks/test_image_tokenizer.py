@@ -121,8 +121,8 @@ def test_the_stacks_have_depths_of_their_own_and_are_found():
 @pytest.mark.parametrize(
   "fields, message",
   [
-    ({"label_smoothing": 0.1}, "label_smoothing=0.1 is not read with"),
-    ({"vocab_chunk": 8}, "vocab_chunk=8 is not read with"),
+    ({"label_smoothing": 0.1}, "config.label_smoothing is not read with"),
+    ({"vocab_chunk": 8}, "config.vocab_chunk is not read with"),
     ({"ema": 0.9}, "ema=0.9 is not read with"),
     ({"data": {"normalization": "imagenet"}}, "set data.normalization='half'"),
     ({"model": {"window": 3}}, "set model.window=0"),

@@ -40,16 +40,25 @@ def batch_of(config, seed=0):
     if name.endswith("mask"):
       lengths = rng.integers(3, LENGTH + 1, spec.shape[:-1])
       batch[name] = np.arange(LENGTH) < lengths[..., None]
+    elif name.endswith("places"):
+      size = PATCHES if "image" in name else LENGTH
+      keys = rng.random((*spec.shape[:-1], size))
+      batch[name] = np.sort(keys.argsort(-1)[..., : spec.shape[-1]]).astype(np.int32)
     elif name.endswith(("masked", "weights")):
-      batch[name] = (rng.random(spec.shape) < 0.4).astype(spec.dtype)
+      batch[name] = (rng.random(spec.shape) < 0.6).astype(spec.dtype)
     elif spec.dtype == jnp.float32:
       batch[name] = rng.normal(size=spec.shape).astype(np.float32)
     else:
       batch[name] = rng.integers(4, V_TEXT, spec.shape).astype(np.int32)
-  for name in ("pair", "text"):
-    if f"{name}_weights" in batch:
-      batch[f"{name}_weights"] *= batch[f"{name}_mask"]
+  for part, mask in (("pair_text", "pair_mask"), ("text", "text_mask")):
+    if f"{part}_weights" in batch:
+      batch[f"{part}_weights"] *= at(batch[mask], batch[f"{part}_places"])
   return batch
+
+
+def at(values, places):
+  """What stands at places of the last axis."""
+  return np.take_along_axis(np.asarray(values), places, axis=-1)
 
 
 @functools.cache
@@ -81,7 +90,7 @@ def floats(tree):
 
 
 def nats_by_hand(model, variables, batch):
-  """{part: [B, n, P or T]} by one plain call of the model for each kind, in float64."""
+  """{part: [B, n, K]} by one plain call of the model for each kind, in float64."""
   flat = lambda name: batch[name].reshape(-1, *batch[name].shape[2:])
   call = jax.jit(lambda v, *args, **kwargs: model.apply(v, *args, **kwargs))
   pair = call(
@@ -95,24 +104,23 @@ def nats_by_hand(model, variables, batch):
   text = call(variables, None, flat("text"), mask_BT=flat("text_mask"))
   tokens = jax.jit(lambda v, x: model.apply(v, x, method="tokens"))
   found = {
-    "pair_image": (pair.image, tokens(variables, flat("pair_image")), "pair_masked"),
-    "pair_text": (pair.text, flat("pair_targets"), "pair_weights"),
-    "image": (image.image, tokens(variables, flat("image")), "image_masked"),
-    "text": (text.text, flat("text_targets"), "text_weights"),
+    "pair_image": (pair.image, tokens(variables, flat("pair_image"))),
+    "pair_text": (pair.text, flat("pair_targets")),
+    "image": (image.image, tokens(variables, flat("image"))),
+    "text": (text.text, flat("text_targets")),
   }
   nats, answers, targets = {}, {}, {}
-  for part, (logits, of_part, hidden) in found.items():
-    z, shape = np.asarray(logits, np.float64), batch[hidden].shape
-    costs = (
-      np.log(np.exp(z).sum(-1)) - np.take_along_axis(z, np.asarray(of_part)[..., None], -1)[..., 0]
-    )
-    nats[part] = costs.reshape(shape)
-    answers[part], targets[part] = z.argmax(-1).reshape(shape), np.asarray(of_part).reshape(shape)
+  for part, (logits, of_part) in found.items():
+    z, places = np.asarray(logits, np.float64), batch[f"{part}_places"]
+    of_part = np.asarray(of_part)
+    costs = np.log(np.exp(z).sum(-1)) - at(z, of_part[..., None])[..., 0]
+    wanted = lambda values, places=places: at(values.reshape(*places.shape[:2], -1), places)
+    nats[part], answers[part], targets[part] = map(wanted, (costs, z.argmax(-1), of_part))
   return nats, answers, targets
 
 
 def hidden_of(batch, part):
-  return batch[masked_data.PARTS[part].hidden] > 0
+  return batch[masked_data.PARTS[part].weights] > 0
 
 
 # ---------------------------------------------------------------------------------------------
@@ -207,32 +215,57 @@ def test_one_kind_alone_moves_no_expert_of_another(model):
 
 
 def test_what_is_measured_is_what_is_hidden():
-  """From the logits of plain calls, by hand; of pairs also with each part alone."""
+  """From the logits of plain calls, by hand; of pairs also with each part alone, and with another.
+
+  The end of a text costs nats, and is no question.
+  """
   config, model, variables = built()
   batch = batch_of(config)
   flat = lambda name: batch[name].reshape(-1, *batch[name].shape[2:])
-  image, text = jax.jit(
+  count = len(flat("pair_text"))
+  ahead = (np.arange(count) + count // 2) % count
+  given = {"pair_image": flat("pair_image"), "pair_masked": flat("pair_masked")}
+  image, text, beside = jax.jit(
     lambda v: (
-      model.apply(v, flat("pair_image"), masked_BP=flat("pair_masked")).image,
+      model.apply(v, given["pair_image"], masked_BP=given["pair_masked"]).image,
       model.apply(v, None, flat("pair_text"), mask_BT=flat("pair_mask")).text,
+      model.apply(
+        v,
+        given["pair_image"][ahead],
+        flat("pair_text"),
+        masked_BP=given["pair_masked"][ahead],
+        mask_BT=flat("pair_mask"),
+      ),
     )
   )(variables)
-  without = {"pair_image": np.asarray(image), "pair_text": np.asarray(text)}
+  shaped = lambda part, x: np.asarray(x).argmax(-1).reshape(ROWS, -1, x.shape[1])
+  pick = lambda part, x: at(shaped(part, x), batch[f"{part}_places"])
+  back = np.argsort(ahead)
+  without = {"pair_image": pick("pair_image", image), "pair_text": pick("pair_text", text)}
+  another = {
+    "pair_image": pick("pair_image", np.asarray(beside.image)[back]),
+    "pair_text": pick("pair_text", beside.text),
+  }
   # What the text alone is answered by is right: fewer answers are where the image is given.
-  batch["pair_targets"] = without["pair_text"].argmax(-1).reshape(batch["pair_targets"].shape)
+  batch["pair_targets"] = shaped("pair_text", text).astype(np.int32)
+  batch["text_weights"][:] = 1
+  batch["pair_targets"][0], batch["text_targets"][0] = 2, 2  # The end's.
   nats, answers, targets = nats_by_hand(model, variables, batch)
   found = jax.tree.map(np.asarray, measured()(variables, batch))
   for part in PARTS:
     hidden = hidden_of(batch, part)
-    assert found[f"{part}_weight"] == hidden.sum() > 0
+    asked = hidden & ("image" in part or targets[part] != 2)
+    assert found[f"{part}_weight"] == hidden.sum() >= found[f"{part}_asked"] == asked.sum() > 0
     assert found[f"{part}_nats"] == pytest.approx(nats[part][hidden].sum(), rel=1e-5)
-    right = (answers[part] == targets[part]) & hidden
-    assert found[f"{part}_correct"] == right.sum()
-    np.testing.assert_array_equal(found[f"{part}_targets"], np.where(hidden, targets[part], -1))
+    right = lambda of, asked=asked, part=part: ((of == targets[part]) & asked).sum()
+    assert found[f"{part}_correct"] == right(answers[part])
+    np.testing.assert_array_equal(found[f"{part}_targets"], np.where(asked, targets[part], -1))
+    np.testing.assert_array_equal(found[f"{part}_places"], batch[f"{part}_places"])
     if part in without:
-      alone = without[part].argmax(-1).reshape(hidden.shape)
-      assert found[f"{part}_correct_alone"] == ((alone == targets[part]) & hidden).sum()
-  assert found["pair_text_weight"] == found["pair_text_correct_alone"] > found["pair_text_correct"]
+      assert found[f"{part}_correct_alone"] == right(without[part])
+      assert found[f"{part}_correct_beside_another"] == right(another[part])
+  assert found["pair_text_weight"] > found["pair_text_asked"]
+  assert found["pair_text_asked"] == found["pair_text_correct_alone"] > found["pair_text_correct"]
   assert found["loss"] == pytest.approx(sum(found[f"{part}_nats"] for part in PARTS), rel=1e-6)
 
 
@@ -246,25 +279,30 @@ def test_rows_that_fill_up_the_last_batch_count_nothing():
 
 
 def test_metrics_are_what_their_names_say():
-  """Patches: of place 0 token 5 three times, of place 1 token 2 twice. Tokens: 7, 7, 9."""
-  patches = np.array([[[5, -1]], [[5, 2]], [[5, 2]]])
+  """Patches: of place 3 token 5 three times, of place 1 token 2 twice. Tokens: 7, 7, 9."""
+  patches, places = np.array([[[5, -1]], [[5, 2]], [[5, 2]]]), np.array([[[3, 0]]] + [[[3, 1]]] * 2)
   tokens = np.array([[[7, -1]], [[-1, 7]], [[9, -1]]])
-  sums = {"nats": 6.0, "weight": 5.0, "correct": 3.0, "correct_alone": 1.0}
+  right = {"correct": 3.0, "correct_alone": 1.0, "correct_beside_another": 2.0}
+  sums = {"nats": 6.0, "weight": 5.0, "asked": 5.0, **right}
   totals = {f"pair_image_{name}": value for name, value in sums.items()}
-  sums = {"nats": 6.0, "weight": 3.0, "correct": 2.0, "correct_alone": 1.0}
+  # Of six hidden tokens three are the end of a text.
+  sums = {"nats": 12.0, "weight": 6.0, "asked": 3.0, **right, "correct": 2.0}
   totals |= {f"pair_text_{name}": value for name, value in sums.items()}
   totals |= {"pair_image_targets": patches, "pair_text_targets": tokens}
+  totals |= {"pair_image_places": places, "pair_text_places": np.zeros_like(tokens)}
   assert TASK.metrics(totals, None, whole=True) == pytest.approx(
     {
       "loss_nats_of_all_parts": 3.2,
       "pair_image_nats": 1.2,
       "pair_image_accuracy": 0.6,
       "pair_image_accuracy_without_text": 0.2,
+      "pair_image_accuracy_with_another_text": 0.4,
       "pair_image_commonest_token": 0.6,
       "pair_image_commonest_token_of_the_place": 1.0,
       "pair_text_nats": 2.0,
       "pair_text_accuracy": 2 / 3,
       "pair_text_accuracy_without_image": 1 / 3,
+      "pair_text_accuracy_with_another_image": 2 / 3,
       "pair_text_commonest_token": 2 / 3,
       "codebook_perplexity": 0.6**-0.6 * 0.4**-0.4,
     }
@@ -297,10 +335,10 @@ def test_pairs_are_what_is_diagnosed():
   batch = batch_of(config)
   assert TASK.observed(batch).keys() == {name for name in batch if name.startswith("pair_")}
   alone = {name: x for name, x in batch.items() if not name.startswith("pair_")}
-  assert TASK.observed(alone).keys() == {"image", "image_masked"}
+  assert TASK.observed(alone).keys() == {name for name in batch if name.startswith("image")}
   call = diagnostics.calls_of(TASK, model)(batch, jax.random.key(0))
   (output,) = jax.eval_shape(lambda: call.without_targets().apply(model, variables))
-  assert output.image.shape == (2 * ROWS, PATCHES, V_IMAGE)
+  assert output.image.shape == (2 * ROWS, batch["image_places"].shape[-1], V_IMAGE)
   loss = jax.jit(lambda: call.loss(call.apply(model, variables)))()
   found = measured()(variables, batch)
   means = [found[f"{part}_nats"] / found[f"{part}_weight"] for part in PARTS[:2]]
@@ -376,6 +414,9 @@ def test_samples_are_those_of_the_spec(loaded):
   facts, planned = TASK.facts(data), TASK.planned_facts(config)
   assert facts["vocab_size"] == planned["vocab_size"] == data.tokenizer.vocab_size + 1
   assert planned["token_correlation"] < facts["token_correlation"] < 1
+  # The mask is the commonest of what is read.
+  assert facts["token_correlation"] == pytest.approx(np.sum(data.frequencies() ** 2))
+  assert data.frequencies().argmax() == data.tokenizer.vocab_size
   words = TASK.describe(config, facts)[-1]
   assert words.startswith("a row has 1 pairs, 1 images, 1 texts; hides 6 of 4 x 4 patches, 15% of")
 
@@ -406,7 +447,7 @@ def test_pairs_are_shown_as_they_are_read_and_as_they_are_answered(loaded):
   np.testing.assert_array_equal(both.images, alone.images)
   assert (restored.images != whole.images).any()
   for i, sample in enumerate(samples):
-    hidden = int(sample["pair_weights"].sum())
+    hidden = int(sample["pair_text_weights"].sum())
     for row in (both, alone):
       assert row.captions[i].replace("[eos]", "").count("[") == hidden
     masks = np.count_nonzero(sample["pair_text"][0] == data.tokenizer.vocab_size)

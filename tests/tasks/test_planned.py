@@ -55,6 +55,8 @@ def batch_of(config, rng):
     batch[name] = np.ones(spec.shape, bool) if name.endswith("mask") else values.astype(spec.dtype)
     if name.endswith("segment_ids"):
       batch[name][:] = 1
+    if name.endswith("places"):
+      batch[name] %= 4  # The patches of the smallest grid.
     if name.endswith("positions"):
       batch[name][:] = range(spec.shape[1])
   return batch

@@ -108,8 +108,8 @@ def test_fields_reach_the_model_or_are_refused():
   assert (built.pooling, built.dropout_rate, built.classes) == ("mean", 0.2, 3)
   assert (built.encoder.recipe.num_layers, built.encoder.vocab_size) == (3, 260)
   for fields, message in (
-    ({"label_smoothing": 0.1}, "label_smoothing=0.1 is not read"),
-    ({"vocab_chunk": 3}, "vocab_chunk=3 is not read"),
+    ({"label_smoothing": 0.1}, "label_smoothing is not read with"),
+    ({"vocab_chunk": 3}, "vocab_chunk is not read with"),
     ({"model": {"window": 3}}, "model.window=3 is of earlier tokens"),
   ):
     with pytest.raises(ConfigError, match=message):

@@ -13,10 +13,15 @@ import pytest
 from PIL import Image
 
 import magneto_jax
-from magneto_jax import diagnostics, evaluation, optimizers, pretrained, training
+from magneto_jax import convert, diagnostics, evaluation, optimizers, pretrained, runs, training
 from magneto_jax.config import ConfigError, from_config_dict
-from magneto_jax.data import scores
+from magneto_jax.convert import beit3, saved
+from magneto_jax.data import image_files, scores, tokenizers
+from magneto_jax.models import BEiT3, CaptioningBEiT3, Encoder
 from magneto_jax.tasks import TASKS, image_captioning, image_text_retrieval, vision_language
+from magneto_jax.theory.recipes import RECIPES
+from magneto_jax.theory.records import Architecture
+from tests import pieces, reference
 from tests.models.common import compiled
 from tests.tasks.test_masked_image import drawn
 
@@ -26,6 +31,8 @@ RETRIEVAL, CAPTIONING, QUESTIONS, REASONING = NAMES = (
   "visual_question_answering",
   "visual_reasoning",
 )
+# Judged on all of a validation set.
+WHOLE = (RETRIEVAL, QUESTIONS, REASONING)
 ROWS, LENGTH = 5, 24
 SMALL = {"layers": 1, "width": 16, "ffn_width": 16, "heads": 2, "positions": "learned"}
 SMALL |= {"image_size": 16, "patch_size": 8}
@@ -192,6 +199,10 @@ def test_recalls_have_one_feature_an_image_and_all_texts():
   expected["mean_recall"] = np.mean([x for name, x in expected.items() if "recall" in name])
   assert found == pytest.approx(expected)
   assert 10 < found["mean_recall"] < 90
+  # Which way is which stands in the run's table.
+  ways = TASKS[RETRIEVAL].signatures(None)
+  assert ways["image_recall_at_k"].startswith("text to image: ")
+  assert ways["text_recall_at_k"].startswith("image to text: ")
 
 
 def test_chance_is_what_random_orders_recall():
@@ -225,23 +236,36 @@ def test_questions_are_judged_by_type_beside_the_majority_of_the_type():
   assert found["loss_nats_per_question"] == 2.0
   baselines = task.baselines(data)
   assert baselines.keys() == found.keys() - {"loss_nats_per_question"}
-  assert baselines["accuracy_group_en"] == {"majority_of_the_type": 0.5}
-  assert baselines["accuracy_which_en"] == {"majority_of_the_type": 1 / 8}
+  names = ("majority_of_the_type", "subgroup_of_the_image")
+  assert all(tuple(found) == names for found in baselines.values())
+  assert baselines["accuracy_group_en"]["majority_of_the_type"] == 0.5
+  assert baselines["accuracy_which_en"]["majority_of_the_type"] == 1 / 8
+  assert baselines["accuracy_which_en"]["subgroup_of_the_image"] > 0.9
+  assert baselines["accuracy_keyword_en"]["subgroup_of_the_image"] == pytest.approx(0.5, abs=0.02)
   # Of a part of the set the types that were read.
   part = task.metrics({"loss": 1.0, "weight": 1.0, "right": right[:5]}, data, whole=False)
   assert part.keys() == {"loss_nats_per_question", "accuracy", "accuracy_group_en"}
 
 
-def test_statements_are_judged_beside_either_answer():
+def test_statements_are_judged_by_kind_beside_either_answer():
   data, task = loaded(REASONING), TASKS[REASONING]
-  labels = np.array([0, 1, 1, 1])
-  totals = {"loss": 2.0, "weight": 4.0, "labels": labels, "answers": np.array([0, 1, 0, 1])}
-  assert task.metrics(totals, data, whole=True) == {"loss_nats_per_sample": 0.5, "accuracy": 0.75}
-  assert task.baselines(data) == {"accuracy": {"majority_of_the_type": 0.5}}
+  kinds = np.array(data.kinds[1])
+  labels, answers = np.random.default_rng(0).integers(0, 2, (2, len(kinds)))
+  totals = {"loss": 2.0, "weight": 4.0, "labels": labels, "answers": answers}
+  found = task.metrics(totals, data, whole=True)
+  assert found["loss_nats_per_sample"] == 0.5
+  assert found["accuracy"] == pytest.approx(np.mean(labels == answers))
+  for kind in ("both en", "one en", "same en"):
+    own = kinds == kind
+    name = "accuracy_" + kind.replace(" ", "_")
+    assert found[name] == pytest.approx(np.mean((labels == answers)[own])) and own.any()
+  baselines = task.baselines(data)
+  assert baselines.keys() == found.keys() - {"loss_nats_per_sample"}
+  assert all(each == {"majority_of_the_type": 0.5} for each in baselines.values())
 
 
 def test_captions_are_judged_by_the_words_of_each_image(monkeypatch):
-  """Against its name and keywords, and all of its texts; the baseline is the commonest caption."""
+  """Against its name and keywords, those of others, and all of its texts."""
   data, config = loaded(CAPTIONING), config_of(CAPTIONING, beam={"judged": 3})
   references = data.references()
   perfect = lambda *args: [references[i][0] for i in args[-1]]
@@ -253,18 +277,32 @@ def test_captions_are_judged_by_the_words_of_each_image(monkeypatch):
     and found.keys()
     == {
       "keyword_f1",
+      "keyword_f1_of_other_images",
       "chrf",
       "bleu",
     }
   )
   expected = scores.keyword_f1([references[i][0] for i in range(3)], data.keywords[:3])
   assert found["keyword_f1"] == expected and 30 < expected < 100
-  baselines = TASKS[CAPTIONING].baselines(data)
-  # All names differ: the first is as common as any.
-  first = [data.train.texts[0]] * len(references)
-  assert baselines["keyword_f1"]["commonest_caption"] == scores.keyword_f1(first, data.keywords)
-  assert baselines["chrf"]["commonest_caption"] < 20
+  turned = [[data.keywords[i] for i in order] for order in ((2, 0, 1), (1, 2, 0))]
+  names = [references[i][0] for i in range(3)]
+  others = np.mean([scores.keyword_f1(names, held) for held in turned])
+  assert found["keyword_f1_of_other_images"] == pytest.approx(others) and others < expected
   assert "nrefs:var" in TASKS[CAPTIONING].signatures(None)["chrf"]
+
+
+def test_captions_that_are_the_same_for_all_images_are_the_baselines():
+  """Chosen on the training data: with the embedded names those of the targets."""
+  data = loaded(CAPTIONING)
+  found = TASKS[CAPTIONING].baselines(data)
+  # All names differ: the first is as common as any.
+  first = [data.train.texts[0]] * len(data.keywords)
+  assert found["keyword_f1"]["commonest_caption"] == scores.keyword_f1(first, data.keywords)
+  best = {metric: max(of.values()) for metric, of in found.items()}
+  assert (
+    best["keyword_f1"] == found["keyword_f1"]["commonest_keywords"] == pytest.approx(6.88, abs=0.01)
+  )
+  assert best["chrf"] == found["chrf"]["best_caption_by_chrf"] == pytest.approx(14.79, abs=0.01)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -295,6 +333,29 @@ def test_features_are_the_models_whatever_is_beside_them():
     embedder.texts(["x" * 22, "x" * 23], ["names.txt:6", "names.txt:7"])
 
 
+# Of one text: other white space, and letters that Unicode writes in two ways.
+SPELLINGS = ("a caf\u00e9?", "  a\tcafe\u0301?\n")
+
+
+def test_texts_are_found_however_they_are_spelt():
+  config, model, variables, _ = built(RETRIEVAL)
+  embedder = TASKS[RETRIEVAL].embedder(
+    config, model, variables, loaded(RETRIEVAL).tokenizer, rows=2
+  )
+  one, other = embedder.texts(SPELLINGS)
+  np.testing.assert_array_equal(one, other)
+  assert np.abs(one - embedder.texts(["a cafe?"])[0]).max() > 1e-3
+
+
+def test_features_that_are_not_numbers_are_told():
+  config, model, variables, _ = built(RETRIEVAL)
+  spoilt = jax.tree.map(lambda x: np.full_like(x, np.nan), variables)
+  embedder = TASKS[RETRIEVAL].embedder(config, model, spoilt, loaded(RETRIEVAL).tokenizer, rows=2)
+  for features in (embedder.texts, lambda _: embedder.images([np.zeros((4, 4, 3), np.uint8)])):
+    with pytest.raises(FloatingPointError, match="the model's features are not numbers"):
+      features(["a face"])
+
+
 @pytest.mark.parametrize("name", [QUESTIONS, pytest.param(REASONING, marks=pytest.mark.ci)])
 def test_answers_are_the_models_with_their_probabilities(name):
   """Of three images, or pairs of them, two at a time; the likeliest answer first."""
@@ -319,6 +380,8 @@ def test_answers_are_the_models_with_their_probabilities(name):
     assert [x.text for x in of_image] == [data.answers[first], data.answers[second]]
     np.testing.assert_allclose([x.score for x in of_image], p_A[[first, second]], rtol=1e-4)
   assert len(answerer(asked, "a face?")[0]) == 1
+  one, other = (wide(asked, spelling) for spelling in SPELLINGS)
+  assert one == other != wide(asked, "a cafe?")
   with pytest.raises(ValueError, match="the question has 23 tokens, and the model reads 22"):
     answerer(asked, "x" * 23)
 
@@ -358,14 +421,10 @@ def test_examples_are_drawn_with_what_is_found_and_answered(name):
 @pytest.mark.parametrize(
   ("name", "fields", "message"),
   [
-    (RETRIEVAL, {"batch_size": 4, "accumulation": 2}, "accumulation=2 cuts the batch whose pairs"),
-    (RETRIEVAL, {"vocab_chunk": 2}, "config.vocab_chunk=2 is not read with config.task='image_te"),
-    (QUESTIONS, {"label_smoothing": 0.1}, "config.label_smoothing=0.1 is not read with"),
-    (REASONING, {"vocab_chunk": 2}, "config.vocab_chunk=2 is not read with"),
     (CAPTIONING, {"model": {"positions": "rotary"}}, "set model.positions='learned', not 'rotary'"),
   ],
 )
-def test_what_a_task_cannot_do_is_refused(name, fields, message):
+def test_what_a_model_cannot_have_is_refused(name, fields, message):
   config = config_of(name, **fields)
   with pytest.raises(ConfigError, match=message) as error:
     TASKS[name].build_model(config, TASKS[name].planned_facts(config))
@@ -375,15 +434,26 @@ def test_what_a_task_cannot_do_is_refused(name, fields, message):
 @pytest.mark.parametrize(
   ("name", "fields", "message"),
   [
+    (RETRIEVAL, {"batch_size": 4, "accumulation": 2}, "=2 with .* cuts the batch whose pairs"),
+    (RETRIEVAL, {"vocab_chunk": 2}, "config.vocab_chunk is not read with config.task='image_te"),
+    (QUESTIONS, {"label_smoothing": 0.1}, "config.label_smoothing is not read with"),
+    (REASONING, {"vocab_chunk": 2}, "config.vocab_chunk is not read with"),
+    *((name, {"eval_batches": 2}, "=2 with .* a part .*: set eval_batches=0") for name in WHOLE),
     (QUESTIONS, {"beam": {"size": 2}}, "beam.size is not read with config.task='visual_question"),
     (CAPTIONING, {"beam": {"max_ratio": 2.0}}, "beam.max_ratio is not read with config.task='ima"),
     (REASONING, {"model": {"scale_max": 100.0}}, "model.scale_max is not read with config.task="),
     (RETRIEVAL, {"data": {"mask_rate": 0.2}}, "data.mask_rate is not read with config.task='ima"),
   ],
 )
-def test_fields_of_other_tasks_are_refused(name, fields, message):
-  with pytest.raises(ConfigError, match=message):
+def test_what_a_task_does_not_read_or_do_is_refused(name, fields, message):
+  with pytest.raises(ConfigError, match=message) as error:
     config_of(name, **fields)
+  assert "\n" not in str(error.value)
+
+
+def test_a_part_of_the_captions_may_be_read():
+  """Their loss is a mean, and they are judged apart."""
+  assert config_of(CAPTIONING, eval_batches=2).eval_batches == 2
 
 
 def test_the_scale_may_have_a_largest_value():
@@ -403,6 +473,11 @@ def test_of_questions_the_head_alone_has_its_rate():
   }
   assert not model.encoder.encoder.recipe.final_norm
   assert built(REASONING)[1].encoder.encoder.recipe.final_norm
+  told = {
+    name: TASKS[name].describe(built(name)[0], TASKS[name].facts(loaded(name)))[-1]
+    for name in (QUESTIONS, REASONING)
+  }
+  assert told == {QUESTIONS: "final norm: none", REASONING: "final norm: LN"}
 
 
 @pytest.mark.ci
@@ -429,7 +504,7 @@ def test_the_encoder_can_be_diagnosed(name):
 # The chain
 # ---------------------------------------------------------------------------------------------
 
-OFTEN = {"eval_every": 2, "checkpoint_every": 2, "log_every": 1, "eval_batches": 2}
+OFTEN = {"eval_every": 2, "checkpoint_every": 2, "log_every": 1}
 
 
 @pytest.fixture(scope="module")
@@ -454,9 +529,59 @@ def pretrained_run(tmp_path_factory):
 
 def tuned(name, start, steps, **fields):
   """The config of a run that starts with the pre-trained encoder."""
-  own = {"beam": {"judged": 3, "size": 2}} if name == CAPTIONING else {}
+  own = {"beam": {"judged": 3, "size": 2}, "eval_batches": 2} if name == CAPTIONING else {}
   given = {"optimizer": {"learning_rate": 1e-2, "schedule": "constant"}} | own | fields
   return config_of(name, steps=steps, init_from=str(start), **OFTEN, **given)
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("name", [RETRIEVAL, CAPTIONING])
+def test_a_released_model_is_fine_tuned_with_its_tokenizer(name, tmp_path):
+  """Laid out as released: positions from the third row on, spare rows behind the mask's. The run
+  has its rows, under its ids, and goes on with its own copy of the tokenizer."""
+  spm = pieces.train(tmp_path / "released.spm")
+  tokenizer = tokenizers.XLMRTokenizer.load(spm)
+  architecture = Architecture("encoder", 1, 0, 16, 16, 2)
+  stack = RECIPES["magneto_torchscale"](architecture).encoder
+  sizes = {"width": 16, "num_heads": 2, "ffn_width": 16, "positions": "none"}
+  encoder = BEiT3(
+    encoder=Encoder(recipe=stack, experts=("vision", "text"), **sizes),
+    vocab_size=tokenizer.vocab_size + 9,
+    num_patches=9,
+    patch_size=8,
+    max_text_length=64,
+    position_offset=2,
+  )
+  model = CaptioningBEiT3(encoder=encoder, mask_id=tokenizer.vocab_size)
+  params = reference.random_params(model, np.zeros((1, 24, 24, 3)), np.zeros((1, 4), int))
+  released = convert.to_beit3(model, {"params": params})
+  saved.save(tmp_path / "model", *convert.from_beit3(released, beit3.config_of(model)))
+  data = {"tokenizer": "xlmr", "tokenizer_file": str(spm)}
+  config = lambda steps: config_of(
+    name,
+    steps=steps,
+    recipe="magneto_torchscale",
+    init_from=str(tmp_path / "model"),
+    optimizer={"learning_rate": 1e-12, "schedule": "constant"},
+    data=data,
+    **OFTEN,
+    **({"beam": {"judged": 3, "size": 2}} if name == CAPTIONING else {}),
+  )
+  training.train(config(2), tmp_path / "run")
+  spm.unlink()
+  summary = training.train(config(4), tmp_path / "run")
+  assert summary["resumed_at_step"] == 2
+  found, variables = magneto_jax.load(tmp_path / "run")
+  assert found.encoder.vocab_size == tokenizer.vocab_size + 1
+  assert name != CAPTIONING or found.mask_id == tokenizer.vocab_size
+  held = variables["params"]["encoder"]
+  rows = lambda tree, name: np.asarray(tree[name]["embedding"])
+  close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-9)
+  theirs = rows(params["encoder"], "text_embedding")
+  close(rows(held, "text_embedding"), theirs[: tokenizer.vocab_size + 1])
+  theirs = rows(params["encoder"], "position_embeddings_text")
+  close(rows(held, "position_embeddings_text"), theirs[2 : LENGTH + 2])
+  assert runs.load_tokenizer(tmp_path / "run").identity == tokenizer.identity
 
 
 @pytest.mark.ci
@@ -476,6 +601,17 @@ def test_a_run_starts_with_the_pretrained_encoder(name, pretrained_run, tmp_path
   new, old = (tree["position_embeddings_vision"]["embedding"] for tree in (found, source))
   close(new[0], old[0])
   close(new[1:], pretrained.resized_positions(np.asarray(old[1:]), (4, 4), (2, 2)))
+
+
+def features_by_hand(workdir, pixels, text):
+  """What the model of a run makes of images, each seen by itself, and of a text in bytes."""
+  model, variables = magneto_jax.load(workdir)
+  see = vision_language.see(runs.read_record(workdir).config)
+  tokens = np.zeros((1, LENGTH), np.int32)
+  ids = [1, *(4 + byte for byte in text.encode()), 2]
+  tokens[0, : len(ids)] = ids
+  found = model.apply(variables, np.stack([*map(see, pixels)]), tokens, mask_BT=tokens > 0)
+  return np.asarray(found.images_BE), np.asarray(found.texts_BE)[0]
 
 
 @pytest.mark.ci
@@ -501,14 +637,21 @@ def test_the_chain_from_masked_data_to_what_it_is_for(name, pretrained_run, tmp_
     text=True,
   )
   if name == RETRIEVAL:
-    result = run(
-      "search", "--images=.", "a face", "--image=1.png", "--top=2", "--output=found.json"
-    )
+    asked = ("  a\tface ", "--image=1.png", "--top=9", "--output=found.json")
+    result = run("search", "--images=.", *asked)
     assert result.returncode == 0, result.stderr
     by_text, by_image = json.loads((tmp_path / "found.json").read_text())["found"]
     # Examples and learning curves of runs are images, too.
-    assert by_image["results"][0]["image"] == "1.png" and len(by_text["results"]) == 2
-    assert by_image["results"][0]["score"] == pytest.approx(1, abs=1e-5)
+    places = {x["place"]: x["score"] for x in by_text["results"]}
+    assert {str(tmp_path / f"{i}.png") for i in range(3)} < places.keys()
+    assert [*places.values()] == sorted(places.values(), reverse=True)
+    assert by_image["results"][0]["image"] == "1.png"
+    features = features_by_hand("whole", [image_files.read(place) for place in places], "a face")
+    np.testing.assert_allclose([*places.values()], features[0] @ features[1], atol=1e-5)
+    example = [*places].index(str(tmp_path / "1.png"))
+    ranked = {x["place"]: x["score"] for x in by_image["results"]}
+    own = features[0] @ features[0][example]
+    np.testing.assert_allclose([ranked[place] for place in places], own, atol=1e-5)
     return
   flags = ["--image=0.png", "--image=1.png", "--scores"]
   flags += [] if name == CAPTIONING else ["--question=is this a face?"]
