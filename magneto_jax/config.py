@@ -8,9 +8,7 @@ takes; everything wrong with it is one `ConfigError` of one line, raised before 
 import contextlib
 import dataclasses
 import difflib
-import functools
 import math
-import operator
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -1116,11 +1114,6 @@ def _defaults(record_type: type) -> dict[str, Any]:
     f.name: _defaults(f.type) if dataclasses.is_dataclass(f.type) else f.default
     for f in dataclasses.fields(record_type)
   }
-
-
-def _default(name: str) -> Any:
-  """A field's default, by its dotted name."""
-  return functools.reduce(operator.getitem, name.split("."), _defaults(TrainConfig))
 
 
 def from_config_dict(config: ml_collections.ConfigDict | dict[str, Any]) -> TrainConfig:
