@@ -239,6 +239,15 @@ ENTRIES: dict[str, Entry] = {
     },
     **_AFTER_PRETRAINING,
   ),
+  "visual_reasoning": Entry(
+    config="configs/beit3.py:reasoning_tiny",
+    metric="accuracy",
+    target=0.6,
+    higher_is_better=True,
+    # Either answer, whichever the kind of statement has more often.
+    baselines=lambda summary, workdir: summary["baselines"]["accuracy"],
+    **_AFTER_PRETRAINING,
+  ),
   "speech_recognition_ctc": Entry(config="configs/speech.py:ctc", **_HEARD),
   "speech_recognition_transducer": Entry(config="configs/speech.py:transducer", **_HEARD),
   "speech_translation": Entry(

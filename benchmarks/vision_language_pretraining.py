@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
       )
       for name in only
     }
-  coordinator.save(results, args, "tiny")
+  coordinator.save(results, args, "_".join(only))
   show(results)
   return 0
 

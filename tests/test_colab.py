@@ -82,6 +82,14 @@ def test_opens_in_colab(path):
   assert title.startswith("# ")
 
 
+def test_the_documentation_lists_all():
+  """Each with its link to Colab."""
+  page = (ROOT / "docs" / "notebooks.md").read_text(encoding="utf-8")
+  found = re.findall(r"^\| \[(\w+)\]\(\.\./colab/(\w+)\.ipynb\) .* (\[!\[.*\)) \|$", page, re.M)
+  badges = {path.stem: read(path).cells[0].source.splitlines()[0] for path in NOTEBOOKS}
+  assert {(name, name, badge) for name, badge in badges.items()} == set(found)
+
+
 @NAMED
 def test_installs_beside_the_jax_that_is_there(path):
   """The same lines in all: the package, and no other jax; then the devices."""

@@ -50,6 +50,26 @@ def load_data(
   )
 
 
+def facts(data: captions.CaptionData) -> Facts:
+  """What the model must know of its data: see `vision_language.facts`, of what is read, with masks.
+
+  token_correlation: sum_k p_k^2 of the frequencies of what is read of the training captions.
+  """
+  return _with_masks(data.augment.masks, vision_language.frequencies(data))
+
+
+def planned_facts(config: TrainConfig) -> Facts:
+  """Likewise without the data, as if all tokens were as frequent; see `common.planned_facts`."""
+  size, rates = common.planned_facts(config)["vocab_size"], config.data
+  masks = captions.TextMasks(rates.mask_rate, rates.mask_keep, rates.mask_random, size)
+  return _with_masks(masks, np.full(size, 1 / size))
+
+
+def _with_masks(masks: captions.TextMasks, plain_V: np.ndarray) -> Facts:
+  read = masks.frequencies(plain_V)
+  return {"vocab_size": len(read), "token_correlation": float(np.sum(read**2))}
+
+
 def build_model(config: TrainConfig, facts: Facts) -> CaptioningBEiT3:
   """The config's encoder with a head over the texts' vocabulary, whose last token is the mask."""
   return CaptioningBEiT3(
@@ -230,7 +250,7 @@ def flops(config: TrainConfig, facts: Facts) -> int:
 
 TASK = Task(
   load_data=load_data,
-  facts=vision_language.facts,
+  facts=facts,
   describe=vision_language.describe,
   build_model=build_model,
   dummy_inputs=vision_language.dummy_inputs,
@@ -240,7 +260,7 @@ TASK = Task(
   metrics=metrics,
   baselines=baselines,
   flops=flops,
-  planned_facts=vision_language.planned_facts,
+  planned_facts=planned_facts,
   batch_spec=batch_spec,
   measure=measure,
   sample=sample,

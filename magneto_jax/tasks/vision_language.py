@@ -67,12 +67,17 @@ def facts(data: Any) -> Facts:
     so that one can start with another.
   token_correlation: sum_k p_k^2 of the frequencies of the training texts' tokens, marks included.
   """
-  counts = np.bincount(data.train.tokens[: common.COUNTED_TOKENS])
-  frequencies = counts / counts.sum()
+  frequencies_V = frequencies(data)
   return {
-    "vocab_size": data.tokenizer.vocab_size + 1,
-    "token_correlation": float(np.sum(frequencies**2)),
+    "vocab_size": len(frequencies_V) + 1,
+    "token_correlation": float(np.sum(frequencies_V**2)),
   }
+
+
+def frequencies(data: Any) -> np.ndarray:
+  """How often each of the tokenizer's V ids is among the training texts' tokens, [V]."""
+  ids = data.train.tokens[: common.COUNTED_TOKENS]
+  return np.bincount(ids, minlength=data.tokenizer.vocab_size) / len(ids)
 
 
 def planned_facts(config: TrainConfig) -> Facts:

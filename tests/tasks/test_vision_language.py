@@ -109,6 +109,17 @@ def test_planned_facts_are_those_of_the_data(name):
   assert facts["vocab_size"] == 261 and facts["token_correlation"] > 1 / 261
 
 
+def test_the_correlation_of_captions_is_that_of_what_is_read_of_them():
+  """Masks among it, and the marks: of drawn samples, counted; longer texts have fewer marks."""
+  data, rng = loaded(CAPTIONING), np.random.default_rng(0)
+  rows = (data.augment.masks(data.train[i], rng) for i in range(len(data.train)))
+  read = np.concatenate([row["inputs"][row["mask"]] for row in rows])
+  found = np.sum((np.bincount(read) / len(read)) ** 2)
+  stated = TASKS[CAPTIONING].facts(data)["token_correlation"]
+  assert stated == pytest.approx(found, rel=0.1)
+  assert stated > 1.5 * TASKS[RETRIEVAL].facts(loaded(RETRIEVAL))["token_correlation"]
+
+
 def test_questions_of_ones_own_are_planned_with_the_answers_of_vqa():
   config = config_of(QUESTIONS, data={"name": "pairs_jsonl", "train_files": "x.jsonl"})
   facts = TASKS[QUESTIONS].planned_facts(config)
