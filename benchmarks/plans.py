@@ -24,6 +24,7 @@ CASES: dict[str, tuple[str, ...]] = {
   "gpt_6b7": ("gpt.py:gpt_6b7",),
   "deepnet_500_500": ("translation.py:deepnet_500_500",),
   "deepnet_100_100": ("translation.py:deepnet_100_100",),
+  "BEiT-3 base": ("beit3.py:base",),
   "BEiT-3 giant": ("beit3.py:giant",),
 }
 
@@ -69,9 +70,12 @@ def table(plans: dict[str, dict]) -> str:
   return "\n".join(lines)
 
 
-def newest() -> dict:
-  """The last result that was written."""
-  return json.loads(max(coordinator.RESULTS.glob("plans-*.json")).read_text())
+def newest() -> dict[str, dict]:
+  """Of every case the plan that was made last, whichever day's results hold it."""
+  kept = {}
+  for path in sorted(coordinator.RESULTS.glob("plans-*.json")):
+    kept |= json.loads(path.read_text())["plans"]
+  return {name: kept[name] for name in CASES if name in kept}
 
 
 def main() -> None:
@@ -81,7 +85,7 @@ def main() -> None:
   parser.add_argument("--table", action="store_true", help="print the table, plan nothing")
   arguments = parser.parse_args()
   if arguments.table:
-    print(table(newest()["plans"]))
+    print(table(newest()))
     return
   path = coordinator.RESULTS / f"plans-v5e-256-{datetime.date.today()}.json"
   kept = json.loads(path.read_text())["plans"] if path.exists() else {}
