@@ -2,6 +2,7 @@
 
 `python -m benchmarks.tiny_runs [--only=causal_lm,...]` trains them one after the other, each in a
 new workdir, and keeps the latest run of every task in results/tiny_runs.json, in the list `runs`.
+Tasks that others need come first; `--needed=DIR` takes them from an earlier call's `--workdirs`.
 Its exit code is 1 if a run misses its target or is no better than its baseline; `--table` prints
 what the file holds. A task is one row of ENTRIES.
 """
@@ -393,6 +394,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   parser.add_argument("--table", action="store_true", help="print what the results file holds")
   parser.add_argument("--workdirs", type=pathlib.Path, help="a new folder that keeps the runs")
   parser.add_argument("--output", type=pathlib.Path, default=PATH, help="the results file")
+  parser.add_argument("--needed", type=pathlib.Path, help="what holds finished runs of the others")
   args = parser.parse_args(arguments)
   names = [name.strip() for name in args.only.split(",") if name.strip()]
   if unknown := [name for name in names if name not in ENTRIES]:
@@ -404,10 +406,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if show(results) else 1
   if args.workdirs and args.workdirs.exists():
     parser.error(f"--workdirs={args.workdirs} exists: name a new folder, as a run would resume")
+  there = [name for name in ordered(names) if args.needed and name not in names]
+  if missing := [name for name in there if not (args.needed / name / "summary.json").exists()]:
+    parser.error(f"--needed={args.needed} holds no finished run of {missing[0]}")
   results = []
   with tempfile.TemporaryDirectory() as scratch:
-    workdirs: dict[str, pathlib.Path] = {}
+    workdirs = {name: args.needed.absolute() / name for name in there}
     for name in ordered(names):
+      if name in there:
+        continue
       workdirs[name] = (args.workdirs or pathlib.Path(scratch)).absolute() / name
       results.append(run(name, workdirs))
       keep(results[-1], args.output)

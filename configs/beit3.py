@@ -226,7 +226,7 @@ def _tuned(config, task: str, steps: int):
   config.task = task
   config.steps = steps
   config.batch_size = 64
-  config.eval_every = config.checkpoint_every = 100
+  config.eval_every = config.checkpoint_every = steps // 6
   # Of no task but the first.
   config.model.image_vocab_size = defaults.model.image_vocab_size
   config.data.mask_rate = defaults.data.mask_rate
@@ -250,7 +250,8 @@ def retrieval_tiny(config):
 
 def captioning_tiny(config):
   """Names of emoji."""
-  _tuned(config, "image_captioning", 600)
+  _tuned(config, "image_captioning", 2000)
+  config.optimizer.learning_rate = 2e-3
   config.data.mask_rate = 0.7
   config.label_smoothing = 0.1
   _searched(config)
@@ -258,13 +259,15 @@ def captioning_tiny(config):
 
 def vqa_tiny(config):
   """Questions on emoji that are generated."""
-  _tuned(config, "visual_question_answering", 600)
+  _tuned(config, "visual_question_answering", 3000)
+  config.optimizer.learning_rate = 2e-3
   config.data.vocab_size = 512  # From scratch: questions have few words.
 
 
 def reasoning_tiny(config):
   """Statements on two emoji that are generated."""
-  _tuned(config, "visual_reasoning", 600)
+  _tuned(config, "visual_reasoning", 3000)
+  config.optimizer.learning_rate = 2e-3
   config.data.vocab_size = 400
   config.batch_size = 32
 

@@ -79,6 +79,30 @@ def test_what_a_task_needs_comes_before_it(monkeypatch):
   assert tiny_runs.ordered(["c", "a"]) == ["a", "b", "c"]
 
 
+def test_runs_that_are_there_are_not_made_again(tmp_path, monkeypatch, capsys):
+  """Of what is needed alone; what is asked for is run."""
+  entry = tiny_runs.ENTRIES["causal_lm"]
+  entries = {"a": entry, "b": dataclasses.replace(entry, needs=("a",))}
+  monkeypatch.setattr(tiny_runs, "ENTRIES", entries)
+  made = []
+
+  def run(name, workdirs):
+    made.append((name, dict(workdirs)))
+    return RESULT | {"task": name}
+
+  monkeypatch.setattr(tiny_runs, "run", run)
+  options = [f"--output={tmp_path / 'runs.json'}", f"--needed={tmp_path}", "--only=b"]
+  with pytest.raises(SystemExit):
+    tiny_runs.main(options)
+  assert f"--needed={tmp_path} holds no finished run of a" in capsys.readouterr().err
+  (tmp_path / "a").mkdir()
+  (tmp_path / "a" / "summary.json").touch()
+  tiny_runs.main([*options, f"--workdirs={tmp_path / 'new'}"])
+  assert made == [("b", {"a": tmp_path / "a", "b": tmp_path / "new" / "b"})]
+  tiny_runs.main([*options[:2], "--only=a,b"])
+  assert [name for name, _ in made[1:]] == ["a", "b"]
+
+
 @pytest.mark.parametrize("arguments", [["--only=casual_lm"], ["--table"], ["--workdirs=."]])
 def test_a_mistake_is_told(arguments, tmp_path, capsys):
   with pytest.raises(SystemExit) as error:
