@@ -34,10 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
   results = coordinator.provenance("masked_image_finetuning", coordinator.README_VARIABLES)
   kept = ("training_seconds", "steps", "validation_masked_accuracy", "validation_commonest_token")
   kept += ("validation_codebook_perplexity", "versions")
-  results |= {"config": _CONFIG, "seeds": seeds, "pretraining": {k: summary[k] for k in kept}}
+  results |= {"config": _CONFIG, "seeds": seeds, "steps": args.steps}
+  results["pretraining"] = {name: summary[name] for name in kept}
   compared = {
-    "masked_image": [f"--config.init_from={args.beit.absolute()}"],
-    "scratch": ["--config.optimizer.layer_decay=1.0"],
+    "masked_image": [f"--config.init_from={args.beit.absolute()}", *starts.budget(args)],
+    "scratch": ["--config.optimizer.layer_decay=1.0", *starts.budget(args)],
   }
   with tempfile.TemporaryDirectory() as scratch:
     folder = pathlib.Path(scratch)

@@ -15,6 +15,7 @@ def parser(doc: str, *, flag: str, rates: str) -> argparse.ArgumentParser:
   made.add_argument(flag, type=pathlib.Path, required=True, help="the run to start from")
   made.add_argument("--seeds", default="0,1,2", help="separated by commas")
   made.add_argument("--learning_rates", default=rates, help="likewise")
+  made.add_argument("--steps", type=int, help="of every run; those of the config by default")
   made.add_argument("--output", type=pathlib.Path, help="a JSON file; default: in results/")
   return made
 
@@ -28,6 +29,11 @@ def summary_of(parser, flag: str, folder: pathlib.Path, task: str, config: str) 
   if summary["task"] != task:
     parser.error(f"{flag}={folder} holds a run of task {summary['task']}, not {task}")
   return summary
+
+
+def budget(args: argparse.Namespace) -> list[str]:
+  """The flags of the steps that are asked for, which all starts have."""
+  return [] if args.steps is None else [f"--config.steps={args.steps}"]
 
 
 def numbers(args: argparse.Namespace) -> tuple[list[int], list[float]]:

@@ -50,12 +50,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
   results = coordinator.provenance("vision_language_pretraining", coordinator.README_VARIABLES)
   kept = [name for name in summary if name.startswith("validation_")]
   kept += ["training_seconds", "steps", "versions"]
-  results |= {"config": config, "seeds": seeds, "pretraining": {k: summary[k] for k in kept}}
+  results |= {"config": config, "seeds": seeds, "steps": args.steps}
+  results["pretraining"] = {name: summary[name] for name in kept}
   folder = args.beit3.absolute()
   tokenizer = runs_lib.data_in(folder) / text.TOKENIZER_FILE
+  steps = starts.budget(args)
   compared = {
-    "masked_data": [f"--config.init_from={folder}"],
-    "scratch": ["--config.optimizer.layer_decay=1.0", f"--config.data.tokenizer_file={tokenizer}"],
+    "masked_data": [f"--config.init_from={folder}", *steps],
+    "scratch": [
+      "--config.optimizer.layer_decay=1.0",
+      f"--config.data.tokenizer_file={tokenizer}",
+      *steps,
+    ],
   }
   with tempfile.TemporaryDirectory() as scratch:
     results["rows"] = {

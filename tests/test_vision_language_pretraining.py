@@ -37,12 +37,14 @@ def test_all_tasks_have_both_starts_of_the_same_seeds_and_rates(tmp_path, monkey
   monkeypatch.setattr(starts, "train", train)
   before, output = run_of(tmp_path / "pre"), tmp_path / "results.json"
   options = [f"--beit3={before}", f"--output={output}", "--seeds=4", "--learning_rates=1e-3"]
+  options += ["--steps=70"]
   assert benchmark.main(options) == 0
   both = (
-    [f"--config.init_from={before}"],
+    [f"--config.init_from={before}", "--config.steps=70"],
     [
       "--config.optimizer.layer_decay=1.0",
       f"--config.data.tokenizer_file={before}/data/tokenizer.model",
+      "--config.steps=70",
     ],
   )
   assert asked == [
@@ -53,6 +55,7 @@ def test_all_tasks_have_both_starts_of_the_same_seeds_and_rates(tmp_path, monkey
   kept = json.loads(output.read_text())
   assert kept["rows"].keys() == benchmark.METRICS.keys() <= beit3.VARIANTS.keys()
   assert [row["start"] for row in kept["rows"]["vqa_tiny"]] == ["masked_data", "scratch"]
+  assert kept["steps"] == 70
   assert kept["pretraining"]["validation_text_accuracy"] == 0.4
   assert "pre-training: 200 s more" in capsys.readouterr().out
 
