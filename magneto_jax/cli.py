@@ -403,6 +403,7 @@ def _check_overrides(argv: Sequence[str]) -> None:
 
 
 def _unknown_flag(name: str) -> str:
-  near = difflib.get_close_matches(name.split(".")[0], list(flags.FLAGS), n=1)
-  hint = f"; did you mean --{near[0]}{name[len(name.split('.')[0]) :]}?" if near else ""
-  return f"unknown flag --{name}{hint}"
+  first, dot, rest = name.partition(".")
+  near = difflib.get_close_matches(first, list(flags.FLAGS), n=1)
+  hint = f"did you mean --{near[0]}{dot}{rest}?" if near else "--helpfull lists those there are"
+  return f"unknown flag --{name}; {hint}"

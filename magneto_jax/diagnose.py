@@ -240,6 +240,8 @@ def report(found: Diagnoses) -> None:
   lines = ["", *(verdict(d, found) for d in found.diagnoses)]
   notes = dict.fromkeys(f"note, {d.name}: {note}" for d in found.diagnoses for note in d.notes)
   lines += [*notes, f"recommended: {found.recommendation}".splitlines()[0]]
+  if found.recommendation.caution:
+    lines.append(f"note: {found.recommendation.caution}")
   lines.append(f"measured in {reporting.duration(found.seconds)}")
   reporting.say(console, lines)
 

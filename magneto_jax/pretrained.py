@@ -534,8 +534,9 @@ def _image_tokenizer(config: TrainConfig) -> ImageTokenizer:
   if record is None or not runs.last_step(folder):
     raise ConfigError(
       f"image_tokenizer={folder!r} holds no run with a checkpoint, and config.task={config.task!r}"
-      " learns an image tokenizer's tokens: train one with configs/image_tokenizer.py, and give its"
-      " workdir"
+      " learns an image tokenizer's tokens: train one, as with"
+      f" --config=configs/image_tokenizer.py:{_tokenizer_of(config)} --workdir=runs/tokens, and"
+      " give --config.image_tokenizer=runs/tokens"
     )
   if record.config.task != "image_tokenizer":
     raise ConfigError(
@@ -550,6 +551,13 @@ def _image_tokenizer(config: TrainConfig) -> ImageTokenizer:
         f" not {own[name]!r}"
       )
   return ImageTokenizer(folder, record)
+
+
+def _tokenizer_of(config: TrainConfig) -> str:
+  """The variant of configs/image_tokenizer.py that is of a config's images, or the nearest one."""
+  images = config.data.image_source or config.data.name
+  shipped = {"embedded/mnist5k": "mnist", "embedded/emoji": "emoji"}
+  return next((own for name, own in shipped.items() if images.startswith(name)), "base")
 
 
 def _encoder(config: TrainConfig) -> Start:

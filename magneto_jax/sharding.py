@@ -114,9 +114,18 @@ def resolve(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
   elif open_axes or known != devices:
     raise ValueError(
       f"the mesh {written} does not fit {devices} devices: {known} must"
-      + (" divide them" if open_axes else " be their number; or set one axis to -1")
+      f" {'divide them' if open_axes else 'be their number'}; for these set {_all_of_one(full)}"
     )
   return full
+
+
+def _all_of_one(full: Mapping[str, int]) -> str:
+  """The fields of the config that change sizes to those of one axis that has all devices."""
+  whole = "fsdp" if full["fsdp"] != 1 else "data"
+  sizes = {axis: -1 if axis == whole else 1 for axis in MESH_AXES}
+  fields = {axis: "slices" if axis == "slice" else axis for axis in MESH_AXES}
+  changed = [axis for axis in MESH_AXES if full[axis] != sizes[axis]]
+  return ", ".join(f"mesh.{fields[axis]}={sizes[axis]}" for axis in changed)
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -54,6 +54,7 @@ MISTAKES = {
     [*RUN, "--wrokdir=x"],
     "unknown flag --wrokdir; did you mean --workdir",
   ),
+  "a flag like no other": (train, [*RUN, "--nope"], "unknown flag --nope; --helpfull lists those"),
   "a word that is no flag": (train, [*RUN, "more"], "'more' is not a flag: flags are --name=value"),
   "a misspelt field": (train, [*RUN, "--config.model.layer=2"], "did you mean config.model.layers"),
   "a word for an integer": (train, [*RUN, "--config.steps=many"], "steps=many must be an integer"),
@@ -82,6 +83,11 @@ MISTAKES = {
     train,
     [CONFIG, "--workdir=file/run"],
     "file/run: not a directory: a file",
+  ),
+  "no files named": (
+    train,
+    [*RUN, "--config.data.name=text_files"],
+    "train_files is empty: name at least one file of your own, as --config.data.train_files=",
   ),
   "no files": (
     train,

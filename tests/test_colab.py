@@ -28,7 +28,7 @@ SHORTER = {
     'assert bits < baselines["unigram"]': "",
   },
   "signal_propagation": {
-    "LAYERS = 96": "LAYERS = 12",
+    "LAYERS = 200": "LAYERS = 12",
     "(12, 40, 120, 400, 1000)": "(12, 1000)",
     'RECIPE, "deepnet", "deepscalelm"]': "RECIPE]",
   },

@@ -1,5 +1,6 @@
 """The command that says whether a config's model will train: figures, picture, and mistakes."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -235,6 +236,18 @@ def test_a_report_holds_table_verdicts_notes_and_time(capsys, tmp_path):
     "float16",
   ]
   check_picture(tmp_path / "diagnosis.png")
+
+
+def test_a_report_tells_of_a_small_first_update(capsys):
+  """That of the recipe which is recommended."""
+  found = unsound()
+  candidates = [c for c in found.recommendation.candidates if c.name == "deepnet"]
+  own = found.recommendation._replace(candidates=tuple(candidates))
+  diagnose.report(dataclasses.replace(found, recommendation=own))
+  said = capsys.readouterr().out
+  assert "recommended: take deepnet: " in said and f"note: {own.caution}" in " ".join(said.split())
+  diagnose.report(found)
+  assert "not speed of training" not in capsys.readouterr().out
 
 
 def test_a_model_of_two_stacks_is_refused_in_a_line():

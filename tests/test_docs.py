@@ -1,7 +1,9 @@
 """The pages of docs/: their code runs, their commands parse, their links lead somewhere."""
 
 import argparse
+import ast
 import configparser
+import contextlib
 import importlib
 import importlib.util
 import inspect
@@ -11,10 +13,13 @@ import re
 import subprocess
 import sys
 
+import nbformat
 import pytest
 from absl import flags
+from IPython.core.inputtransformer2 import TransformerManager
 
 import magneto_jax
+from benchmarks import notebooks
 from magneto_jax import cli, config
 from magneto_jax.theory.recipes import RECIPES
 from tests.pages import PAGES, ROOT, anchors, broken_links, commands, fenced, read
@@ -298,6 +303,29 @@ def test_evidence_is_that_of_the_measurements():
     ], name
 
 
+def test_decisions_follow_from_the_measurements():
+  """Each number of the table of decisions is one of them, and so is each order that it states."""
+  stability, page = read("docs/stability.md"), read("docs/choosing.md")
+  under = lambda title: tables(stability.split(title)[1])[0]
+  rate, lowest = under("**The largest rate** that trains"), under("**The lowest final loss**")
+  number = lambda text: float(text.replace(",", "")) if re.match(r"[\d.]+", text) else 0.0
+  of = lambda table, depth: {k: number(v) for k, v in column(table, depth).items()}
+  six, deeper = of(rate, "6"), of(rate, "24")
+  assert len(six) == 7 and min(six.values()) > 0
+  for rates, losses in ((six, of(lowest, "6")), (deeper, of(lowest, "24"))):
+    assert max(rates, key=rates.get) == "peri_ln" and min(losses, key=losses.get) == "pre_ln"
+  assert deeper["pre_ln"] == deeper["deepscalelm"] and deeper["post_ln"] == 0
+  assert deeper["magneto"] == six["magneto"] / 2
+  trained = {(row[0], row[1]): number(row[2]) for row in under("Not run, for want of time")[1:]}
+  at = {rate: {k: v for (k, r), v in trained.items() if r == rate} for rate in ("0.001", "0.004")}
+  assert sorted(at["0.004"], key=at["0.004"].get) == ["deepscalelm", "magneto", "deepnet"]
+  order = ["deepscalelm", "pre_ln", "magneto", "deepnet", "post_ln"]
+  assert sorted(at["0.001"], key=at["0.001"].get) == order
+  decisions = page.split("## The evidence")[0].split("| your model")[1]
+  for figure in re.findall(r"\d+\.\d+", decisions):
+    assert re.search(rf"(?<![\d.]){re.escape(figure)}(?![\d.]*\d)", stability), figure
+
+
 def test_recipes_are_all_told():
   page = read("docs/choosing.md").split("the rule, after which paper")[1]
   rows = re.findall(r"^\| (`.*?) \|", page, re.M)
@@ -322,6 +350,75 @@ def test_messages_of_the_troubles_are_said_by_the_code(words):
   assert words in said
   if words != "in a row were skipped":
     assert words.lower() in " ".join(read("docs/troubleshooting.md").lower().split())
+
+
+# ---------------------------------------------------------------------------------------------
+# The reference
+# ---------------------------------------------------------------------------------------------
+
+_LISTED = r"^::: ([\w.]+)(?:\n    options: \{.*?members: \[(.*?)\].*)?"
+
+
+def listed() -> set[str]:
+  """What the reference has: whole modules, and single names."""
+  pages = "\n".join(page.read_text() for page in sorted((ROOT / "docs" / "api").glob("*.md")))
+  found = re.findall(_LISTED, pages, re.M)
+  return {f"{name}.{x}".rstrip(".") for name, members in found for x in members.split(", ")}
+
+
+def chain(node) -> list[str]:
+  """The words of `a.b.c`."""
+  if isinstance(node, ast.Attribute):
+    return [*found, node.attr] if (found := chain(node.value)) else []
+  return [node.id] if isinstance(node, ast.Name) else []
+
+
+def used(code: str) -> set[tuple[str, ...]]:
+  """What a program imports of this package, and reads of what it has imported, word by word."""
+  tree, given = ast.parse(code), {}
+  for node in ast.walk(tree):
+    if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "magneto_jax":
+      given |= {alias.name: [*node.module.split("."), alias.name] for alias in node.names}
+    elif isinstance(node, ast.Import):
+      given |= {alias.name: [alias.name] for alias in node.names if alias.name == "magneto_jax"}
+  chains = [*map(chain, ast.walk(tree)), *([name] for name in given)]
+  return {(*given[first], *rest) for first, *rest in filter(None, chains) if first in given}
+
+
+def unlisted(code: str) -> list[str]:
+  """The names of a program that the reference does not have; the config files aside."""
+  there, missing = listed(), set()
+  for words in used(code):
+    module, rest = "magneto_jax", list(words[1:])
+    while rest:
+      with contextlib.suppress(ModuleNotFoundError):
+        importlib.import_module(f"{module}.{rest[0]}")
+      value = getattr(importlib.import_module(module), rest.pop(0))
+      if not inspect.ismodule(value):
+        break
+      module = value.__name__
+    else:
+      continue
+    own = f"{value.__module__}.{value.__qualname__}" if hasattr(value, "__qualname__") else ""
+    name = f"{module}.{words[-1 - len(rest)]}"
+    if not {module, name, own} & there and not module.startswith("magneto_jax.configs"):
+      missing.add(name)
+  return sorted(missing)
+
+
+def test_the_reference_has_the_names_that_pages_and_notebooks_use():
+  transform = TransformerManager().transform_cell
+  programs = {page.stem: fenced("python", page.read_text(encoding="utf-8")) for page in PAGES}
+  for path in notebooks.paths([]):
+    cells = nbformat.read(path, as_version=4).cells
+    programs[path.stem] = [transform(c.source) for c in cells if c.cell_type == "code"]
+  found = {name: unlisted("\n".join(parts)) for name, parts in programs.items() if parts}
+  assert found == dict.fromkeys(found, [])
+
+
+def test_names_that_are_not_listed_are_found():
+  code = "import magneto_jax\nfrom magneto_jax import runs, layers\nruns.best\nlayers.Attention"
+  assert unlisted(f"{code}\nruns.load\nmagneto_jax.RECIPES['x'].y") == ["magneto_jax.runs.best"]
 
 
 # ---------------------------------------------------------------------------------------------

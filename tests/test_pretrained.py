@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import re
 import subprocess
 import sys
 import textwrap
@@ -13,9 +14,9 @@ import numpy as np
 import optax
 import pytest
 
-from magneto_jax import distributed, pretrained, program, runs, sharding
+from magneto_jax import cli, distributed, pretrained, program, runs, sharding
 from magneto_jax.checkpoints import Checkpointer
-from magneto_jax.config import ConfigError, TrainConfig, from_config_dict
+from magneto_jax.config import ConfigError, TrainConfig, flatten, from_config_dict
 from magneto_jax.convert import beit3, saved
 from magneto_jax.data.tokenizers import ByteTokenizer
 from magneto_jax.models import (
@@ -110,6 +111,23 @@ def test_the_encoder_is_the_pretrained_one_and_the_head_is_drawn(tmp_path):
   shape = lambda name: state.params["encoder"][name]["embedding"].shape
   assert (shape("token_embedding"), shape("position_embedding")) == ((260, 8), (6, 8))
   jax.tree.map(np.testing.assert_array_equal, state.opt_state, fresh.opt_state)
+
+
+@pytest.mark.parametrize(
+  "name, variant",
+  [("beit.py:tiny", "mnist"), ("beit3.py:tiny", "emoji"), ("beit3.py:base", "base")],
+)
+def test_without_an_image_tokenizer_the_command_that_trains_one_is_named(name, variant):
+  """Of the same images, whose tokens the config then takes."""
+  needs = cli.config_of(f"configs/{name}")
+  with pytest.raises(ConfigError, match="image_tokenizer='' holds no run with a check") as caught:
+    pretrained.find(needs)
+  config, workdir, flag = re.findall(r"--[\w.]+=[^\s,]+", str(caught.value))
+  assert config == f"--config=configs/image_tokenizer.py:{variant}"
+  assert flag.replace("config.image_tokenizer", "workdir") == workdir
+  own, other = flatten(needs), flatten(cli.config_of(config.partition("=")[2]))
+  fields = ("model.image_size", "model.patch_size", "model.image_vocab_size")
+  assert [own[field] for field in fields] == [other[field] for field in fields]
 
 
 def test_processes_that_see_other_checkpoints_are_refused(monkeypatch, tmp_path):

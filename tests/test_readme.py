@@ -13,8 +13,17 @@ import sys
 import pytest
 from flax import linen as nn
 
-from magneto_jax import RECIPES, cli, evaluation, models, multiple_choice, sharding, tasks
-from magneto_jax.config import MeshConfig, field_names
+from magneto_jax import (
+  RECIPES,
+  cli,
+  evaluation,
+  models,
+  multiple_choice,
+  pretrained,
+  sharding,
+  tasks,
+)
+from magneto_jax.config import ConfigError, MeshConfig, field_names, tasks_reading
 from magneto_jax.data import choices
 from magneto_jax.kernels import attention
 from tests import simulated
@@ -197,7 +206,25 @@ def test_tasks_models_and_configs_are_those_that_exist():
   public = {name for name in models.__all__ if is_model(getattr(models, name))}
   assert named == public - {"Block", "Stack"}
   for task, config, _ in table:
-    assert cli.config_of(config.strip("`")).task == re.match(r"`(\w+)`", task)[1]
+    assert cli.config_of(first_of(config)).task == re.match(r"`(\w+)`", task)[1]
+
+
+def first_of(cell: str) -> str:
+  """The config of a row; others that it comes after stand behind it."""
+  return re.match(r"`([^`]+)`", cell)[1]
+
+
+def test_rows_that_need_another_run_name_its_config():
+  """Those alone; it is the one that the run itself would name."""
+  assert "`--config.image_tokenizer=DIR`" in section("Tasks")
+  for _, cell, _ in rows(section("Tasks")):
+    needs = cli.config_of(first_of(cell))
+    if needs.task not in tasks_reading("image_tokenizer"):
+      assert cell == f"`{first_of(cell)}`"
+      continue
+    named = re.fullmatch(r"`[^`]+`, after `([^`]+)`", cell)[1]
+    with pytest.raises(ConfigError, match=f"--config={named} "):
+      pretrained.find(needs)
 
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -213,10 +240,19 @@ def test_what_came_out_of_each_task_is_what_its_results_say():
   for _, config, came_out in rows(section("Tasks")):
     if came_out == "not yet measured":
       continue
-    run = runs[config.strip("`")]
+    run = runs[first_of(config)]
     value, baseline = re.fullmatch(r"([\d.]+) .*? ([\d.]+)\)", came_out).groups()
     for written, found in ((value, run["value"]), (baseline, run["baseline"])):
       assert float(written) == round(found, len(written.partition(".")[2])), config
+
+
+def test_the_first_run_takes_as_long_as_is_written():
+  """From what its config tells of one machine to what the results do of another."""
+  (found,) = (run for run in results("tiny_runs.json")["runs"] if run["task"] == "causal_lm")
+  assert round(found["seconds"] / 60) == 7 and round(found["value"], 2) == 2.45
+  assert "after 4 min 15 s" in (ROOT / "configs" / "gpt.py").read_text(encoding="utf-8")
+  for name in ("README.md", "docs/getting_started.md", "colab/quickstart.ipynb"):
+    assert "four to seven minutes" in (ROOT / name).read_text(encoding="utf-8"), name
 
 
 def mark(file: str, name: str) -> float:

@@ -252,10 +252,14 @@ def test_sizes_of_the_mesh_are_filled_in(sizes, devices, expected):
 @pytest.mark.parametrize(
   "sizes, message",
   [
-    ({"data": 3}, "data=3 does not fit 8 devices"),
-    ({"data": -1, "tensor": 3}, "3 must divide them"),
+    ({"data": 3}, "data=3 does not fit 8 devices: 3 must be their number; for these set mesh.d"),
+    ({"data": -1, "tensor": 3}, "3 must divide them; for these set mesh.tensor=1$"),
+    (
+      {"slice": 2, "data": -1, "fsdp": 64, "tensor": 4},
+      "set mesh.slices=1, mesh.data=1, mesh.fsdp=-1, mesh.tensor=1$",
+    ),
     ({"data": -1, "fsdp": -1}, "only one may be -1"),
-    ({}, "data=1 does not fit 8 devices"),
+    ({}, "data=1 does not fit 8 devices: 1 must be their number; for these set mesh.data=-1$"),
   ],
 )
 def test_sizes_that_do_not_fit_are_refused(sizes, message):

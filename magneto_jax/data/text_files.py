@@ -119,7 +119,10 @@ def _expand(patterns: Sequence[str], argument: str) -> list[str]:
   if isinstance(patterns, str):  # its letters would be taken for patterns
     raise TypeError(f"{argument} must be a sequence of paths, got the string {patterns!r}")
   if not patterns:
-    raise ValueError(f"{argument} is empty: name at least one file of your own")
+    raise ValueError(
+      f"{argument} is empty: name at least one file of your own, as"
+      f" --config.data.{argument}='texts/*.txt'"
+    )
   paths = {}
   for pattern in patterns:
     expanded = os.path.expanduser(pattern)

@@ -42,20 +42,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
   )
   options = parser.parse_args(arguments)
   if options.jobs < 1:
-    print(f"--jobs={options.jobs} must be at least 1", file=sys.stderr)
-    return 2
+    parser.error(f"--jobs={options.jobs} must be at least 1")
   table = attention.IMPLEMENTATIONS
   unknown = [name for name in options.implementation or () if name not in table]
   if unknown:
-    print(f"--implementation={unknown[0]!r} is not one of {list(table)}", file=sys.stderr)
-    return 2
+    parser.error(f"--implementation={unknown[0]!r} is not one of {list(table)}")
   here = platforms.here()
   serving = [name for name, x in table.items() if x.platforms is None or here in x.platforms]
   names = options.implementation or serving
   elsewhere = [name for name in names if name not in serving]
   if elsewhere:
-    print(f"--implementation={elsewhere[0]!r} does not run on a {here}", file=sys.stderr)
-    return 2
+    parser.error(f"--implementation={elsewhere[0]!r} does not run on a {here}")
   if options.jobs > 1:
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
   device = jax.local_devices()[0]

@@ -21,7 +21,7 @@ class Parser(argparse.ArgumentParser):
     if unknown := re.match(r"unrecognized arguments: (--?[\w-]+)", message):
       near = difflib.get_close_matches(unknown[1], re.findall(r"--[\w-]+", self.format_usage()))
       message += f"; did you mean {near[0]}?" if near else f"; {self.prog} --help lists them"
-    self.exit(2, f"{self.prog}: {message}\n")
+    self.exit(2, f"error: {message}\n")
 
 
 def run(main: Callable[[], int | None]) -> int:

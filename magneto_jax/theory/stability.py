@@ -29,6 +29,14 @@ UPDATE_LIMIT = 50.0
 SHALLOW = 6
 # Below this one matrices hardly move at first: LayerScale's and ReZero's, by design.
 UPDATE_FLOOR = 1e-4
+# Below this one it is told: DeepNet's is 0.03 in the decoder that benchmarks.stability trains.
+UPDATE_SMALL = 1 / 20
+_SLOW = (
+  f"so small a first update, below {UPDATE_SMALL:g}, is soundness at the start, not speed of"
+  " training: with deepnet's a decoder of 200 layers ended last of the four recipes that trained"
+  " at a peak rate of 0.001, and learned frequencies alone at 0.004, where magneto and deepscalelm"
+  " trained (docs/stability.md)"
+)
 
 
 class Finding(NamedTuple):
@@ -182,6 +190,12 @@ class Recommendation(NamedTuple):
     """The recipe to take."""
     return self.candidates[0].name
 
+  @property
+  def caution(self) -> str:
+    """What its soundness does not say of the recipe to take; empty if there is nothing to say."""
+    best = self.candidates[0]
+    return _SLOW if not best.findings and best.update_ratio < UPDATE_SMALL else ""
+
   def __str__(self) -> str:
     best, *others = self.candidates
     lines = [
@@ -191,6 +205,8 @@ class Recommendation(NamedTuple):
     ]
     if best.findings:
       lines = [f"no recipe is sound; the nearest is {best.name}: {_in_words(best.findings)}"]
+    if self.caution:
+      lines.append(f"note: {self.caution}")
     if sound := [c.name for c in others if not c.findings]:
       lines.append(f"also sound, best first: {', '.join(sound)}")
     lines += [f"not {c.name}: {_in_words(c.findings)}" for c in others if c.findings]
@@ -280,7 +296,7 @@ def recommend(
 
   A recipe is sound if no figure of its prediction is beyond its limit (`judge`); of the sound ones
   the one comes first that uses least of its limits. What a recipe is worth once it trains, the
-  theory does not say.
+  theory does not say; a first update below UPDATE_SMALL is told with a note.
 
   Args:
     architecture: sizes, depths and dropout; see `Architecture`.

@@ -58,7 +58,8 @@ def test_bad_flags_get_one_line(flag, error, capsys):
   except SystemExit as stop:
     status = stop.code
   said = capsys.readouterr()
-  assert (status, said.out) == (2, "") and error in said.err and said.err.count("\n") == 1
+  assert (status, said.out) == (2, "") and error in said.err
+  assert said.err.startswith("error: ") and said.err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -130,5 +131,5 @@ def test_an_unknown_name_is_one_line():
   result = subprocess.run(command, capture_output=True, text=True)
   assert result.returncode == 2
   assert result.stdout == ""
-  expected = f"--implementation='cudda' is not one of {list(attention.IMPLEMENTATIONS)}\n"
+  expected = f"error: --implementation='cudda' is not one of {list(attention.IMPLEMENTATIONS)}\n"
   assert result.stderr == expected

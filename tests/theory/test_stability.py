@@ -2,12 +2,15 @@
 
 import dataclasses
 import functools
+import json
 import math
 import re
 
 import numpy as np
 import pytest
 
+from benchmarks.coordinator import RESULTS
+from benchmarks.stability import training
 from magneto_jax.theory import moments, propagation, stability
 from magneto_jax.theory.recipes import RECIPES
 from magneto_jax.theory.records import Architecture
@@ -137,11 +140,67 @@ def test_a_sound_recipe_is_recommended_at_every_depth(kind, layers):
       assert (candidate.used < 1) == (not candidate.findings), candidate
 
 
+FIRST = [
+  pytest.param(width, layers, marks=[pytest.mark.slow] if (width, layers) > (64, 12) else [])
+  for width in (64, 512)
+  for layers in (12, 48, 200, 1000)
+]
+
+
+@pytest.mark.parametrize("width, layers", FIRST)
+def test_deepscalelm_simple_comes_first_where_docs_choosing_says_so(width, layers):
+  sizes = Architecture("decoder", decoder_layers=layers, width=width, ffn_width=4 * width, heads=2)
+  assert stability.recommend(sizes).name == "deepscalelm_simple"
+
+
 def test_a_recommendation_names_each_recipe_once():
   text = str(recommended("encoder", 12))
   for name in RECIPES:
     assert len(re.findall(rf"\b{name}\b", text)) == 1, (name, text)
   assert text.startswith(f"take {recommended('encoder', 12).name}: ")
+
+
+@pytest.mark.parametrize(
+  "ratio, told", [(1.0, False), (stability.UPDATE_SMALL, False), (0.04, True), (0.0, True)]
+)
+def test_a_small_first_update_is_told_of_the_recipe_to_take(ratio, told):
+  """Below its limit alone, of the first alone, and not where nothing is sound."""
+  sizes = architecture("decoder", 200)
+  own = stability.Candidate("deepnet", (), 1.0, 0.5, 5.0, ratio, 0.5, ())
+  other = own._replace(name="magneto", update_ratio=1.0)
+  found = stability.Recommendation(sizes, (own, other))
+  assert bool(found.caution) == told
+  assert (f"\nnote: {found.caution}\n" in str(found)) == told
+  assert "soundness at the start, not speed of training" in found.caution or not told
+  assert not stability.Recommendation(sizes, (other, own)).caution
+  unsound = own._replace(findings=tuple(stability.update_findings(99.0)))
+  assert not stability.Recommendation(sizes, (unsound,)).caution
+
+
+def test_what_is_told_of_a_small_first_update_is_what_was_measured():
+  """DeepNet's is small where it was trained, and ended last, or where it had begun."""
+  held = json.loads(max(RESULTS.glob("stability-training-*.json")).read_text())
+  own = held["setup"]
+  sizes = Architecture(
+    "decoder",
+    decoder_layers=own["layers"],
+    width=own["width"],
+    ffn_width=own["ffn_width"],
+    heads=own["heads"],
+  )
+  ratio = stability.update_ratio("deepnet", sizes, length=own["length"], activation="relu")
+  assert round(ratio, 2) == 0.03 < stability.UPDATE_SMALL
+  at = lambda rate: {r["recipe"]: r["bits_per_byte"] for r in held["runs"] if r["rate"] == rate}
+  learned = held["runs"][0]["baselines"]["unigram"] - training.TRAINED
+  assert sorted(name for name, bits in at(0.001).items() if bits < learned) == sorted(
+    ("pre_ln", "magneto", "deepscalelm", "deepnet")
+  )
+  assert at(0.001)["deepnet"] == sorted(at(0.001).values())[3]
+  assert {name: bits < learned for name, bits in at(0.004).items()} == {
+    "magneto": True,
+    "deepscalelm": True,
+    "deepnet": False,
+  }
 
 
 def test_what_is_not_sound_is_said_to_be_so():
