@@ -247,7 +247,6 @@ ENTRIES: dict[str, Entry] = {
     higher_is_better=True,
     # Either answer, whichever the kind of statement has more often.
     baselines=lambda summary, workdir: summary["baselines"]["accuracy"],
-    **_AFTER_PRETRAINING,
   ),
   "speech_recognition_ctc": Entry(config="configs/speech.py:ctc", **_HEARD),
   "speech_recognition_transducer": Entry(config="configs/speech.py:transducer", **_HEARD),

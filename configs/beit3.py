@@ -268,6 +268,8 @@ def reasoning_tiny(config):
   """Statements on two emoji that are generated."""
   _tuned(config, "visual_reasoning", 3000)
   config.optimizer.learning_rate = 2e-3
+  config.optimizer.layer_decay = 1.0
+  config.data.seq_length = 33
   config.data.vocab_size = 400
   config.batch_size = 32
 

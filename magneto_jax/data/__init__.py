@@ -3,6 +3,7 @@
 Importing this package loads neither TensorFlow Datasets nor TensorFlow.
 """
 
+from magneto_jax.data.caption_sources import Emoji, emoji_table
 from magneto_jax.data.captions import CaptionData, PictureView, load_captions
 from magneto_jax.data.documents import Documents
 from magneto_jax.data.images import Classification, ImageData, Images, Spatial, View, load_images
@@ -31,6 +32,7 @@ __all__ = (
   "Classification",
   "Composition",
   "Documents",
+  "Emoji",
   "ImageData",
   "Images",
   "MaskedPairData",
@@ -48,6 +50,7 @@ __all__ = (
   "Tokenizer",
   "View",
   "XLMRTokenizer",
+  "emoji_table",
   "eval_batches",
   "load_captions",
   "load_documents",
