@@ -11,8 +11,10 @@ import os
 import pathlib
 import re
 import secrets
+import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
@@ -74,9 +76,7 @@ def initialize(
   given = (coordinator_address, num_processes, process_id)
   if jax.distributed.is_initialized():
     return
-  # It would catch SIGTERM, for those who ask it; `preemption` does that itself.
-  jax.config.update("jax_enable_preemption_service", False)
-  join = functools.partial(jax.distributed.initialize, heartbeat_timeout_seconds=heartbeat_timeout)
+  join = functools.partial(_join, heartbeat_timeout_seconds=heartbeat_timeout)
   if given != (None, None, None):
     _check(*given)
     join(*given, cluster_detection_method="deactivate")
@@ -98,6 +98,20 @@ def initialize(
   elif method is not None:
     local = local_devices(os.environ, _gpus()) if method == "slurm" else None
     join(cluster_detection_method=method, local_device_ids=local)
+
+
+def _join(*args, **kwargs) -> None:
+  """`jax.distributed.initialize`, but for JAX's preemption service.
+
+  It would catch SIGTERM, for those who ask it; `preemption` does that itself.
+  """
+  has_option = hasattr(jax.config, "jax_enable_preemption_service")
+  if has_option:
+    jax.config.update("jax_enable_preemption_service", False)
+  jax.distributed.initialize(*args, **kwargs)
+  # JAX 0.8.0 and older always have it: what Python does at the signal is put back in its place.
+  if not has_option and threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
 
 
 def _check(coordinator_address, num_processes, process_id) -> None:

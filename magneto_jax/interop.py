@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import flax
 from flax import linen as nn
 
 
@@ -38,10 +39,18 @@ def to_nnx(module: nn.Module, *args, rngs, variables: Mapping[str, Any] | None =
     raise TypeError("example inputs beside variables: give one of the two")
   wrapped = nnx.bridge.ToNNX(module, rngs)
   # Kernels that are annotated with axes (nn.with_partitioning) would ask for a mesh.
-  with nnx.use_eager_sharding(False):
+  with _without_sharding(nnx):
     attributes = bridge_variables.linen_vars_to_nnx_attrs(variables)
   if taken := [name for name in attributes if hasattr(nnx.bridge.ToNNX, name)]:
     raise ValueError(f"an NNX module has attributes of its own named {', '.join(taken)}; rename")
   for name, value in attributes.items():
     setattr(wrapped, name, value)
   return wrapped
+
+
+def _without_sharding(nnx):
+  """Within it NNX variables are made without a mesh, whatever their annotations."""
+  if hasattr(nnx, "use_eager_sharding"):
+    return nnx.use_eager_sharding(False)
+  # Of flax 0.12.0, the last for jax 0.7: the switch above is of 0.12.1 and newer.
+  return flax.config.temp_flip_flag("always_shard_variable", False)

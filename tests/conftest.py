@@ -28,6 +28,12 @@ os.environ.setdefault("MPLBACKEND", "agg")
 # No persistent compilation cache: a test of compilation counts or of donation must not pass because
 # an earlier run left something behind.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+# Tests say `jax.enable_x64`, which jax 0.7 has among its experiments.
+if importlib.metadata.version("jax").startswith("0.7."):
+  import jax
+  import jax.experimental
+
+  jax.enable_x64 = jax.experimental.enable_x64
 
 
 def pytest_addoption(parser):

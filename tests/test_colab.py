@@ -16,6 +16,7 @@ import pytest
 from IPython.core.inputtransformer2 import TransformerManager
 
 from benchmarks import notebooks
+from tests import pages
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NOTEBOOKS = notebooks.paths([])
@@ -108,6 +109,34 @@ def test_the_jax_that_is_there_is_named():
   said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
   versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
   assert said.stdout == f"jax=={versions['jax']} jaxlib=={versions['jaxlib']}\n"
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_an_install_that_failed_stops_the_first_cell(installed):
+  """With one line: the jax that is there, the oldest that serves, the page. %pip raises nothing."""
+  code = f"found = iter([None, {installed or None}])"
+  code += """
+import importlib.util, types
+importlib.util.find_spec = lambda name: next(found, None)
+magic = lambda name, line: print(name, line.format_map(globals()))
+get_ipython = lambda: types.SimpleNamespace(run_line_magic=magic)
+"""
+  code += plain(code_cells(NOTEBOOKS[0])[0])
+  ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+  versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
+  kept = f"jax=={versions['jax']} jaxlib=={versions['jaxlib']}"
+  assert ran.stdout.splitlines()[0] == f"pip install --quiet git+{url()} {kept}"
+  if installed:
+    assert ran.returncode == 0 and "\njax " in ran.stdout, ran.stderr
+    return
+  *_, said = ran.stderr.splitlines()
+  oldest = re.search(r"^  jax>=(\S+)$", (ROOT / "setup.cfg").read_text(encoding="utf-8"), re.M)[1]
+  assert said.startswith(f"RuntimeError: pip could not install magneto_jax beside {kept}: ")
+  assert f" needs jax {oldest} or newer. " in said
+  page, _, anchor = said.split()[-1].partition("#")
+  assert page.startswith(f"{url()}/blob/main/")
+  page = page.removeprefix(f"{url()}/blob/main/")
+  assert anchor in pages.anchors(pages.read(page))
 
 
 @NAMED

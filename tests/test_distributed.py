@@ -314,6 +314,8 @@ def test_jax_is_asked_to_join_what_was_found_and_nothing_else(
   options = {"cluster_detection_method": method, "local_device_ids": None, **heartbeat}
   expected = {None: [], "gcetpu": [((), heartbeat)]}.get(method, [((), options)])
   assert calls == expected
+  # JAX's own service would catch SIGTERM.
+  assert jax.config.jax_enable_preemption_service == (not calls)
 
 
 class FakeConfig:
@@ -321,9 +323,11 @@ class FakeConfig:
 
   def __init__(self, platforms):
     self.jax_platforms = platforms or None
+    self.jax_enable_preemption_service = True
 
   def update(self, name, value):
-    assert (name, value) == ("jax_enable_preemption_service", False)
+    assert name == "jax_enable_preemption_service"
+    self.jax_enable_preemption_service = value
 
 
 def test_what_is_given_is_taken_and_nothing_is_looked_for(monkeypatch):

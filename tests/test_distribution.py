@@ -17,6 +17,8 @@ import tarfile
 import zipfile
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -122,9 +124,26 @@ def test_versions_agree():
   assert version in changes[:2]
 
 
+def requirements() -> list[str]:
+  lines = metadata()["options"]["install_requires"].splitlines()
+  return [line for line in lines if line and not line.startswith("#")]
+
+
 def test_nothing_holds_back_jax_or_flax():
-  requirements = metadata()["options"]["install_requires"].split()
-  assert all("<" not in r and "==" not in r for r in requirements if re.match("jax|flax", r))
+  assert all("<" not in r and "==" not in r for r in requirements() if re.match("jax|flax", r))
+
+
+@pytest.mark.parametrize("column", [1, 2], ids=["cpu and gpu", "tpu"])
+def test_colab_keeps_what_it_has(column):
+  """What pip replaces there may be loaded already, or fit the machine: nothing is, but flax."""
+  (record,) = (ROOT / "tests" / "testdata").glob("colab_*.txt")
+  lines = record.read_text(encoding="utf-8").splitlines()
+  rows = [line.split() for line in lines if not line.startswith("#")]
+  there = {row[0]: row[column] for row in rows if row[column] != "-"}
+  assert there.pop("python") in SpecifierSet(metadata()["options"]["python_requires"])
+  needed = {needs.name: needs.specifier for needs in map(Requirement, requirements())}
+  assert {"jax", "flax", "numpy", "optax"} <= there.keys() <= needed.keys()
+  assert [name for name in there if there[name] not in needed[name]] == ["flax"]
 
 
 @pytest.mark.ci
@@ -164,10 +183,8 @@ def test_declared_dependencies_suffice(oldest, tree, tmp_path):
   """The bounds of setup.cfg are true: with the newest and with the oldest releases it trains."""
   if oldest and sys.version_info[:2] != (3, 11):
     pytest.skip("the oldest releases have no wheels for this Python")
-  bounds = metadata()["options"]["install_requires"]
-  lines = [line for line in bounds.splitlines() if line and not line.startswith("#")]
   constraints = tmp_path / "constraints.txt"
-  constraints.write_text("\n".join(lines).replace(">=", "==" if oldest else ">="))
+  constraints.write_text("\n".join(requirements()).replace(">=", "==" if oldest else ">="))
   python = new_environment(tmp_path, "--constraint", constraints, tree)
   run(sys.executable, "-m", "pip", "--python", python, "check", cwd=tmp_path)
   check_installed(python, tmp_path / "venv", tmp_path / "empty")

@@ -148,7 +148,7 @@ _LATER = {"score_mod_args": (), "score_mod": None}
 
 @functools.cache
 def _bindings() -> types.ModuleType:
-  """JAX's private module; NotImplementedError where it is not as in JAX 0.10 to 0.12."""
+  """JAX's private module; NotImplementedError where it is not as in JAX 0.7.2 and 0.10 to 0.12."""
   try:
     module = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
     found = {name: _parameters(getattr(module, name)) - _LATER.keys() for name in _ARGUMENTS}

@@ -38,7 +38,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from magneto_jax.kernels import dropout, platforms
+from magneto_jax.kernels import dropout, jax_names, platforms
 from magneto_jax.kernels.bias import RelativeBias, toeplitz
 from magneto_jax.kernels.call import FULL, SKIP, Call, pad
 from magneto_jax.kernels.pallas import Refs, matmul
@@ -857,8 +857,7 @@ class _Kernel:
       grid=grid,
       # The program is one device's, whatever shard_map it is part of; see `platforms`.
       out_shape=[
-        jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.sharding.ManualAxisType())
-        for shape, dtype in outputs.values()
+        jax.ShapeDtypeStruct(*output, **jax_names.varying_over()) for output in outputs.values()
       ],
       compiler_params=plt.CompilerParams(
         num_warps=self._blocks.warps, num_stages=self._blocks.stages

@@ -38,7 +38,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from magneto_jax.kernels import dropout
+from magneto_jax.kernels import dropout, jax_names
 from magneto_jax.kernels.bias import RelativeBias, toeplitz
 from magneto_jax.kernels.call import FULL, PARTIAL, Call, pad
 from magneto_jax.kernels.pallas import Refs, matmul
@@ -878,8 +878,7 @@ class _Kernel(_Layout):
       ),
       # The program is one device's, whatever shard_map it is part of; see `platforms`.
       out_shape=[
-        jax.ShapeDtypeStruct(*output[:2], manual_axis_type=jax.sharding.ManualAxisType())
-        for output in outputs.values()
+        jax.ShapeDtypeStruct(*output[:2], **jax_names.varying_over()) for output in outputs.values()
       ],
       compiler_params=pltpu.CompilerParams(
         dimension_semantics=("parallel",) * parallel + ("arbitrary",) * (len(grid) - parallel),

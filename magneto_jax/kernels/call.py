@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from magneto_jax.kernels import jax_names
 from magneto_jax.kernels.bias import RelativeBias
 
 # What a block of queries has to do with a block of keys.
@@ -180,14 +181,14 @@ def varying_like(tree, like):
 
   def vary(x):
     missing = tuple(axes - _varying(x))
-    return jax.lax.pcast(x, missing, to="varying") if missing else x
+    return jax_names.vary(x, missing) if missing else x
 
   return jax.tree.map(vary, tree)
 
 
 def _varying(x: jax.Array) -> frozenset[str]:
   """The mesh axes of an enclosing shard_map over which an array differs."""
-  return jax.typeof(x).manual_axis_type.varying
+  return jax_names.varying(jax.typeof(x))
 
 
 def _ranges(ids: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:

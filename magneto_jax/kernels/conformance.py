@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from magneto_jax.kernels import platforms
+from magneto_jax.kernels import jax_names, platforms
 from magneto_jax.kernels.attention import Implementation, choose, dot_product_attention
 from magneto_jax.kernels.bias import RelativeBias
 
@@ -394,7 +394,7 @@ def run(case: Case, implementation: str | Implementation) -> Outcome:
   An implementation that serves the case only without lse is compared without it.
   """
   with (
-    jax.enable_x64(case.dtype == "float64"),
+    jax_names.enable_x64(case.dtype == "float64"),
     jax.default_matmul_precision("highest"),
   ):
     arrays, (static, traced), (dout, dlse) = case.arrays(), case.options(), case.cotangents()

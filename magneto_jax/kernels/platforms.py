@@ -14,6 +14,8 @@ import jax
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 
+from magneto_jax.kernels import jax_names
+
 _logger = logging.getLogger(__name__)
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -84,7 +86,7 @@ _call_p.multiple_results = True
 
 @_call_p.def_abstract_eval
 def _(*avals, program):
-  axes = frozenset().union(*(aval.manual_axis_type.varying for aval in avals))
+  axes = frozenset().union(*map(jax_names.varying, avals))
   sizes = tuple(size for size, _ in reversed(program.batches))
 
   def result(shape, dtype):
@@ -93,7 +95,7 @@ def _(*avals, program):
       (*sizes, *shape),
       dtype,
       sharding=jax.sharding.NamedSharding(avals[0].sharding.mesh, spec),
-      manual_axis_type=jax.sharding.ManualAxisType(varying=axes),
+      **jax_names.varying_over(axes),
     )
 
   return [result(*each) for each in program.results]
@@ -123,8 +125,7 @@ def _lower(platform, context, *leaves, program):
   platform = platform or context.module_context.platforms[0]
   record, default = program.choice.on(platform), program.choice.default
   # The programs are of one device each, and know nothing of an enclosing shard_map's axes.
-  alone = jax.sharding.ManualAxisType()
-  avals = [aval.update(manual_axis_type=alone) for aval in context.avals_in]
+  avals = [aval.update(**jax_names.varying_over()) for aval in context.avals_in]
   context = context.replace(avals_in=avals)
   cause = None
   obstacle = None if record.platforms is None else _obstacle(record, context.module_context)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from magneto_jax.kernels import attention_xla, platforms
+from magneto_jax.kernels import attention_xla, jax_names, platforms
 from magneto_jax.kernels.bias import RelativeBias
 from magneto_jax.kernels.call import Call
 
@@ -81,7 +81,11 @@ def self_check(implementation, device: jax.Device) -> str | None:
 
 
 def _compare(implementation, device) -> str | None:
-  with jax.default_device(device), jax.default_matmul_precision("highest"), jax.enable_x64(False):
+  with (
+    jax.default_device(device),
+    jax.default_matmul_precision("highest"),
+    jax_names.enable_x64(False),
+  ):
     try:
       implementation = _small(implementation)
       call, dout, dlse = _example(implementation)

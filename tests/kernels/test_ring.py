@@ -19,7 +19,7 @@ import pytest
 from jax.experimental import topologies
 
 from magneto_jax import kernels
-from magneto_jax.kernels import attention, ring
+from magneto_jax.kernels import attention, jax_names, ring
 from tests import simulated
 from tests.kernels import elsewhere
 from tests.kernels.implementations import ENTRIES
@@ -186,7 +186,7 @@ def run(suite: str) -> None:
   """Prints one line of JSON a case: what differs by how much, or its error."""
   for name, case in SUITES[suite].items():
     try:
-      with jax.enable_x64(case.dtype == "float64"):
+      with jax_names.enable_x64(case.dtype == "float64"):
         found = differences(case)
     except Exception as error:  # Whatever it is: the case's own test shows it.
       found = {"error": f"{type(error).__name__}: {error}"}
