@@ -53,7 +53,8 @@ magneto
   base). Not yet trained here.
 
 retrieval_tiny, captioning_tiny, vqa_tiny, reasoning_tiny
-  What `tiny` is for, on the same emoji, from its encoder or from scratch, minutes on two CPU cores:
+  What `tiny` is for, on the same emoji, from its encoder or from scratch, minutes on two CPU cores
+  (reasoning_tiny from scratch, as its texts are longer):
 
   python -m magneto_jax.train --config=configs/beit3.py:retrieval_tiny --workdir=runs/retrieval \\
     --config.init_from=runs/beit3
