@@ -15,7 +15,11 @@ tiny
   Target: an accuracy of 0.25 at the hidden tokens of pairs' texts, their ends not counted
   (pair_text_accuracy), more than the commonest token has and more than the same texts with another
   pair's image give (pair_text_accuracy_with_another_image); and of the pairs' hidden patches more
-  answered than the commonest tokens, each place its own, would get right. Not yet trained here.
+  answered than the commonest tokens, each place its own, would get right. Came out: 0.246, which is
+  just short of it (commonest token 0.094, another image 0.241, none 0.236: what an image is worth
+  to its text is little), and 0.318 of the patches (0.134), after 19 min 17 s of training on two
+  cores of an Intel Xeon that had other work too, 28 November 2026, jax 0.10.2. With patches of 4, 33
+  tokens a text and 1,500 steps it was 0.193 (0.185) in 10 min 41 s.
 
 base, large
   The sizes of the released models (arXiv 2208.10442, and the code beside it): 12 layers of width
@@ -65,12 +69,16 @@ retrieval_tiny, captioning_tiny, vqa_tiny, reasoning_tiny
   held out. All targets were set before the first run.
 
   retrieval_tiny: recall at 10 of at least three times chance, which is 6.4 % of 157 emoji, both
-  ways. Target: an image recall of 19.2 %, and as much of texts.
+  ways. Target: an image recall of 19.2 %, and as much of texts. Reached: 33.1 %, and 26.8 % of
+  texts, in 2 min 5 s of training.
   captioning_tiny: more than any caption has that is the same for all images, chosen on the training
   names: 6.9 % keyword F1 (five common keywords) and a chrF of 14.8 (one of the names).
   Target: 8 % keyword F1, and a chrF of 16. These are not the first ones, and were set anew before
   any run: they were of the commonest name, with 3.5 % and 9.4; as all names differ, that is only
-  the first of the file, and captions that see no image reached both.
+  the first of the file, and captions that see no image reached both. Came out: 7.5 % (beside other
+  images 1.0 %), more than any constant and short of the target, and a chrF of 13.5, more than the
+  commonest name's and less than the best name's; 18 min 26 s beside other work. 600 steps at half
+  the rate had 5.4 % and 9.9.
   vqa_tiny: more than the majority answer of each type of question, 0.46, and than the commonest
   answer of the type and of the image's subgroup, 0.54, which no question is read for.
   Target: an accuracy of 0.55.

@@ -12,7 +12,8 @@ mnist
 
 emoji
   The emoji that ship with the package, each as 4 x 4 words of 128. Target: the same, a perplexity
-  of 32. Not yet trained here.
+  of 32. Reached: 0.0719 of 0.169, and 104.9 with all 128 codes in use, after 42 s of training on
+  two cores of an Intel Xeon that had other work too, 28 November 2026, jax 0.10.2.
 
 base
   BEiT v2's tokenizer (arXiv 2208.06366, section 2.1 and appendix, and its code): a ViT-B/16 of 12
