@@ -18,8 +18,8 @@ tiny
   answered than the commonest tokens, each place its own, would get right. Came out: 0.246, which is
   just short of it (commonest token 0.094, another image 0.241, none 0.236: what an image is worth
   to its text is little), and 0.318 of the patches (0.134), after 19 min 17 s of training on two
-  cores of an Intel Xeon that had other work too, 28 November 2026, jax 0.10.2. With patches of 4, 33
-  tokens a text and 1,500 steps it was 0.193 (0.185) in 10 min 41 s.
+  cores of an Intel Xeon that had other work too, 28 November 2026, jax 0.10.2. With patches of 4,
+  33 tokens a text and 1,500 steps it was 0.193 (0.185) in 10 min 41 s.
 
 base, large
   The sizes of the released models (arXiv 2208.10442, and the code beside it): 12 layers of width

@@ -35,9 +35,9 @@ SHORTER = {
   },
   "use_in_your_flax_project": {"STEPS = 100": "STEPS = 40"},
   "tasks": {
-    "STEPS = 300": "STEPS = 3",
+    "STEPS = 500": "STEPS = 4",
     "STEPS = 250": "STEPS = 3",
-    "STEPS = 400": "STEPS = 3",
+    "STEPS = 800": "STEPS = 3",
     "config.steps = 200": "config.steps = 3",
     "config.eval_every = config.checkpoint_every = 200": "config.eval_every = 3",
     "assert nats < unigram": "",
