@@ -275,7 +275,7 @@ def vqa_tiny(config):
 
 def reasoning_tiny(config):
   """Statements on two emoji that are generated."""
-  _tuned(config, "visual_reasoning", 3000)
+  _tuned(config, "visual_reasoning", 1500)
   config.optimizer.learning_rate = 2e-3
   config.optimizer.layer_decay = 1.0
   config.data.seq_length = 33
