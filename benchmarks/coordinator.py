@@ -204,7 +204,9 @@ def provenance(benchmark: str, variables: Mapping[str, str] | None = None) -> di
   return {
     "benchmark": benchmark,
     "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    "command": shlex.join(["python", "-m", f"benchmarks.{benchmark}", *sys.argv[1:]]),
+    "command": shlex.join(
+      ["python", "-m", f"benchmarks.{benchmark}", *map(_without_folders, sys.argv[1:])]
+    ),
     "git_commit": _git("rev-parse", "HEAD"),
     # But for the results, which the run before may have written and nothing reads.
     "git_clean": _git("status", "--porcelain", "--untracked-files=no", "--", *_CODE) == "",
@@ -212,6 +214,12 @@ def provenance(benchmark: str, variables: Mapping[str, str] | None = None) -> di
     "load_average_at_start": os.getloadavg()[0],
     "environment": inherited | dict(variables or {}),
   }
+
+
+def _without_folders(argument: str) -> str:
+  """An argument; of an absolute path the name alone, as its folders are of no other machine."""
+  flag, equals, value = argument.rpartition("=")
+  return f"{flag}{equals}{os.path.basename(value) if os.path.isabs(value) else value}"
 
 
 def record(benchmark: str, args: argparse.Namespace, shape, variables) -> dict:

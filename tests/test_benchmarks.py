@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -17,6 +18,7 @@ from benchmarks import (
   attention,
   attention_gpu,
   breakdown,
+  coordinator,
   plans,
   speech_baselines,
   text_baselines,
@@ -327,6 +329,14 @@ def test_tpu_static_cost_finds_straight_runs():
     "spills": 2,
     "slots": {"MXU": 2, "VSTORE:SPILL": 2},
   }
+
+
+def test_results_tell_the_command_and_not_where_it_ran(monkeypatch):
+  monkeypatch.setattr("sys.argv", ["-m", "--run=/srv/a b/c", "--only=x,y", "/srv/d", "a/b=c"])
+  told = coordinator.provenance("decode")["command"]
+  assert told == "python -m benchmarks.decode --run=c --only=x,y d a/b=c"
+  for path in coordinator.RESULTS.glob("*.json"):
+    assert not re.search(r'"command": ".*[= ]/', path.read_text(encoding="utf-8")), path
 
 
 def test_the_plans_of_the_docs_are_those_that_were_measured():
