@@ -37,7 +37,7 @@ SHORTER = {
   "tasks": {
     "STEPS = 500": "STEPS = 4",
     "STEPS = 250": "STEPS = 3",
-    "STEPS = 800": "STEPS = 3",
+    "STEPS = 600": "STEPS = 3",
     "config.steps = 200": "config.steps = 3",
     "config.eval_every = config.checkpoint_every = 200": "config.eval_every = 3",
     "assert nats < unigram": "",
