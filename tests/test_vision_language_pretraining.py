@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import starts
+from benchmarks import coordinator, starts
 from benchmarks import vision_language_pretraining as benchmark
 from configs import beit3
 
@@ -83,3 +83,21 @@ def test_a_mistake_is_told(changes, options, message, tmp_path, capsys):
   with pytest.raises(SystemExit) as error:
     benchmark.main([f"--beit3={folder}", *options])
   assert error.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_documentation_has_what_was_measured():
+  """A row a task: each start at its best rate, the mean and the seeds."""
+  page = (coordinator.ROOT / "docs" / "vision_language.md").read_text(encoding="utf-8")
+  found = {}
+  for path in sorted(coordinator.RESULTS.glob("vision_language_pretraining-*.json")):
+    results = json.loads(path.read_text(encoding="utf-8"))
+    for variant, rows in results["rows"].items():
+      metric = benchmark.METRICS[variant]
+      cells = []
+      for start in ("masked_data", "scratch"):
+        own = [row[metric] for row in rows if row["start"] == start]
+        best = max(own, key=lambda values: values["mean"])
+        cells.append(f"{best['mean']:.3g} ({', '.join(f'{x:.3g}' for x in best['values'])})")
+      found[variant] = f"| `{variant}` | `{metric}` | {' | '.join(cells)} |"
+  assert found.keys() == benchmark.METRICS.keys()
+  assert all(row in page.splitlines() for row in found.values()), found
