@@ -535,8 +535,9 @@ def _image_tokenizer(config: TrainConfig) -> ImageTokenizer:
     raise ConfigError(
       f"image_tokenizer={folder!r} holds no run with a checkpoint, and config.task={config.task!r}"
       " learns an image tokenizer's tokens: train one, as with"
-      f" --config=configs/image_tokenizer.py:{_tokenizer_of(config)} --workdir=runs/tokens, and"
-      " give --config.image_tokenizer=runs/tokens"
+      f" --config=configs/image_tokenizer.py:{_tokenizer_of(config)} --workdir=runs/tokens, whose"
+      f" images, patches and codes have to be of the same sizes ({_sizes_of(config)}), and give"
+      " --config.image_tokenizer=runs/tokens"
     )
   if record.config.task != "image_tokenizer":
     raise ConfigError(
@@ -551,6 +552,12 @@ def _image_tokenizer(config: TrainConfig) -> ImageTokenizer:
         f" not {own[name]!r}"
       )
   return ImageTokenizer(folder, record)
+
+
+def _sizes_of(config: TrainConfig) -> str:
+  """What a run's image tokenizer has to agree on."""
+  own = flatten(config)
+  return ", ".join(f"{name}={own[name]}" for name in _OF_IMAGES)
 
 
 def _tokenizer_of(config: TrainConfig) -> str:

@@ -3,14 +3,17 @@
 Two real ones talk over 127.0.0.1; this file is also what they run.
 """
 
+import ctypes
 import importlib.util
 import json
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import numpy as np
@@ -328,6 +331,28 @@ class FakeConfig:
   def update(self, name, value):
     assert name == "jax_enable_preemption_service"
     self.jax_enable_preemption_service = value
+
+
+def test_an_older_jax_does_not_keep_sigterm(monkeypatch):
+  """JAX 0.8.0 and older have no option: its handler is taken away, and the process's put back."""
+  before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+  jaxs = []
+
+  def initialize(*args, **kwargs):
+    jaxs.append(ctypes.pythonapi.PyOS_setsig(signal.SIGTERM, 1))  # As C code does, unseen.
+
+  ctypes.pythonapi.PyOS_setsig.restype = ctypes.c_void_p
+  ctypes.pythonapi.PyOS_setsig.argtypes = (ctypes.c_int, ctypes.c_void_p)
+  config = types.SimpleNamespace(jax_platforms=None)
+  monkeypatch.setattr(jax.distributed, "initialize", initialize)
+  monkeypatch.setattr(jax, "config", config)
+  try:
+    distributed.initialize("10.0.0.1:1234", 2, 1)
+    assert jaxs and signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+    with pytest.raises(KeyboardInterrupt):
+      signal.raise_signal(signal.SIGTERM)
+  finally:
+    signal.signal(signal.SIGTERM, before)
 
 
 def test_what_is_given_is_taken_and_nothing_is_looked_for(monkeypatch):

@@ -316,6 +316,10 @@ def test_decisions_follow_from_the_measurements():
     assert max(rates, key=rates.get) == "peri_ln" and min(losses, key=losses.get) == "pre_ln"
   assert deeper["pre_ln"] == deeper["deepscalelm"] and deeper["post_ln"] == 0
   assert deeper["magneto"] == six["magneto"] / 2
+  ended = {name: loss for name, loss in of(lowest, "24").items() if deeper[name]}
+  ended = sorted(ended, key=ended.get)
+  assert len(ended) == 6 and ended[:3] == ["pre_ln", "peri_ln", "magneto"]
+  assert ended[-1] == "deepscalelm"
   trained = {(row[0], row[1]): number(row[2]) for row in under("Not run, for want of time")[1:]}
   at = {rate: {k: v for (k, r), v in trained.items() if r == rate} for rate in ("0.001", "0.004")}
   assert sorted(at["0.004"], key=at["0.004"].get) == ["deepscalelm", "magneto", "deepnet"]

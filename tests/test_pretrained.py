@@ -127,6 +127,7 @@ def test_without_an_image_tokenizer_the_command_that_trains_one_is_named(name, v
   assert flag.replace("config.image_tokenizer", "workdir") == workdir
   own, other = flatten(needs), flatten(cli.config_of(config.partition("=")[2]))
   fields = ("model.image_size", "model.patch_size", "model.image_vocab_size")
+  assert all(f"{field}={own[field]}" in str(caught.value) for field in fields)
   assert [own[field] for field in fields] == [other[field] for field in fields]
 
 

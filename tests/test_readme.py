@@ -13,6 +13,7 @@ import sys
 import pytest
 from flax import linen as nn
 
+from benchmarks import tiny_runs
 from magneto_jax import (
   RECIPES,
   cli,
@@ -214,13 +215,21 @@ def first_of(cell: str) -> str:
   return re.match(r"`([^`]+)`", cell)[1]
 
 
+def encoder_of(config: str) -> str:
+  """The config with whose run's encoder its row's run of `benchmarks.tiny_runs` started."""
+  (entry,) = (x for x in tiny_runs.ENTRIES.values() if x.config == config)
+  flags = entry.flags(dict.fromkeys(entry.needs, "DIR"))
+  return tiny_runs.ENTRIES[entry.needs[-1]].config if "--config.init_from=DIR" in flags else ""
+
+
 def test_rows_that_need_another_run_name_its_config():
   """Those alone; it is the one that the run itself would name."""
   assert "`--config.image_tokenizer=DIR`" in section("Tasks")
   for _, cell, _ in rows(section("Tasks")):
     needs = cli.config_of(first_of(cell))
     if needs.task not in tasks_reading("image_tokenizer"):
-      assert cell == f"`{first_of(cell)}`"
+      start = encoder_of(first_of(cell))
+      assert cell == f"`{first_of(cell)}`" + (f", from `{start}`" if start else "")
       continue
     named = re.fullmatch(r"`[^`]+`, after `([^`]+)`", cell)[1]
     with pytest.raises(ConfigError, match=f"--config={named} "):

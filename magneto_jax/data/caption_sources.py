@@ -162,7 +162,14 @@ class Emoji(NamedTuple):
 
 
 def emoji_table(split: str) -> list[Emoji]:
-  """The emoji of a split, in the order of `images.embedded`."""
+  """The emoji of a split, in the order of `images.embedded`.
+
+  Args:
+    split: `train`, `validation` or `test`.
+
+  Raises:
+    ValueError: it is none of them.
+  """
   path = resources.files("magneto_jax.data") / "embedded" / "emoji" / "emoji.tsv"
   lines = path.read_text(encoding="utf-8").splitlines()
   found = []
@@ -177,6 +184,8 @@ def emoji_table(split: str) -> list[Emoji]:
       for language, name in names.items()
     }
     found.append(Emoji(line, row["group"], row["subgroup"], names, keywords))
+  if not found:
+    raise ValueError(f"split={split!r} is not one of train, validation, test")
   return found
 
 

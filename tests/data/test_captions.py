@@ -78,6 +78,12 @@ def test_emoji_have_the_texts_of_the_table(languages, keywords, table, tmp_path)
   )
 
 
+def test_emoji_of_no_split_are_refused():
+  assert len(caption_sources.emoji_table("test")) == 157
+  with pytest.raises(ValueError, match="split='valid' is not one of train, validation, test"):
+    caption_sources.emoji_table("valid")
+
+
 def test_a_sample_is_an_image_and_its_text_between_marks(tmp_path):
   data = load(tmp_path, "embedded/emoji/en", view=view(32), seq_length=42)
   assert data.describe() == (
