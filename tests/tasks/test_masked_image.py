@@ -302,7 +302,7 @@ def test_blocks_that_cannot_be_hidden_are_refused(data, tmp_path):
 
 def test_without_a_tokenizers_run_it_says_what_to_train_first(tmp_path):
   for folder in ("", str(tmp_path / "none")):
-    with pytest.raises(ConfigError, match="train one with configs/image_tokenizer.py, and give"):
+    with pytest.raises(ConfigError, match="as with --config=configs/image_tokenizer.py:"):
       pretrained.find(config_of(image_tokenizer=folder))
 
 
