@@ -75,9 +75,9 @@ def facts(data: Any) -> Facts:
 
 
 def frequencies(data: Any) -> np.ndarray:
-  """How often each of the tokenizer's V ids is among the training texts' tokens, [V]."""
-  ids = data.train.tokens[: common.COUNTED_TOKENS]
-  return np.bincount(ids, minlength=data.tokenizer.vocab_size) / len(ids)
+  """The shares of the tokenizer's V ids among the training texts' tokens, [V]."""
+  counts = common.token_counts(data)
+  return counts / counts.sum()
 
 
 def planned_facts(config: TrainConfig) -> Facts:
