@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from magneto_jax.config import ConfigError, DataConfig, ModelConfig, TrainConfig, tasks_reading
 from magneto_jax.data import images, text
@@ -242,6 +243,18 @@ def correlation_of_noise(config: TrainConfig) -> float:
 def token_counts(data: text.TextData) -> np.ndarray:
   """[V], how often each id occurs in the training text's first ten million tokens."""
   return np.bincount(data.train.tokens[:COUNTED_TOKENS], minlength=data.tokenizer.vocab_size)
+
+
+def answered(
+  logits_BTV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
+) -> dict[str, jax.Array]:
+  """Sums over tokens by weight: -log p, their number, and how many come first of all."""
+  nats_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, targets_BT)
+  return {
+    "loss": jnp.sum(nats_BT * weights_BT),
+    "weight": jnp.sum(weights_BT),
+    "correct": jnp.sum((jnp.argmax(logits_BTV, -1) == targets_BT) * weights_BT),
+  }
 
 
 def paths(files: str) -> tuple[str, ...]:

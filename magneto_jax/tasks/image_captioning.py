@@ -19,7 +19,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh
 
 from magneto_jax import sharding
@@ -90,12 +89,7 @@ def measure(model: CaptioningBEiT3, variables, batch: Batch) -> dict[str, jax.Ar
   args, kwargs = inputs(batch)
   targets_BT, weights_BT = kwargs.pop("targets_BT"), batch["weights"]
   logits_BTV = model.apply(variables, *args, **kwargs)
-  nats_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, targets_BT)
-  return {
-    "loss": jnp.sum(nats_BT * weights_BT),
-    "weight": jnp.sum(weights_BT),
-    "correct": jnp.sum((jnp.argmax(logits_BTV, -1) == targets_BT) * weights_BT),
-  }
+  return common.answered(logits_BTV, targets_BT, weights_BT)
 
 
 def metrics(totals: Totals, data: captions.CaptionData, *, whole: bool) -> dict[str, float]:

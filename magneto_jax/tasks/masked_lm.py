@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from magneto_jax import sharding
 from magneto_jax.config import DataConfig, TrainConfig
@@ -104,12 +103,7 @@ def measure(model: MaskedLM, variables, batch: Batch) -> dict[str, jax.Array]:
   args, keywords = inputs(batch)
   targets_BK, weights_BK = keywords.pop("targets_BT"), batch["weights"]
   logits_BKV = model.apply(variables, *args, **keywords)
-  nats_BK = optax.softmax_cross_entropy_with_integer_labels(logits_BKV, targets_BK)
-  return {
-    "loss": jnp.sum(nats_BK * weights_BK),
-    "weight": jnp.sum(weights_BK),
-    "correct": jnp.sum((jnp.argmax(logits_BKV, -1) == targets_BK) * weights_BK),
-  }
+  return common.answered(logits_BKV, targets_BK, weights_BK)
 
 
 def metrics(totals: Totals, data: masking.MaskedText, *, whole: bool) -> dict[str, float]:
